@@ -1,0 +1,162 @@
+"""``sskt train``: its options are the fields of ``TrainConfig``."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sskt.cli.output import as_json, print_json, print_table, progress
+from sskt.teacher_cache.errors import InputError
+from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop import Hooks
+
+Command = Callable[..., None]
+
+
+def _option(name: str) -> Callable[[Command], Command]:
+    spec, kind = FIELDS[name], TYPES[name]
+    options = (
+        [k for k in typing.get_args(kind) if k is not type(None)]
+        if isinstance(kind, types.UnionType)
+        else [kind]
+    )
+    item = typing.get_args(options[0])
+    flag = options[0] is bool
+    default = getattr(TrainConfig, name, None)
+    about = spec.metadata["about"]
+    if default not in (None, "", False) and not item:
+        about += f" [default: {default}]"
+    settings: dict[str, Any] = {"help": about, "default": None}
+    if flag:
+        return click.option(
+            f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}", name, **settings
+        )
+    if spec.metadata["choices"]:
+        settings["type"] = click.Choice(spec.metadata["choices"])
+    elif options[0] is Path:
+        settings["type"] = click.Path(path_type=Path)
+    else:
+        settings["type"] = item[0] if item else options[0]
+    return click.option(f"--{name.replace('_', '-')}", name, multiple=bool(item), **settings)
+
+
+def _all_options(command: Command) -> Command:
+    for name in reversed(FIELDS):
+        command = _option(name)(command)
+    return command
+
+
+@click.command("train")
+@_all_options
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="TOML file with any of these options."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last epoch.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
+@as_json
+def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+    """Train a target network: from scratch, or (with --source) from stored soft labels.
+
+    Options win over the recipe, the recipe over the defaults.
+    """
+    options: dict[str, Any] = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())
+    }
+    layers = [read_recipe(recipe)] if recipe else []
+    if resume:
+        if "out" not in options:
+            raise InputError("--resume needs --out, the folder of the run")
+        layers.append(read_config(options["out"] / "config.json"))
+    config = make_config(*layers, options)
+    hooks, plan_args = _hooks, _live_sources(config)
+
+    from sskt.trainer.loop import Trainer, make_plan
+
+    plan = make_plan(config, plan_args)
+    if dry_run:
+        described = plan.describe()
+        if as_json:
+            print_json(described)
+        else:
+            _print_plan(described)
+        return
+    out = config.out or Path("runs") / default_name(config)
+    try:
+        with progress() as bar:
+            records = Trainer(plan, hooks(config, bar)).run(out, resume=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"finished epochs are kept; --resume --out {out} continues"
+        ) from None
+    if as_json:
+        print_json({"out": str(out), "epochs": records})
+        return
+    last = records[-1]
+    accuracy = f"test top-1 {last['test_top1']:.2f} %, " if "test_top1" in last else ""
+    train_accuracy = f"train top-1 {last['train_top1']:.2f} %"
+    click.echo(f"{accuracy}{train_accuracy} after {len(records)} epochs; written to {out}")
+
+
+def default_name(config: TrainConfig) -> str:
+    """A run's folder when --out is not given."""
+    sources = (
+        "+".join(s.split(":")[0].split("=")[0].split("#")[0] for s in config.source) or "scratch"
+    )
+    tm = "-tm" if config.tm and config.source else ""
+    return f"{Path(config.target).name}-{config.model}-{sources}{tm}-{config.seed}"
+
+
+def _live_sources(config: TrainConfig) -> list[Any]:
+    if not (config.live and config.source):
+        return []
+    from sskt.cli.teachers import open_sources
+
+    weights, how = tuple(config.weights), tuple(config.preprocessing)
+    opened = open_sources(tuple(config.source), weights, how, "float32", config.device)
+    return [source for source, _ in opened]
+
+
+def _hooks(config: TrainConfig, bar: Callable[[str], Callable[[int, int], None]]) -> Hooks:
+    from sskt.trainer.loop import Hooks
+
+    training, loading = bar("training"), bar("reading images")
+
+    def step(epoch: int, done: int, total: int) -> None:
+        training(epoch * total + done, config.epochs * total)
+
+    return Hooks(step=step, load=loading, epoch=print_epoch)
+
+
+def print_epoch(record: dict[str, Any]) -> None:
+    """One line an epoch, on standard error beside the bars."""
+    parts = [f"epoch {record['epoch'] + 1:3d}", f"loss {record['loss']:.4f}"]
+    parts += [
+        f"{k.removeprefix('loss_')} {v:.4f}" for k, v in record.items() if k.startswith("loss_")
+    ]
+    parts.append(f"train {record['train_top1']:.2f} %")
+    if "test_top1" in record:
+        parts.append(f"test {record['test_top1']:.2f} %")
+    parts.append(f"{record['images'] / record['seconds']:.0f} images/s")
+    click.echo("  ".join(parts), err=True)
+
+
+def _print_plan(described: dict[str, Any]) -> None:
+    rows = [[k, "" if v is None else str(v)] for k, v in described["config"].items()]
+    print_table(["field", "value"], rows)
+    click.echo(f"\nsamples          {described['samples']:,}")
+    click.echo(f"steps an epoch   {described['steps_per_epoch']:,}")
+    parameters = described["parameters"]
+    click.echo(f"target network   {parameters['target']:,} parameters")
+    for name, count in parameters["heads"].items():
+        click.echo(f"head {name:<12}{count:,} parameters")
+    for name, found in described["label_sets"].items():
+        click.echo(
+            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds)"
+        )

@@ -1,0 +1,120 @@
+"""Finding the label set that a training needs, and refusing all others by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.spec import Spec, first_difference, require, views_spec
+from sskt.teacher_cache.store import LabelSet, Shard, list_label_sets
+from sskt.teacher_cache.targets import Target
+from sskt.teacher_cache.views import Policy
+from sskt.teacher_cache.zoo import SourceName
+
+
+def choose_sets(cache: Path, wanted: Sequence[str]) -> list[LabelSet]:
+    """Label sets whose name contains, or whose digest starts with, one of ``wanted`` (all if none).
+
+    Raises ``MissingData`` if nothing fits.
+    """
+    sets = list_label_sets(cache)
+    fitting = [
+        s for s in sets if not wanted or any(w in s.name or s.digest.startswith(w) for w in wanted)
+    ]
+    if not fitting:
+        what = f"matches {' or '.join(wanted)}" if wanted else "is there"
+        raise MissingData(
+            f"no label set in {cache} {what}"
+            + (f"; there are: {', '.join(s.name for s in sets)}" if sets else "")
+        )
+    return fitting
+
+
+def find_label_set(cache: Path, source: SourceName, target: Target, policy: Policy) -> LabelSet:
+    """The one label set of ``source`` over exactly this target and these views.
+
+    Raises ``MissingData`` if the source has no set at all, ``SpecMismatch`` (first differing
+    field, both values) if it has sets for something else only, ``InputError`` if several fit.
+    """
+    expected: Spec = {"target": target.identity(), "views": views_spec(policy)}
+    sets = [s for s in list_label_sets(cache) if _is_of(s, source)]
+    if not sets:
+        arch = f" ({source.recorded_arch})" if source.recorded_arch else ""
+        raise MissingData(
+            f"no labels of source {source.name}{arch} in {cache}; make them with sskt "
+            f"cache-teachers --source {source.name} --target {target.name} --cache {cache}"
+        )
+    fitting = [s for s in sets if first_difference(expected, s.spec) is None]
+    if not fitting:
+        closest = min(sets, key=lambda s: _distance(expected, s.spec))
+        require(expected, closest.spec, closest.name)
+    if len(fitting) > 1:
+        names = ", ".join(
+            f"{s.digest[:12]} ({s.encoding}, {s.spec['source']['arch']})" for s in fitting
+        )
+        raise InputError(
+            f"several label sets of source {source.name} fit: {names}; "
+            f"choose one with --source {source.name}#DIGEST"
+        )
+    return fitting[0]
+
+
+def _is_of(label_set: LabelSet, source: SourceName) -> bool:
+    spec = label_set.spec["source"]
+    size = spec["preprocessing"]["size"]
+    return (
+        spec["name"] == source.name
+        and source.recorded_arch in (None, spec["arch"])
+        and source.size in (None, size)
+        and label_set.digest.startswith(source.digest)
+    )
+
+
+def _distance(expected: Spec, found: Spec) -> int:
+    """Number of top-level parts, then fields, that differ: to name the nearest candidate."""
+    fields = [(part, key) for part in expected for key in expected[part]]
+    return sum(expected[part][key] != found.get(part, {}).get(key) for part, key in fields)
+
+
+def require_seeds(label_set: LabelSet, seeds: int) -> None:
+    """Raises ``IncompleteLabels`` naming the seeds of ``0 .. seeds - 1`` that are not whole."""
+    beyond = range(label_set.seeds, seeds)
+    lacking = sorted(
+        {s.seed for s in label_set.missing(range(min(seeds, label_set.seeds)))} | set(beyond)
+    )
+    if lacking:
+        raise IncompleteLabels(
+            f"label set {label_set.name} lacks {seed_ranges(lacking)} of {seeds}; run sskt "
+            f"cache-teachers again with --seeds {seeds}, or train with fewer: --seeds N"
+        )
+
+
+def seed_ranges(seeds: Iterable[int]) -> str:
+    """``seeds 0, 3-5``."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+    many = len(runs) > 1 or len(runs[0]) > 1
+    return f"seed{'s' if many else ''} {', '.join(names)}"
+
+
+def same_views(sets: Sequence[LabelSet]) -> None:
+    """Raises ``SpecMismatch`` unless all sets are over the same target and views."""
+    for other in sets[1:]:
+        expected = {key: sets[0].spec[key] for key in ("target", "views")}
+        difference = first_difference(expected, other.spec)
+        if difference:
+            raise SpecMismatch(
+                f"label sets {sets[0].name} and {other.name} differ in {difference[0]} "
+                f"({difference[1]!r}, {difference[2]!r}); name one of them"
+            )
+
+
+def shard_name(shard: Shard) -> str:
+    """For messages."""
+    return f"seed {shard.seed}, samples {shard.start} to {shard.stop - 1}"

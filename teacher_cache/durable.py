@@ -1,0 +1,99 @@
+"""Files that are there whole or not at all, and locks that die with their process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from sskt.teacher_cache.errors import DiskFull
+
+
+def durable_write(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file that is there whole or not at all: temporary, fsync, rename, fsync of folder.
+
+    Raises ``DiskFull`` (the temporary file is removed) when there is no room.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        _make_folders(path.parent)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(
+                f"no room to write {path} ({len(data):,} bytes: {error.strerror}); all shards "
+                "stored so far are valid: free some space and run the same command again"
+            ) from error
+        raise
+
+
+def _make_folders(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class DurableStore(LocalStore):
+    """Zarr's local store with ``durable_write`` behind it (LocalStore does not sync)."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.set_sync(key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        durable_write(self.root / key, memoryview(value.as_buffer_like()))
+
+
+class Locks:
+    """Byte-range locks over one file a label set; the kernel drops them when a process dies."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
+        """Takes a byte; False if another process has it (and ``wait`` is not set)."""
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.lockf(self._handle, mode | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def release(self, byte: int) -> None:
+        """Gives a byte back."""
+        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
+
+    @contextlib.contextmanager
+    def held(self, byte: int) -> Iterator[None]:
+        """Waits for a byte and holds it."""
+        self.claim(byte, wait=True)
+        try:
+            yield
+        finally:
+            self.release(byte)

@@ -1,0 +1,65 @@
+"""Every failure sskt reports: what was expected, what was found, what to do next.
+
+``InputError`` and its children mean that the user can put it right (exit status 2);
+any other ``SsktError`` is a failure of the run itself (exit status 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SsktError(Exception):
+    """Base of all errors that sskt raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(SsktError):
+    """Something the user named, gave or configured is not usable as it is."""
+
+    exit_code = 2
+
+
+class UnknownName(InputError):
+    """A name that is not in the table it was looked up in."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        tail = f"; {hint}" if hint else ""
+        super().__init__(f"unknown {kind} '{name}'; known: {', '.join(known)}{tail}")
+
+
+class MissingData(InputError):
+    """A folder or file that should hold the data is absent or empty."""
+
+
+class BadImage(InputError):
+    """An image that cannot be decoded; the message names the file."""
+
+
+class BadCheckpoint(InputError):
+    """Weights that do not belong to the network, or a damaged or unsafe file."""
+
+
+class SpecMismatch(InputError):
+    """A label set that was made for something else; names the first differing field."""
+
+
+class IncompleteLabels(InputError):
+    """A label set without the seeds or blocks that were asked for; names them."""
+
+
+class DiskFull(InputError):
+    """No room for a shard; what was stored before stays valid."""
+
+
+class CorruptStore(SsktError):
+    """Stored bytes that fail their checksum or break the format."""
+
+
+class ViewMismatch(SsktError):
+    """A replayed view differs from the one that the source saw."""
+
+
+class TeacherMoved(SsktError):
+    """A frozen source changed while it was labelling."""

@@ -1,0 +1,176 @@
+"""Sources: frozen teacher networks, each with its own preprocessing, weights and classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sskt.teacher_cache.errors import InputError, TeacherMoved
+
+Triple = tuple[float, float, float]
+Precision = Literal["float32", "bfloat16"]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a uint8 view to what the network was trained on: resize, scale, order, normalise.
+
+    The whole view is resized to ``size`` x ``size`` (bilinear, antialiased when it shrinks);
+    then ``(view / 255 * scale - mean) / std``, mean and std in the network's channel order.
+    """
+
+    size: int = 224
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    channels: Literal["rgb", "bgr"] = "rgb"
+    scale: float = 1.0
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names this preprocessing."""
+        return {
+            "size": self.size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "channels": self.channels,
+            "scale": self.scale,
+            "interpolation": "bilinear",
+        }
+
+    def __call__(self, views: Tensor) -> Tensor:
+        """uint8 ``[n, H, W, 3]`` on any device to float32 ``[n, 3, size, size]``."""
+        x = views.permute(0, 3, 1, 2).float()
+        if x.shape[2:] != (self.size, self.size):
+            shape = (self.size, self.size)
+            x = F.interpolate(x, shape, mode="bilinear", align_corners=False, antialias=True)
+        if self.channels == "bgr":
+            x = x.flip(1)
+        mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
+        x = (x * (self.scale / 255) - mean) / std
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def state_sha256(network: nn.Module) -> str:
+    """SHA-256 over the sorted ``state_dict``: names, dtypes, shapes, bytes (little-endian).
+
+    The same for the same weights, whatever file they came from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen network h_s with all that its labels depend on.
+
+    Use ``freeze`` to make one: it puts the network in eval mode without gradients.
+    ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
+    """
+
+    name: str
+    arch: str
+    network: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    weights: str
+    precision: Precision
+    device: torch.device
+    code: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names this source."""
+        names = "\n".join(self.classes).encode()
+        identity = {
+            "name": self.name,
+            "arch": self.arch,
+            "weights": self.weights,
+            "preprocessing": self.preprocessing.identity(),
+            "classes": {
+                "count": len(self.classes),
+                "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}",
+            },
+            "batchnorm": "eval",
+            "precision": self.precision,
+        }
+        return identity | ({"code": self.code} if self.code else {})
+
+    def log_probabilities(self, views: Tensor) -> Tensor:
+        """log y_m of a batch of views: uint8 ``[n, H, W, 3]`` to float32 ``[n, C]``.
+
+        y_m = softmax(h_s_m(x)) of equation 1 is its exponential; any temperature follows.
+        Raises ``InputError`` if the network's output is not finite ``[n, C]``.
+        """
+        views = views.to(self.device, non_blocking=True)
+        with torch.inference_mode(), full_float32(), self._autocast():
+            logits = self.network(self.preprocessing(views))
+            if not isinstance(logits, Tensor) or logits.shape != (len(views), len(self.classes)):
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise InputError(
+                    f"source {self.name}: expected logits of shape "
+                    f"({len(views)}, {len(self.classes)}), found {found}"
+                )
+            log_p = F.log_softmax(logits.float(), dim=1)
+        if not bool(torch.isfinite(log_p).all()):
+            raise InputError(
+                f"source {self.name}: the network's outputs are not finite; "
+                "check its weights and preprocessing"
+                + (", or use --precision float32" if self.precision != "float32" else "")
+            )
+        return log_p
+
+    def _autocast(self) -> torch.autocast:
+        half = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def check_frozen(self) -> None:
+        """Raises ``TeacherMoved`` if any weight or running statistic has changed."""
+        if self.network.training or state_sha256(self.network) != self.weights:
+            raise TeacherMoved(
+                f"source {self.name} changed while labelling (training mode: "
+                f"{self.network.training}); a source must not update its weights or "
+                "BatchNorm statistics in forward"
+            )
+
+
+def freeze(
+    name: str,
+    arch: str,
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    *,
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+    code: str = "",
+) -> Source:
+    """Eval mode, no gradients, on the device, weights hashed: a ``Source``."""
+    network = network.eval().requires_grad_(False)
+    weights = state_sha256(network)
+    device = torch.device(device)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    return Source(name, arch, network, preprocessing, classes, weights, precision, device, code)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 inside: a float32 label must not depend on the kind of GPU."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -1,0 +1,74 @@
+"""Fixtures: the real data beside the checkout, small folders cut from it, tiny sources."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, write_images
+
+from sskt.cli.main import run
+from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.zoo import open_source, parse_source
+
+TRAIN_EACH, TEST_EACH = 200, 50
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data (README there); tests that need it are skipped without it."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SSKT_TEST_DATA", beside))
+    if not (folder / "README.md").exists():
+        pytest.skip(f"real data not found: {folder} (set SSKT_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real CIFAR-10 JPEGs as a folder of class folders: 2,000 train and 500 test images."""
+    folder = tmp_path_factory.mktemp("real") / "cifar10"
+    counts: dict[tuple[str, str], int] = {}
+    with tarfile.open(data / "cifar10-jpeg.tar.gz") as archive:
+        for member in archive:
+            if not member.isfile():
+                continue
+            split, name = Path(member.name).parts[:2]
+            counts[split, name] = counts.get((split, name), 0) + 1
+            if counts[split, name] <= (TRAIN_EACH if split == "train" else TEST_EACH):
+                archive.extract(member, folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 3 classes x (train 20, test 8) PNGs of 24x24 pixels, written by the test."""
+    folder = tmp_path_factory.mktemp("made") / "images"
+    rng = np.random.default_rng(0)
+    for split, each in (("train", 20), ("test", 8)):
+        for name in ("apple", "bear", "cup"):
+            write_images(folder / split / name, rng.integers(0, 256, (each, 24, 24, 3), np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Source:
+    """A small convolutional source with BatchNorm, 12 classes, always the same weights."""
+    return open_source(parse_source(f"tiny={TINY}:build"))
+
+
+@pytest.fixture
+def sskt(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: (exit status, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = run([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return call

@@ -1,0 +1,1 @@
+"""Training a target network from stored soft labels (SSKT)."""

@@ -1,0 +1,186 @@
+"""The configuration of a training: defaults < recipe (TOML) < options.
+
+Every field is an option of ``sskt train`` (``weight_decay`` is ``--weight-decay``) and a key of
+a recipe. No torch here: ``sskt --help`` reads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+
+
+def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"about": about, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is. Fields that change its numbers are compared when it is resumed."""
+
+    target: str = _option("", "known target (sskt datasets) or a folder of class folders")
+    root: Path | None = _option(None, "where the target's data lives")
+    split: str = _option("train", "split to train on")
+    test_split: str = _option("auto", "split to measure accuracy on; 'none' for no evaluation")
+    limit: int | None = _option(None, "use only this many training samples, evenly spread")
+    policy: str = _option("auto", "view policy, NAME[:key=value,...]; auto: the target's own")
+    model: str = _option("resnet20", "target network: resnet20, 32, 44, 56, 110")
+    source: list[str] = _option([], "source whose labels to train from; repeat; none: scratch")
+    tm: bool = _option(False, "transfer modules on every stage as auxiliary heads")
+    loss: str = _option("ce+ce", "PRIMARY+AUXILIARY; auxiliary: ce, kd, kd-released")
+    alpha: float = _option(0.1, "weight of the auxiliary losses (alpha of equation 1)")
+    temperature: float = _option(3.0, "temperature T of the soft labels")
+    force_topk: bool = _option(False, "use top-k labels at T other than 1 all the same")
+    live: bool = _option(False, "run the sources in every step, as the paper does; no cache")
+    weights: list[str] = _option([], "with --live: [NAME=]FILE, weights of a known architecture")
+    preprocessing: list[str] = _option([], "with --live: [NAME:]size=..,mean=a/b/c,...")
+    epochs: int = _option(200, "passes over the training split")
+    seeds: int | None = _option(
+        None, "view seeds to cycle through: epoch e sees seed e mod S; default: all stored"
+    )
+    seed: int = _option(0, "seed of initialisation and order")
+    batch_size: int = _option(128, "images a step")
+    lr: float = _option(0.1, "learning rate of SGD")
+    momentum: float = _option(0.9, "momentum of SGD")
+    weight_decay: float = _option(5e-4, "L2 penalty")
+    milestones: list[int] = _option(
+        [], "epochs where lr is multiplied by gamma; default 30, 60, 80 % of the epochs"
+    )
+    gamma: float = _option(0.2, "factor of lr at a milestone")
+    cache: Path | None = _option(None, "folder of the label sets")
+    out: Path | None = _option(None, "folder of this run; default runs/NAME")
+    device: str = _option("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
+    precision: str = _option("float32", "arithmetic of the target network", ("float32", "bfloat16"))
+    workers: int | None = _option(None, "loader processes for image files; default: by cores")
+    memory: float = _option(8.0, "GiB of RAM for labels, and for images kept decoded")
+    on_error: str = _option("fail", "what an unreadable image does", ("fail", "skip"))
+    download: bool = _option(False, "let torchvision download the target")
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[str, bool, str]] = [
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("seeds", self.seeds is None or self.seeds >= 1, "at least 1"),
+            ("limit", self.limit is None or self.limit >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32 - 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("alpha", self.alpha >= 0, "at least 0"),
+            ("lr", self.lr > 0, "above 0"),
+            ("memory", self.memory > 0, "above 0"),
+            ("workers", self.workers is None or self.workers >= 0, "at least 0"),
+        ]
+        for name, holds, want in rules:
+            if not holds:
+                raise InputError(f"{name} must be {want}, found {getattr(self, name)}")
+        for name, spec in FIELDS.items():
+            choices = spec.metadata["choices"]
+            if choices and getattr(self, name) not in choices:
+                raise UnknownName(name, str(getattr(self, name)), choices)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written to ``config.json``."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        return {k: list(v) if isinstance(v, list) else v for k, v in plain.items()}
+
+    def resolved_milestones(self) -> list[int]:
+        """Epochs of the learning-rate steps: as given, or 60, 120, 160 of 200 scaled."""
+        return self.milestones or sorted({max(1, round(self.epochs * x)) for x in (0.3, 0.6, 0.8)})
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+TYPES = typing.get_type_hints(TrainConfig)
+INDIFFERENT = frozenset(("root", "cache", "out", "device", "workers", "memory", "download"))
+"""Fields that may change between a run and its resumption."""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Fields from a TOML file; ``a-b`` and ``a_b`` are the same key.
+
+    Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise MissingData(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from error
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in FIELDS:
+            raise UnknownName(f"key in recipe {path}", key, FIELDS)
+        values[name] = _typed(name, value, f"recipe {path}")
+    return values
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    kind = TYPES[name]
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        item = typing.get_args(option)
+        if item and isinstance(value, str | int) and not isinstance(value, bool):
+            value = [value]
+        if item and isinstance(value, list) and all(type(v) is item[0] for v in value):
+            return value
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if not item and type(value) is option:
+            return value
+    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
+    raise InputError(f"{where}: {name} must be {wanted}, found {value!r}")
+
+
+def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
+    """Later layers win: recipe, then options. Raises ``InputError``."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= layer
+    config = TrainConfig(**merged)
+    if not config.target:
+        raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
+    if config.source and config.cache is None and not config.live:
+        raise InputError("training from labels needs --cache DIR (or --live to run the sources)")
+    return config
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """``config.json``, readable by ``read_config``."""
+    path.write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
+    try:
+        stored = json.loads(path.read_text())
+        return {k: _typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
+    except OSError as error:
+        raise MissingData(f"no run to resume: cannot read {path}") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a run's configuration") from error
+
+
+def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
+    """Raises ``InputError`` naming the first field in which a resumed run would differ."""
+    for name in FIELDS:
+        if name in INDIFFERENT or name not in stored:
+            continue
+        if stored[name] != getattr(config, name):
+            now = getattr(config, name)
+            raise InputError(
+                f"{where} holds a run with {name} = {stored[name]!r}, not {now!r}; "
+                "resume it as it was, or choose another --out"
+            )
