@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 Bar = Callable[[str], Callable[[int, int], None]]
 
 SOURCE = "imagenet:efficientnet_lite0@96"
-LIVE_STEPS = 5
+BATCH_SIZE = 32
+LIVE_STEPS = 8
 
 
 @click.command("demo")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
 )
-@click.option("--epochs", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
     "--seeds", type=click.IntRange(1), default=2, show_default=True, help="View seeds to cache."
 )
@@ -44,7 +45,7 @@ def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -
         epochs=epochs,
         seeds=seeds,
         limit=limit,
-        batch_size=64,
+        batch_size=BATCH_SIZE,
         lr=0.05,
         cache=out / "cache",
     )
@@ -117,8 +118,8 @@ def _time_live(config: TrainConfig, bar: Bar) -> float:
 def _result(runs: dict[str, list[dict[str, Any]]], cached: Any, live_step: float) -> dict[str, Any]:
     import math
 
-    batch, images = 64, runs["scratch"][-1]["images"]
-    live = live_step * math.ceil(images / batch)
+    images = runs["scratch"][-1]["images"]
+    live = live_step * math.ceil(images / BATCH_SIZE)
     seconds = {name: min(r["seconds"] for r in records) for name, records in runs.items()}
     return {
         "accuracy": {name: records[-1]["test_top1"] for name, records in runs.items()},

@@ -101,8 +101,9 @@ class _Dice:
         return (low + unit(self._words[:, self._used - 1]) * (high - low))[:, None, None]
 
     def colour(self) -> Float:
-        """float64 ``[n, 1, 1, 3]`` in 0..255."""
-        return np.stack([self.roll(15, 240) for _ in range(3)], axis=-1)
+        """A colour that leans to grey: float64 ``[n, 1, 1, 3]`` in 0..255."""
+        grey = self.roll(60, 195)
+        return np.stack([grey + self.roll(-45, 45) for _ in range(3)], axis=-1)
 
 
 def labels_of(split: str) -> Int64:
@@ -124,7 +125,8 @@ def _render(samples: Int64, labels: Int64, seed: int, size: int) -> UInt8:
     y, x = np.meshgrid(axis, axis, indexing="ij")
     x, y = x[None], y[None]
 
-    canvas = _texture(dice, x, y, 0.02, 0.22)
+    anything = (dice.roll(0, 3), dice.roll(2.5, 11), dice.colour(), dice.colour())
+    canvas = _texture(dice, x, y, anything, dice.roll(0.02, 0.22))
     for _ in range(3):
         canvas = _clutter(dice, canvas, x, y)
 
@@ -135,9 +137,8 @@ def _render(samples: Int64, labels: Int64, seed: int, size: int) -> UInt8:
     for kind, shape in enumerate(KINDS.values()):
         rows = labels == kind
         distance[rows] = shape(u[rows], v[rows])
-    canvas = _paint(
-        canvas, _texture(dice, u, v, 0.1, 0.35), distance * scale, size, dice.roll(0.8, 1.0)
-    )
+    ink = _texture(dice, u, v, _habit(dice, labels), dice.roll(0.1, 0.35))
+    canvas = _paint(canvas, ink, distance * scale, size, dice.roll(0.8, 1.0))
 
     canvas = _clutter(dice, canvas, x, y)
     shade = 1 + dice.roll(-0.35, 0.35) * x + dice.roll(-0.35, 0.35) * y
@@ -152,19 +153,33 @@ def _placed(
     return x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
 
 
-def _texture(dice: _Dice, x: Float, y: Float, weakest: float, strongest: float) -> Float:
+Material = tuple[Float, Float, Float, Float]
+"""Kind of texture in 0..3, pitch, and the two colours it mixes."""
+
+
+def _habit(dice: _Dice, labels: Int64) -> Material:
+    """The material of an object: each class leans to a texture and a hue, with much overlap."""
+    lean = labels[:, None, None] / len(CLASSES)
+    usual = dice.roll() < 0.6
+    kind = np.where(usual, 3 * ((3 * lean) % 1), dice.roll(0, 3))
+    pitch = 3 + 6 * ((7 * lean) % 1) + dice.roll(0, 3)
+    hue = lean + dice.roll(-0.16, 0.16)
+    bright, pale = dice.roll(120, 240), dice.roll(0.1, 0.7)
+    wheel = [0.5 + 0.5 * np.cos(2 * np.pi * (hue - third / 3)) for third in range(3)]
+    colour = bright[..., None] * (pale[..., None] + (1 - pale[..., None]) * np.stack(wheel, -1))
+    return kind, pitch, colour, colour * dice.roll(0.3, 0.9)[..., None]
+
+
+def _texture(dice: _Dice, x: Float, y: Float, material: Material, contrast: Float) -> Float:
     """Two colours mixed by waves, checks or blobs: float64 ``[n, H, W, 3]``."""
-    turn, pitch = dice.roll(0, np.pi), dice.roll(2.5, 11)
+    kind, pitch, first, second = material
+    turn = dice.roll(0, np.pi)
     u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     waves = np.sin(pitch * u + dice.roll(0, 6.3))
     checks = np.sign(np.sin(pitch * u) * np.sin(pitch * v))
     blobs = np.sin(pitch * u + 2 * np.sin(1.7 * pitch * v + dice.roll(0, 6.3)))
-    kind = dice.roll(0, 3)
-    mix = (
-        np.where(kind < 1, waves, np.where(kind < 2, checks, blobs)) * dice.roll(weakest, strongest)
-        + 0.5
-    )
-    return dice.colour() * mix[..., None] + dice.colour() * (1 - mix[..., None])
+    mix = (np.where(kind < 1, waves, np.where(kind < 2, checks, blobs)) * contrast + 0.5)[..., None]
+    return first * mix + second * (1 - mix)
 
 
 def _paint(canvas: Float, ink: Float, distance: Float, size: int, opacity: Float) -> Float:
