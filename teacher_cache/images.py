@@ -6,10 +6,9 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from sskt.teacher_cache.errors import BadImage, MissingData
 
@@ -23,8 +22,9 @@ EXTENSIONS = frozenset(
 def read_image(path: Path) -> UInt8:
     """The file's pixels as RGB, uint8 ``[H, W, 3]``, C-contiguous.
 
-    JPEGs go through torchvision (3x PIL's speed at 32 pixels, the same pixels); all else,
-    and the JPEGs that torchvision refuses (CMYK), through PIL. EXIF orientation is not applied.
+    JPEGs go through simplejpeg (10x PIL's speed at 32 pixels, 1.5x at ImageNet's size, the same
+    pixels); all else, and the JPEGs that it refuses (CMYK), through PIL. EXIF orientation is
+    not applied.
 
     Raises ``BadImage`` naming a file that is truncated or no image, ``MissingData`` if absent.
     """
@@ -34,10 +34,9 @@ def read_image(path: Path) -> UInt8:
         raise MissingData(f"cannot read image {path}: {error.strerror or error}") from error
     if data[:3] == b"\xff\xd8\xff":
         try:
-            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            picture = decode_jpeg(raw, mode=ImageReadMode.RGB)
-            return np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
-        except RuntimeError:
+            picture: UInt8 = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+            return picture
+        except ValueError:
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -161,6 +161,10 @@ class StoredLabels:
             )
         }
 
+    def forget(self) -> None:
+        """Drops the slab in RAM, so that the next window is read from the store again."""
+        self._window = self._slab = None
+
     def close(self) -> None:
         """Stops reading ahead."""
         self._pool.shutdown(cancel_futures=True)

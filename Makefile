@@ -1,0 +1,37 @@
+# Two commands: make demo, make test. Each sets up .venv first.
+VENV ?= .venv
+PYTHON ?= python3
+READY = $(VENV)/.ready
+
+.PHONY: demo test test-fast lint benchmarks dist clean
+
+demo: $(READY)
+	$(VENV)/bin/sskt demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+test-fast: $(READY)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+benchmarks: $(READY)
+	$(VENV)/bin/python benchmarks/label_delivery.py
+	$(VENV)/bin/python benchmarks/teacher_stage.py
+
+dist: $(READY)
+	rm -rf dist
+	$(VENV)/bin/python -m build
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("sskt needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build runs *.egg-info
