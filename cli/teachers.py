@@ -116,11 +116,11 @@ def cache_teachers(
 
     how = parse_encoding(encoding)
     views_policy = parse_policy(default_policy(target) if policy == "auto" else policy)
-    opened = open_sources(sources, weights, preprocessing, precision, device)
+    _check_folder(cache)
     views = Views(
         open_target(target, split, root=root, limit=limit, download=download), views_policy
     )
-    _check_folder(cache)
+    opened = open_sources(sources, weights, preprocessing, precision, device)
     where = {"target": target, "root": str(root) if root else None, "limit": limit}
     options = stage.StageOptions(
         batch_size=batch_size,

@@ -6,6 +6,7 @@ Philox words, so the pictures are the same everywhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -111,12 +112,15 @@ def labels_of(split: str) -> Int64:
     return np.arange(SPLITS[split], dtype=np.int64) % len(CLASSES)
 
 
+@functools.lru_cache(maxsize=len(SPLITS))
 def render(split: str, size: int = SIZE) -> UInt8:
-    """All pictures of a split: uint8 ``[n, size, size, 3]``."""
+    """All pictures of a split, read-only: uint8 ``[n, size, size, 3]``; drawn once a process."""
     labels = labels_of(split)
     seed = list(SPLITS).index(split)
     chunks = np.array_split(np.arange(len(labels)), len(labels) // CHUNK)
-    return np.concatenate([_render(rows, labels[rows], seed, size) for rows in chunks])
+    pictures = np.concatenate([_render(rows, labels[rows], seed, size) for rows in chunks])
+    pictures.flags.writeable = False
+    return pictures
 
 
 def _render(samples: Int64, labels: Int64, seed: int, size: int) -> UInt8:
@@ -170,15 +174,35 @@ def _habit(dice: _Dice, labels: Int64) -> Material:
     return kind, pitch, colour, colour * dice.roll(0.3, 0.9)[..., None]
 
 
+def _waves(u: Float, v: Float, phase: Float, other: Float) -> Float:
+    wave: Float = np.sin(u + phase)
+    return wave
+
+
+def _checks(u: Float, v: Float, phase: Float, other: Float) -> Float:
+    checks: Float = np.sign(np.sin(u) * np.sin(v))
+    return checks
+
+
+def _blobs(u: Float, v: Float, phase: Float, other: Float) -> Float:
+    blobs: Float = np.sin(u + 2 * np.sin(1.7 * v + other))
+    return blobs
+
+
 def _texture(dice: _Dice, x: Float, y: Float, material: Material, contrast: Float) -> Float:
     """Two colours mixed by waves, checks or blobs: float64 ``[n, H, W, 3]``."""
     kind, pitch, first, second = material
     turn = dice.roll(0, np.pi)
     u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-    waves = np.sin(pitch * u + dice.roll(0, 6.3))
-    checks = np.sign(np.sin(pitch * u) * np.sin(pitch * v))
-    blobs = np.sin(pitch * u + 2 * np.sin(1.7 * pitch * v + dice.roll(0, 6.3)))
-    mix = (np.where(kind < 1, waves, np.where(kind < 2, checks, blobs)) * contrast + 0.5)[..., None]
+    phases = dice.roll(0, 6.3), dice.roll(0, 6.3)
+    wave = np.empty(np.broadcast_shapes(u.shape, pitch.shape))
+    for number, pattern in enumerate((_waves, _checks, _blobs)):
+        rows = (kind >= number) & (kind < number + 1)
+        rows = rows[:, 0, 0]
+        wave[rows] = pattern(
+            pitch[rows] * u[rows], pitch[rows] * v[rows], *(p[rows] for p in phases)
+        )
+    mix = (wave * contrast + 0.5)[..., None]
     return first * mix + second * (1 - mix)
 
 

@@ -106,7 +106,8 @@ class TargetInfo:
 
 def _root(name: str, root: Path | None) -> Path:
     if root is None:
-        raise MissingData(f"target {name} needs --root: {TARGETS[name].layout}")
+        own = f"; for your own folder of that name write ./{name}" if Path(name).is_dir() else ""
+        raise MissingData(f"target {name} needs --root with {TARGETS[name].layout}{own}")
     return root
 
 

@@ -76,6 +76,16 @@ def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> Non
     assert "\n" not in message
 
 
+def test_a_picture_too_large_to_be_honest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    path = tmp_path / "bomb.png"
+    Image.fromarray(colours()).save(path)
+    with pytest.raises(BadImage, match=re.escape(str(path))):
+        read_image(path)
+
+
 def test_a_missing_file_and_a_folder_are_missing_data(tmp_path: Path) -> None:
     gone = tmp_path / "gone.jpg"
     with pytest.raises(MissingData, match=re.escape(f"{gone}: No such file")):
@@ -116,8 +126,10 @@ def test_a_palette_becomes_its_colours(transparency: int | bytes | None, tmp_pat
     image.putpalette(palette)
     image.putdata([0, 1, 2, 3])
     path = tmp_path / "palette.png"
-    options = {} if transparency is None else {"transparency": transparency}
-    image.save(path, **options)
+    if transparency is None:
+        image.save(path)
+    else:
+        image.save(path, transparency=transparency)
     expected = np.array(palette, np.uint8).reshape(2, 2, 3)
     np.testing.assert_array_equal(read_image(path), expected)
 
@@ -129,7 +141,7 @@ def test_transparency_is_dropped_and_the_colour_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), colours())
 
 
-def test_a_cmyk_jpeg_becomes_rgb_as_pil_does_it(tmp_path: Path) -> None:
+def test_a_cmyk_jpeg_becomes_rgb_like_pils(tmp_path: Path) -> None:
     picture = np.zeros((16, 16, 3), np.uint8)
     picture[:, :8], picture[:, 8:] = (200, 30, 60), (10, 180, 220)
     path = tmp_path / "cmyk.jpg"
@@ -138,7 +150,7 @@ def test_a_cmyk_jpeg_becomes_rgb_as_pil_does_it(tmp_path: Path) -> None:
         assert image.mode == "CMYK"
     found = read_image(path)
     np.testing.assert_allclose(found.astype(int), picture, atol=25)
-    np.testing.assert_array_equal(found, by_pil(path))
+    np.testing.assert_allclose(found.astype(int), by_pil(path), atol=1)
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:

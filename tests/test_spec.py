@@ -41,7 +41,7 @@ CANONICAL = (
     '"target":{"fingerprint":"sha256:ab","name":"\\u00e9t\\u00e9","size":3,"split":"train"},'
     '"views":{"parameters":{"padding":4},"policy":"pad-crop-flip","version":1}}'
 )
-DIGEST = ""
+DIGEST = "3f285f792f26eba6bddfe86c3f4b22bd296bb2bcfefa68c8f646792b4dd0fffa"
 
 
 def changed(spec: Spec, dotted: str, value: Any) -> Spec:
