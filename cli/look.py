@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 from sskt.cli.teachers import error_text
 from sskt.teacher_cache.errors import InputError, SsktError
 
@@ -127,7 +127,8 @@ def inspect(
         if png:
             _write_png(view, png)
             shown["png"] = str(png)
-    shown["sources"] = [_labels_of(s, sample, seed, instead if live else None) for s in chosen]
+    with working("recomputing" if live else "reading"):
+        shown["sources"] = [_labels_of(s, sample, seed, instead if live else None) for s in chosen]
     if as_json:
         print_json(shown)
         return

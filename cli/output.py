@@ -76,6 +76,13 @@ def progress() -> Iterator[Callable[[str], Step]]:
         yield bar
 
 
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner on standard error while something without a count goes on."""
+    with Console(stderr=True).status(text):
+        yield
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

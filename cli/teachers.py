@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,18 +109,17 @@ def cache_teachers(
     One pass over the data for all sources and seeds. Stop it anywhere: the same command
     finishes the rest, and the bytes are the same as without the stop.
     """
-    from sskt.teacher_cache import stage
-    from sskt.teacher_cache.encodings import parse_encoding
-    from sskt.teacher_cache.targets import default_policy, open_target
-    from sskt.teacher_cache.views import Views, parse_policy
-
-    how = parse_encoding(encoding)
-    views_policy = parse_policy(default_policy(target) if policy == "auto" else policy)
     _check_folder(cache)
-    views = Views(
-        open_target(target, split, root=root, limit=limit, download=download), views_policy
-    )
-    opened = open_sources(sources, weights, preprocessing, precision, device)
+    with working("opening target and sources"):
+        from sskt.teacher_cache import stage
+        from sskt.teacher_cache.encodings import parse_encoding
+        from sskt.teacher_cache.targets import default_policy, open_target
+        from sskt.teacher_cache.views import Views, parse_policy
+
+        how = parse_encoding(encoding)
+        seen = parse_policy(default_policy(target) if policy == "auto" else policy)
+        views = Views(open_target(target, split, root=root, limit=limit, download=download), seen)
+        opened = open_sources(sources, weights, preprocessing, precision, device)
     where = {"target": target, "root": str(root) if root else None, "limit": limit}
     options = stage.StageOptions(
         batch_size=batch_size,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, print_json, print_table, progress
+from sskt.cli.output import as_json, print_json, print_table, progress, working
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
 
@@ -75,11 +75,10 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
             raise InputError("--resume needs --out, the folder of the run")
         layers.append(read_config(options["out"] / "config.json"))
     config = make_config(*layers, options)
-    hooks, plan_args = _hooks, _live_sources(config)
+    with working("opening target and labels"):
+        from sskt.trainer.loop import Trainer, make_plan
 
-    from sskt.trainer.loop import Trainer, make_plan
-
-    plan = make_plan(config, plan_args)
+        plan = make_plan(config, _live_sources(config))
     if dry_run:
         described = plan.describe()
         if as_json:
@@ -90,7 +89,7 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     out = config.out or Path("runs") / default_name(config)
     try:
         with progress() as bar:
-            records = Trainer(plan, hooks(config, bar)).run(out, resume=resume)
+            records = Trainer(plan, _hooks(config, bar)).run(out, resume=resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"finished epochs are kept; --resume --out {out} continues"

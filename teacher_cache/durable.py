@@ -89,6 +89,10 @@ class Locks:
         """Gives a byte back."""
         fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
 
+    def close(self) -> None:
+        """Gives everything back."""
+        os.close(self._handle)
+
     @contextlib.contextmanager
     def held(self, byte: int) -> Iterator[None]:
         """Waits for a byte and holds it."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.errors import CorruptStore, InputError, UnknownName
 from sskt.teacher_cache.philox import STUDENT, draw, unit
 
 Float32 = NDArray[np.float32]
@@ -25,6 +25,8 @@ EncodedTensors = dict[str, Tensor]
 NAMES = ("f16", "u8", "topk-K", "f32")
 U8_POWER = 6
 ROW_SUM_TOLERANCE = 0.01
+LOWEST = -65504.0
+"""The lowest float16: anything less likely is stored as this."""
 
 DECODE = {
     "f32": "log_p = labels",
@@ -69,14 +71,14 @@ class Encoding:
         if self.name == "f32":
             return {"labels": log_p.astype("<f4")}
         if self.name == "f16":
-            return {"labels": np.maximum(log_p, -65504.0).astype("<f2")}
+            return {"labels": np.maximum(log_p, LOWEST).astype("<f2")}
         if self.name == "u8":
             relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
             return {"labels": np.rint(255 * np.exp(relative / U8_POWER)).astype("u1")}
         order = np.argsort(-log_p, axis=1, kind="stable")[:, : self.k]
         dtype = self.arrays(log_p.shape[1])["index"][0]
-        value = np.take_along_axis(log_p, order, axis=1).astype("<f2")
-        return {"index": order.astype(dtype), "value": value}
+        value = np.maximum(np.take_along_axis(log_p, order, axis=1), LOWEST)
+        return {"index": order.astype(dtype), "value": value.astype("<f2")}
 
     def empty(self, rows: int, classes: int) -> Encoded:
         """Rows that all read as skipped."""
@@ -115,7 +117,12 @@ def parse_encoding(text: str) -> Encoding:
 
 
 def encoding_of(identity: dict[str, Any]) -> Encoding:
-    """The encoding that a stored spec names."""
+    """The encoding that a stored spec names. Raises ``CorruptStore`` if it is none of ours."""
+    if identity.get("name") not in DECODE:
+        raise CorruptStore(
+            f"unknown encoding {identity.get('name')!r} in a label set's spec; "
+            f"this version of sskt reads {', '.join(DECODE)}: update sskt"
+        )
     return Encoding(identity["name"], int(identity.get("k", 0)))
 
 
@@ -138,11 +145,12 @@ def soft_labels(
         return p / p.sum(dim=1, keepdim=True)
     if encoding.name != "topk":
         return torch.softmax(encoded["labels"].float() / temperature, dim=1)
-    top = encoded["value"].float().exp()
+    # float64: what the top leaves over is a small difference, and 1/T < 1 magnifies it.
+    top = encoded["value"].double().exp()
     rest = (1 - top.sum(dim=1, keepdim=True)).clamp(min=0) / max(classes - encoding.k, 1)
     p = rest.expand(-1, classes).scatter(1, encoded["index"].long(), top)
     p = p.pow(1 / temperature)
-    return p / p.sum(dim=1, keepdim=True)
+    return (p / p.sum(dim=1, keepdim=True)).float()
 
 
 def as_tensors(encoded: Encoded) -> EncodedTensors:

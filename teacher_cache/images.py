@@ -40,8 +40,17 @@ def read_image(path: Path) -> UInt8:
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+            clear = image.mode == "P" and "transparency" in image.info
+            opaque = image.convert("RGBA") if clear else image
+            return np.array(opaque.convert("RGB"), dtype=np.uint8)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Warning,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
         what = str(error).replace(repr(data), "").split("<")[0].strip() or type(error).__name__
         raise BadImage(
             f"cannot decode image {path}: {what} ({len(data)} bytes); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ class Preprocessing:
     std: Triple = IMAGENET_STD
     channels: Literal["rgb", "bgr"] = "rgb"
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std), ("scale", (self.scale,))):
+            if len(values) != (1 if name == "scale" else 3) or not all(map(math.isfinite, values)):
+                raise InputError(f"preprocessing {name}: cannot use {values}")
+        if 0 in self.std or self.scale <= 0 or self.size < 1:
+            raise InputError("preprocessing: std must not be 0, scale and size must be above 0")
+        if self.channels not in ("rgb", "bgr"):
+            raise InputError(f"preprocessing channels: rgb or bgr, found {self.channels!r}")
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names this preprocessing."""

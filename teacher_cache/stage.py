@@ -214,7 +214,11 @@ def cache_teachers(
                 writer.check()
                 time.sleep(POLL_SECONDS)
     finally:
-        writer.close()
+        try:
+            writer.close()
+        finally:
+            for label_set in sets:
+                label_set.close()
     seconds = time.monotonic() - begin
     names = [views.target.ids[row] for row in sorted(skipped)]
     return StageReport(sets, count.done, everything - count.done, names, seconds)

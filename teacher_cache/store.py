@@ -101,10 +101,14 @@ class LabelSet:
             for block in range(self.blocks):
                 yield self.shard(seed, block)
 
+    def shard_path(self, array: str, shard: Shard) -> Path:
+        """The file of one of the shard's arrays."""
+        place = self.path / array / "c" / str(shard.seed) / str(shard.block)
+        return place if array == "view_check" else place / "0"
+
     def commit_path(self, shard: Shard) -> Path:
         """The file whose existence says that the shard is whole."""
-        array = list(self.encoding.arrays(len(self.classes)))[-1]
-        return self.path / array / "c" / str(shard.seed) / str(shard.block) / "0"
+        return self.shard_path(list(self.encoding.arrays(len(self.classes)))[-1], shard)
 
     def has(self, shard: Shard) -> bool:
         """Whether the shard is stored (and so complete)."""
@@ -152,7 +156,7 @@ class LabelSet:
                     f"label set {self.name}: seed {seed} lacks samples "
                     f"{block * self.rows} to {min((block + 1) * self.rows, self.samples) - 1}"
                 )
-        keys = self.encoding.arrays(len(self.classes))
+        keys = list(self.encoding.arrays(len(self.classes)))
         return {key: self._rows(key, seed, start, stop) for key in keys}
 
     def read_checks(self, seed: int, start: int, stop: int) -> NDArray[np.uint32]:
@@ -160,6 +164,13 @@ class LabelSet:
         return self._rows("view_check", seed, start, stop)
 
     def _rows(self, key: str, seed: int, start: int, stop: int) -> NDArray[Any]:
+        for block in range(start // self.rows, -(-stop // self.rows)):
+            path = self.shard_path(key, self.shard(seed, block))
+            if not path.exists():
+                raise CorruptStore(
+                    f"label set {self.name}: {path.relative_to(self.path)} is gone (seed {seed}); "
+                    "run sskt verify, delete the other files of that shard and cache it again"
+                )
         try:
             return np.asarray(self._array(key)[seed : seed + 1, start:stop][0])
         except (ValueError, RuntimeError, OSError) as error:
@@ -187,6 +198,13 @@ class LabelSet:
         assert self._locks is not None
         self._claimed.discard(shard)
         self._locks.release(_SHARDS + shard.seed * self.blocks + shard.block)
+
+    def close(self) -> None:
+        """Ends writing: gives back all claims. The set stays readable."""
+        if self._locks is not None:
+            self._locks.close()
+        self._locks, self.writable = None, False
+        self._arrays.clear()
 
     def record(self, key: str, value: Any) -> None:
         """Adds an attribute (once; the same value from every process that would add it)."""
@@ -246,7 +264,9 @@ def open_label_set(path: Path) -> LabelSet:
         rows = document["chunk_grid"]["configuration"]["chunk_shape"][1]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptStore(f"label set {path.name}: view_check has no readable metadata") from error
-    return LabelSet(path, attributes, seeds, samples, rows)
+    label_set = LabelSet(path, attributes, seeds, samples, rows)
+    encoding_of(label_set.spec["encoding"])
+    return label_set
 
 
 def create_label_set(

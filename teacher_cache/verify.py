@@ -164,7 +164,7 @@ def compare(
     if label_set.encoding.skipped(encoded)[0]:
         return Comparison(sample, seed, stored, stored, 0.0, True, True)
     view = views[sample, seed]
-    log_p = source.log_probabilities(torch.from_numpy(view.copy())[None]).cpu().numpy()
+    log_p = source.log_probabilities(torch.from_numpy(view)[None]).cpu().numpy()
     again = _decode(label_set, label_set.encoding.encode(log_p))
     check = int(label_set.read_checks(seed, sample, sample + 1)[0])
     distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)

@@ -167,7 +167,7 @@ def _none(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
 
 
 def _none_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
-    return images
+    return images.copy()
 
 
 PerSample = Callable[[Policy, UInt8, int, int], UInt8]
@@ -273,9 +273,9 @@ class Views:
         return self.of_image(self.target.read(sample), sample, seed)
 
     def of_image(self, image: UInt8, sample: int, seed: int) -> UInt8:
-        """The view of an image already decoded; uint8 ``[H, W, 3]``, contiguous."""
+        """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
         view = POLICIES[self.policy.name].per_sample(self.policy, image, sample, seed)
-        return np.ascontiguousarray(view)
+        return np.array(view, order="C")
 
     def of_images(self, images: Sequence[UInt8] | UInt8, samples: Int64, seed: int) -> UInt8:
         """Views of decoded images: uint8 ``[n, H, W, 3]``; batched where one size allows it.

@@ -14,7 +14,7 @@ from sskt.teacher_cache.errors import BadCheckpoint, MissingData
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A ``state_dict`` from .safetensors or a checkpoint, without running code from it.
 
-    CSAIL's form is understood: a dict with ``state_dict``, keys that start with ``module.``,
+    CSAIL's form is understood: a dict with ``state_dict``, ``module.`` in its keys,
     DenseNet's old names (``norm.1`` for ``norm1``). Raises ``MissingData``, ``BadCheckpoint``.
     """
     if not path.is_file():
@@ -33,7 +33,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise BadCheckpoint(f"wrong checkpoint {path}: it holds no state_dict")
-    return {_new_name(key.removeprefix("module.")): value for key, value in state.items()}
+    return {_new_name(key.replace("module.", "")): value for key, value in state.items()}
 
 
 def _new_name(key: str) -> str:

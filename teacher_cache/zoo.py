@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import importlib.util
+import math
 import sys
 import urllib.error
 import urllib.request
@@ -82,7 +83,7 @@ def _split_size(text: str) -> tuple[str, int | None]:
     body, at, size = text.rpartition("@")
     if not at or "/" in size or ":" in size:
         return text, None
-    if not size.isdigit() or int(size) < 1:
+    if not (size.isascii() and size.isdigit()) or int(size) < 1:
         raise InputError(f"--source {text}: expected a size in pixels after @, found '{size}'")
     return body, int(size)
 
@@ -134,11 +135,13 @@ def override_preprocessing(base: Preprocessing, text: str) -> Preprocessing:
             if key in ("mean", "std"):
                 numbers = tuple(float(x) for x in value.split("/"))
                 changes[key] = numbers * 3 if len(numbers) == 1 else numbers
-                if len(changes[key]) != 3 or (key == "std" and 0 in changes[key]):
+                if len(changes[key]) != 3 or not all(map(math.isfinite, numbers)):
+                    raise ValueError
+                if key == "std" and 0 in numbers:
                     raise ValueError
             elif key in ("size", "scale"):
                 changes[key] = int(value) if key == "size" else float(value)
-                if changes[key] <= 0:
+                if not 0 < changes[key] < math.inf:
                     raise ValueError
             elif key == "channels" and value in ("rgb", "bgr"):
                 changes[key] = value
@@ -171,7 +174,8 @@ def _torchvision(arch: str, file: Path | None) -> Loaded:
             else models.get_model_weights(arch)["IMAGENET1K_V1"]
         )
     except (ValueError, KeyError, AttributeError):
-        raise UnknownName("ImageNet architecture", arch, imagenet_archs()) from None
+        hint = "or a weights enum such as ResNet50_Weights.IMAGENET1K_V2"
+        raise UnknownName("ImageNet architecture", arch, imagenet_archs(), hint) from None
     how = weights.transforms()
     classes = tuple(weights.meta["categories"])
     if len(classes) != SOURCES["imagenet"][0]:
@@ -197,8 +201,9 @@ def imagenet_archs() -> list[str]:
     """Names usable after ``imagenet:``."""
     from torchvision import models
 
-    names = [n for n in models.list_models(module=models) if not n.startswith("quantized_")]
-    return ["efficientnet_lite0", *names]
+    names = models.list_models(module=models)
+    usual = [n for n in names if "IMAGENET1K_V1" in models.get_model_weights(n).__members__]
+    return ["efficientnet_lite0", *usual]
 
 
 def _builder_of(weights: Any) -> Callable[..., nn.Module]:
@@ -310,13 +315,17 @@ def _user_network(wanted: SourceName) -> Loaded:
     missing = [key for key in ("MEAN", "STD", "SIZE") if not hasattr(module, key)]
     if missing:
         raise InputError(f"source {wanted.name}: {path} defines no {', '.join(missing)}")
-    how = Preprocessing(
-        int(module.SIZE),
-        _triple(module.MEAN),
-        _triple(module.STD),
-        getattr(module, "CHANNELS", "rgb"),
-        float(getattr(module, "SCALE", 1.0)),
-    )
+    try:
+        how = Preprocessing(
+            int(module.SIZE),
+            _triple(module.MEAN),
+            _triple(module.STD),
+            getattr(module, "CHANNELS", "rgb"),
+            float(getattr(module, "SCALE", 1.0)),
+        )
+    except (TypeError, ValueError, InputError) as error:
+        names = "SIZE (one number), MEAN and STD (three each), CHANNELS ('rgb', 'bgr'), SCALE"
+        raise InputError(f"source {wanted.name}: {path}: check {names}: {error}") from error
     return network, how, _user_classes(wanted, network, how, getattr(module, "CLASSES", None))
 
 
@@ -329,8 +338,11 @@ def _user_classes(
     wanted: SourceName, network: nn.Module, how: Preprocessing, names: Any
 ) -> tuple[str, ...]:
     size = wanted.size or how.size
-    with torch.inference_mode():
-        output = network.eval()(torch.zeros(1, 3, size, size))
+    try:
+        with torch.inference_mode():
+            output = network.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:
+        raise _user_error(wanted, error) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise InputError(f"source {wanted.name}: the network must return logits [n, C]")
     count = int(output.shape[1])

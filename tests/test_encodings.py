@@ -337,12 +337,12 @@ def test_errors_are_ordered_and_topk_is_worst_at_three(real_rows: Float32) -> No
 
 def test_measured_error_against_its_definition() -> None:
     """With stored rows off by a known amount: KL and gradient error as the docstring says."""
-    log_p = log_softmax(np.random.default_rng(3).standard_normal((50, 6)) * 2)
+    log_p = log_softmax(np.random.default_rng(3).standard_normal((500, 6)) * 0.3)
     report = measured_error(parse_encoding("topk-2"), log_p)
     exact, found = softmax(log_p, 1), stored("topk-2", log_p, 1)
     kl = (exact * np.log(exact / found)).sum(axis=1).mean()
     assert report["T=1"]["kl"] == pytest.approx(kl, rel=1e-3)
-    students = np.random.default_rng(4).uniform(-1, 1, (50, 6))
+    students = np.random.default_rng(4).uniform(-1, 1, (500, 6))
     error = np.linalg.norm(found - exact) / np.linalg.norm(softmax(students, 1) - exact)
-    assert report["T=1"]["gradient"] == pytest.approx(error, rel=0.1)
+    assert report["T=1"]["gradient"] == pytest.approx(error, rel=0.05)
     assert measured_error(parse_encoding("topk-2"), log_p) == report
