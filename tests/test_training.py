@@ -360,4 +360,8 @@ def test_recipes_that_ship_are_valid() -> None:
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
     assert recipes
     for recipe in recipes:
-        make_config(read_recipe(recipe), {"cache": Path("cache")})
+        fields = read_recipe(Path(recipe.stem))
+        assert fields == read_recipe(recipe)
+        make_config(fields, {"cache": Path("cache")})
+    with pytest.raises(MissingData, match=r"shipped recipes: .*stl10-resnet20"):
+        read_recipe(Path("nope"))

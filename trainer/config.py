@@ -7,12 +7,14 @@ a recipe. No torch here: ``sskt --help`` reads this module.
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import json
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +110,19 @@ INDIFFERENT = frozenset(("root", "cache", "out", "device", "workers", "memory", 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Fields from a TOML file; ``a-b`` and ``a_b`` are the same key.
 
+    A name without a folder and ending is one of the recipes that ship with sskt.
+
     Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
     """
+    shipped = importlib.resources.files("sskt.recipes").joinpath(f"{path.name}.toml")
+    named = path.name == str(path) and not path.suffix and not path.exists()
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads((shipped if named else path).read_text("utf-8"))
     except OSError as error:
-        raise MissingData(f"cannot read recipe {path}: {error.strerror}") from error
+        known = sorted(p.name[:-5] for p in _shipped_recipes() if p.name.endswith(".toml"))
+        raise MissingData(
+            f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(known)}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from error
     values: dict[str, Any] = {}
@@ -123,6 +132,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UnknownName(f"key in recipe {path}", key, FIELDS)
         values[name] = _typed(name, value, f"recipe {path}")
     return values
+
+
+def _shipped_recipes() -> list[Traversable]:
+    return list(importlib.resources.files("sskt.recipes").iterdir())
 
 
 def _typed(name: str, value: Any, where: str) -> Any:
