@@ -62,6 +62,8 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         return error.exit_code
@@ -73,7 +75,7 @@ def run(arguments: list[str] | None = None) -> int:
     except SsktError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
-        said = str(stop)
+        said = str(stop) or str(stop.__cause__ or "")  # click wraps it in an empty Abort
         return _fail(f"interrupted{'; ' + said if said else ''}", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -60,7 +60,8 @@ def progress() -> Iterator[Callable[[str], Step]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
         def bar(name: str) -> Step:
             task = None

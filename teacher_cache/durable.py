@@ -22,22 +22,39 @@ def durable_write(path: Path, data: bytes | memoryview) -> None:
     Raises ``DiskFull`` (the temporary file is removed) when there is no room.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with naming_full_disk(path):
+        try:
+            _make_folders(path.parent)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turns the errors of a full disk into ``DiskFull``."""
     try:
-        _make_folders(path.parent)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(
-                f"no room to write {path} ({len(data):,} bytes: {error.strerror}); all shards "
-                "stored so far are valid: free some space and run the same command again"
-            ) from error
-        raise
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            f"no room to write {path} ({error.strerror}); all shards "
+            "stored so far are valid: free some space and run the same command again"
+        ) from error
+
+
+def durable_rename(path: Path, to: Path) -> None:
+    """Renames within a folder, for good. Raises ``DiskFull``."""
+    with naming_full_disk(to):
+        path.rename(to)
+        sync_folder(to.parent)
 
 
 def _make_folders(folder: Path) -> None:
@@ -62,6 +79,10 @@ class DurableStore(LocalStore):
     async def set(self, key: str, value: Buffer) -> None:
         self.set_sync(key, value)
 
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not (self.root / key).exists():  # how Zarr writes an array's metadata
+            self.set_sync(key, value)
+
     def set_sync(self, key: str, value: Buffer) -> None:
         self._check_writable()
         durable_write(self.root / key, memoryview(value.as_buffer_like()))
@@ -71,8 +92,9 @@ class Locks:
     """Byte-range locks over one file a label set; the kernel drops them when a process dies."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with naming_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Takes a byte; False if another process has it (and ``wait`` is not set)."""

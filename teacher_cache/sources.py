@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,6 +83,12 @@ def state_sha256(network: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
+    """The part of a label set's spec that names the source's classes."""
+    names = "\n".join(classes).encode()
+    return {"count": len(classes), "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}"}
+
+
 @dataclass(frozen=True)
 class Source:
     """A frozen network h_s with all that its labels depend on.
@@ -103,16 +109,12 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names this source."""
-        names = "\n".join(self.classes).encode()
         identity = {
             "name": self.name,
             "arch": self.arch,
             "weights": self.weights,
             "preprocessing": self.preprocessing.identity(),
-            "classes": {
-                "count": len(self.classes),
-                "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}",
-            },
+            "classes": classes_identity(self.classes),
             "batchnorm": "eval",
             "precision": self.precision,
         }

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,6 +75,7 @@ class _Chunk:
     views: dict[int, Tensor]
     checks: dict[int, NDArray[np.uint32]]
     bad: list[tuple[int, str]]
+    error: str = ""
 
     def pin_memory(self) -> _Chunk:
         """Called by the loader for copies to a GPU that do not wait."""
@@ -108,7 +110,10 @@ class _Chunks(Dataset[_Chunk]):
         views: dict[int, Tensor] = {}
         checks: dict[int, NDArray[np.uint32]] = {}
         for seed in self._seeds if len(rows) else ():
-            seen = self._views.of_images(images, rows, seed)
+            try:
+                seen = self._views.of_images(images, rows, seed)
+            except InputError as error:
+                return _Chunk(rows, {}, {}, bad, str(error))
             views[seed], checks[seed] = torch.from_numpy(seen), checks_of(seen)
         return _Chunk(rows, views, checks, bad)
 
@@ -194,7 +199,7 @@ def cache_teachers(
     begin = time.monotonic()
     sets = open_sets(views, sources, encoding, seeds, cache, options)
     count = _Counter(progress, sum(_rows(s.missing(range(seeds))) for s in sets))
-    everything = sum(s.samples * seeds for s in sets)
+    found = sum(s.samples * seeds for s in sets) - count.total
     skipped: dict[int, str] = {}
     writer = _Writer()
     try:
@@ -221,7 +226,7 @@ def cache_teachers(
                 label_set.close()
     seconds = time.monotonic() - begin
     names = [views.target.ids[row] for row in sorted(skipped)]
-    return StageReport(sets, count.done, everything - count.done, names, seconds)
+    return StageReport(sets, count.done, found, names, seconds)
 
 
 def _rows(shards: list[Shard]) -> int:
@@ -230,11 +235,11 @@ def _rows(shards: list[Shard]) -> int:
 
 class _Counter:
     def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self.done = progress, total, 0
+        self._progress, self.total, self.done = progress, total, 0
 
     def add(self, labels: int) -> None:
         self.done += labels
-        self._progress(self.done, max(self._total, self.done))
+        self._progress(self.done, max(self.total, self.done))
 
 
 def _mine(label_set: LabelSet, shard: Shard) -> bool:
@@ -305,6 +310,8 @@ def _label(
     first = next(iter(claimed))
     chunks = _Chunks(views, first, [shard.seed for shard in claimed], options.batch_size)
     for chunk in _load(chunks, views, options, sources[0].device):
+        if chunk.error:
+            raise InputError(chunk.error)
         for row, message in chunk.bad:
             if options.on_error != "skip":
                 raise BadImage(message)
@@ -328,6 +335,7 @@ def _load(
     if workers is None:
         workers = 0 if views.target.images is not None else min(8, os.cpu_count() or 1)
     pin = device.type == "cuda"
-    return iter(
-        DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), pin_memory=pin)
-    )
+    workers = min(workers, len(chunks))
+    with warnings.catch_warnings():  # more workers than cores are the user's choice
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return iter(DataLoader(chunks, batch_size=None, num_workers=workers, pin_memory=pin))

@@ -19,9 +19,10 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from sskt.teacher_cache.durable import DurableStore, Locks, durable_write, sync_folder
+from sskt.teacher_cache.durable import DurableStore, Locks, durable_rename, durable_write
 from sskt.teacher_cache.encodings import Encoded, Encoding, encoding_of
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
+from sskt.teacher_cache.sources import classes_identity
 from sskt.teacher_cache.spec import FORMAT, Spec, digest_of, name_of
 
 SHARD_ROWS = 8192
@@ -30,6 +31,7 @@ SHARD_ROWS = 8192
 CHUNK_ROWS = 512
 LOCKS = ".locks"
 _SWEEP, _METADATA, _SHARDS = range(3)
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,18 @@ class LabelSet:
     def _rows(self, key: str, seed: int, start: int, stop: int) -> NDArray[Any]:
         for block in range(start // self.rows, -(-stop // self.rows)):
             path = self.shard_path(key, self.shard(seed, block))
-            if not path.exists():
+            if not path.exists() or not path.stat().st_size:  # Zarr gives fill values for both
                 raise CorruptStore(
-                    f"label set {self.name}: {path.relative_to(self.path)} is gone (seed {seed}); "
-                    "run sskt verify, delete the other files of that shard and cache it again"
+                    f"label set {self.name}: {path.relative_to(self.path)} is gone or empty "
+                    f"(seed {seed}, samples {start} to {stop - 1}); run sskt verify, delete the "
+                    "other files of that shard and cache it again"
                 )
         try:
-            return np.asarray(self._array(key)[seed : seed + 1, start:stop][0])
-        except (ValueError, RuntimeError, OSError) as error:
+            rows = np.asarray(self._array(key)[seed : seed + 1, start:stop][0])
+            if len(rows) != stop - start:
+                raise ValueError(f"{len(rows)} rows instead of {stop - start}")
+            return rows
+        except Exception as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptStore(
                 f"label set {self.name}: {key}, seed {seed}, samples {start} to {stop - 1} "
@@ -222,7 +228,7 @@ class LabelSet:
         """Makes room for more seeds; stored shards stay as they are."""
         assert self._locks is not None
         with self._locks.held(_METADATA):
-            for key in ["view_check", *self.encoding.arrays(len(self.classes))]:
+            for key in [*self.encoding.arrays(len(self.classes)), "view_check"]:
                 path = self.path / key / "zarr.json"
                 document = json.loads(path.read_text())
                 if document["shape"][0] < seeds:
@@ -242,31 +248,53 @@ def read_attributes(path: Path) -> dict[str, Any]:
         document = json.loads((path / "zarr.json").read_text())
         attributes: dict[str, Any] = document["attributes"]["sskt"]
     except FileNotFoundError as error:
+        if (path / "view_check").is_dir():
+            raise CorruptStore(f"label set {path.name} has lost its zarr.json") from error
         raise MissingData(f"no label set at {path}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptStore(f"{path / 'zarr.json'} is not a label set's metadata") from error
-    if attributes.get("format", 0) > FORMAT:
-        raise CorruptStore(
-            f"label set {path.name} has format {attributes['format']}, this version of sskt "
-            f"reads up to {FORMAT}; update sskt"
-        )
-    if digest_of(attributes["spec"]) != attributes["digest"]:
-        raise CorruptStore(f"label set {path.name}: its spec does not match its digest")
+    try:
+        if attributes["format"] > FORMAT:
+            raise CorruptStore(
+                f"label set {path.name} has format {attributes['format']}, this version of sskt "
+                f"reads up to {FORMAT}; update sskt"
+            )
+        if digest_of(attributes["spec"]) != attributes["digest"]:
+            raise CorruptStore(f"label set {path.name}: its spec does not match its digest")
+        if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
+            raise CorruptStore(f"label set {path.name}: its classes do not match its spec")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptStore(f"{path / 'zarr.json'} is not a label set's metadata") from error
     return attributes
 
 
 def open_label_set(path: Path) -> LabelSet:
     """Opens a label set for reading. Raises ``MissingData``, ``CorruptStore``."""
     attributes = read_attributes(path)
+    spec, classes = attributes["spec"], attributes["classes"]
+    arrays = encoding_of(spec["encoding"]).arrays(len(classes))
     try:
-        document = json.loads((path / "view_check" / "zarr.json").read_text())
+        document = _array_metadata(path, "view_check")
         seeds, samples = document["shape"]
         rows = document["chunk_grid"]["configuration"]["chunk_shape"][1]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptStore(f"label set {path.name}: view_check has no readable metadata") from error
-    label_set = LabelSet(path, attributes, seeds, samples, rows)
-    encoding_of(label_set.spec["encoding"])
-    return label_set
+        if samples != spec["target"]["size"] or document["data_type"] != "uint32" or rows < 1:
+            raise ValueError(f"view_check is {document['data_type']} {document['shape']}")
+        for key, (dtype, width, _) in arrays.items():
+            found = _array_metadata(path, key)
+            shard = found["chunk_grid"]["configuration"]["chunk_shape"]
+            have = (found["shape"][1:], shard, found["data_type"])
+            if have != ([samples, width], [1, rows, width], dtype.name):
+                raise ValueError(f"{key} is {found['data_type']} {found['shape']}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CorruptStore(f"label set {path.name}: unreadable metadata ({error})") from error
+    return LabelSet(path, attributes, seeds, samples, rows)
+
+
+def _array_metadata(path: Path, array: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((path / array / "zarr.json").read_text())
+    if document["chunk_key_encoding"] != _KEYS:
+        raise ValueError(f"{array} has other chunk keys")
+    return document
 
 
 def create_label_set(
@@ -292,13 +320,13 @@ def create_label_set(
             _create(path, spec, classes, seeds, shard_rows, made or {})
     label_set = open_label_set(path)
     label_set.writable, label_set._locks = True, locks
-    if label_set.seeds < seeds:
-        label_set.grow(seeds)
     if locks.claim(_SWEEP):
         for leftover in path.rglob("*.partial"):
             leftover.unlink(missing_ok=True)
         locks.release(_SWEEP)
     locks.claim(_SWEEP, shared=True, wait=True)
+    if label_set.seeds < seeds:
+        label_set.grow(seeds)
     return label_set
 
 
@@ -341,8 +369,7 @@ def _create(
             compressors=_codecs(check),
             fill_value=check.type(0),
         )
-        building.rename(path)
-        sync_folder(path.parent)
+        durable_rename(building, path)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -363,4 +390,5 @@ def list_label_sets(cache: Path) -> list[LabelSet]:
             f"no cache folder {cache}; make one with sskt cache-teachers --cache {cache}"
         )
     names = sorted(p for p in cache.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [open_label_set(p) for p in names if (p / "zarr.json").exists()]
+    sets = [p for p in names if (p / "zarr.json").exists() or (p / "view_check").is_dir()]
+    return [open_label_set(p) for p in sets]

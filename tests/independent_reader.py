@@ -72,7 +72,7 @@ class Reader:
         lacking = []
         for seed in range(self.seeds):
             for block in range(math.ceil(self.samples / self.rows)):
-                there = [self.shard_file(array, seed, block).is_file() for array in order]
+                there = [_holds_bytes(self.shard_file(array, seed, block)) for array in order]
                 if there[-1] and not all(there):
                     raise FormatError(f"seed {seed}, block {block} is there in part: {there}")
                 if not there[-1]:
@@ -81,7 +81,7 @@ class Reader:
 
     def stored(self, array: str, seed: int, sample: int) -> NDArray[Any]:
         """One row of an array (of view_check: one number) as it is stored."""
-        if not self.shard_file(array, seed, sample // self.rows).is_file():
+        if not _holds_bytes(self.shard_file(array, seed, sample // self.rows)):
             raise FormatError(f"{array}: no shard for seed {seed}, sample {sample}")
         opened = zarr.open_array(self.path / array, mode="r")
         return np.asarray(opened[seed, sample])
@@ -113,6 +113,11 @@ class Reader:
 
     def check(self, seed: int, sample: int) -> int:
         return int(self.stored("view_check", seed, sample))
+
+
+def _holds_bytes(shard: Path) -> bool:
+    """Zarr gives fill values for a file that is missing, and for one of 0 bytes."""
+    return shard.is_file() and shard.stat().st_size > 0
 
 
 def open_set(path: Path) -> Reader:
