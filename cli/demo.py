@@ -11,6 +11,7 @@ import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress
 from sskt.cli.teachers import open_sources
+from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig
@@ -20,6 +21,7 @@ Bar = Callable[[str], Callable[[int, int], None]]
 SOURCE = "imagenet:efficientnet_lite0@96"
 BATCH_SIZE = 32
 LIVE_STEPS = 8
+MARKER = ".sskt-demo"
 
 
 @click.command("demo")
@@ -40,6 +42,7 @@ def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -
     """
     from sskt.trainer.config import TrainConfig
 
+    _own_folder(out)
     base = TrainConfig(
         target="shapes",
         epochs=epochs,
@@ -56,16 +59,28 @@ def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -
             "scratch": _train(base, out / "scratch", bar),
             "SSKT + TM": _train(taught, out / "sskt-tm", bar),
         }
-        live_step = _time_live(taught, bar)
+        live_image = _time_live(taught, bar)
     plot = out / "comparison.png"
     from sskt.trainer.records import plot_runs
 
     plot_runs(runs, plot)
-    result = _result(runs, cached, live_step)
+    result = _result(runs, cached, live_image)
     if as_json:
         print_json(result)
     else:
         _print(result, plot)
+
+
+def _own_folder(out: Path) -> None:
+    """The demo trains anew each time, so it deletes runs: only ever its own."""
+    marker = out / MARKER
+    try:
+        if out.exists() and not marker.exists() and any(out.iterdir()):
+            raise InputError(f"{out} is not the folder of an earlier demo; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise InputError(f"cannot use {out}: {error.strerror}") from error
 
 
 def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
@@ -103,7 +118,7 @@ def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
 
 
 def _time_live(config: TrainConfig, bar: Bar) -> float:
-    """Seconds of a training step with the source run in it, over a few steps after a first one."""
+    """Seconds an image takes with the source run in the step, over a few steps after a first."""
     from sskt.cli.training import _live_sources
     from sskt.trainer.loop import Hooks, Trainer, make_plan
 
@@ -112,15 +127,17 @@ def _time_live(config: TrainConfig, bar: Bar) -> float:
     hooks = Hooks(step=lambda epoch, done, total: timing(done, total))
     trainer = Trainer(make_plan(live, _live_sources(live)), hooks)
     trainer.train_epoch(max_steps=1)
-    return float(trainer.train_epoch(max_steps=LIVE_STEPS)["seconds"]) / LIVE_STEPS
+    record = trainer.train_epoch(max_steps=LIVE_STEPS)
+    return float(record["seconds"]) / int(record["images"])
 
 
-def _result(runs: dict[str, list[dict[str, Any]]], cached: Any, live_step: float) -> dict[str, Any]:
-    import math
+def _result(runs: dict[str, list[dict[str, Any]]], cached: Any, image: float) -> dict[str, Any]:
+    import statistics
 
-    images = runs["scratch"][-1]["images"]
-    live = live_step * math.ceil(images / BATCH_SIZE)
-    seconds = {name: min(r["seconds"] for r in records) for name, records in runs.items()}
+    live = image * runs["SSKT + TM"][-1]["images"]
+    seconds = {
+        name: statistics.median(r["seconds"] for r in records) for name, records in runs.items()
+    }
     return {
         "accuracy": {name: records[-1]["test_top1"] for name, records in runs.items()},
         "seconds_per_epoch": seconds | {"source in every step": live},
@@ -146,7 +163,7 @@ def _print(result: dict[str, Any], plot: Path) -> None:
             f"{seconds['source in every step']:.1f}",
         ],
     ]
-    print_table(["ResNet-20 on shapes", "test top-1, %", "seconds an epoch"], rows)
+    print_table(["ResNet-20 on shapes", "test top-1, %", "seconds an epoch (median)"], rows)
     if result["labels_written"]:
         seconds_once = f"{result['cache_seconds']:.0f} s, once"
         click.echo(f"\nlabels cached: {result['labels_written']:,} in {seconds_once}")

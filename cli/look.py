@@ -11,7 +11,7 @@ import click
 
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 from sskt.cli.teachers import error_text
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
 
 cache_option = click.option(
     "--cache", type=click.Path(path_type=Path), required=True, help="Folder of the label sets."
@@ -100,7 +100,12 @@ def inspect(
     All sets of one target and one view policy are shown together; name one to choose.
     """
     from sskt.teacher_cache.catalog import choose_sets, same_views
-    from sskt.teacher_cache.verify import Reopen, reopen_policy, reopen_target
+    from sskt.teacher_cache.verify import (
+        Reopen,
+        reopen_policy,
+        reopen_target,
+        stored_probabilities,
+    )
     from sskt.teacher_cache.views import Views, check_of
 
     chosen = choose_sets(cache, sets)
@@ -111,16 +116,29 @@ def inspect(
             f"{first.name} has samples 0 to {first.samples - 1} and seeds 0 to {first.seeds - 1}, "
             f"found sample {sample}, seed {seed}"
         )
+    for label_set in chosen:
+        if seed >= label_set.seeds or not label_set.has(
+            label_set.shard(seed, sample // label_set.rows)
+        ):
+            raise IncompleteLabels(
+                f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"
+            )
     instead = Reopen(target=target, root=root, device=device)
-    shown: dict[str, Any] = {"sample": sample, "seed": seed, "spec": first.spec}
-    opened = reopen_target(first, instead) if live or png else None
+    shown: dict[str, Any] = {
+        "sample": sample,
+        "seed": seed,
+        "specs": {s.name: s.spec for s in chosen},
+    }
+    skipped = stored_probabilities(first, sample, seed) is None
+    opened = reopen_target(first, instead) if (live or png) and not skipped else None
     if opened is not None:
         views = Views(opened, reopen_policy(first))
         view = views[sample, seed]
         stored = int(first.read_checks(seed, sample, sample + 1)[0])
+        label = int(opened.labels[sample])
         shown |= {
             "id": opened.ids[sample],
-            "label": opened.classes[opened.labels[sample]],
+            "label": opened.classes[label] if label >= 0 else None,
             "view": {"shape": list(view.shape), "check": f"{check_of(view):08x}"},
             "view_matches": stored == check_of(view),
         }
@@ -176,7 +194,7 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
 
 
 def _print_inspected(shown: dict[str, Any]) -> None:
-    spec = shown["spec"]
+    spec = next(iter(shown["specs"].values()))
     target, views = spec["target"], spec["views"]
     size, fingerprint = f"{target['size']:,} samples", target["fingerprint"][:19]
     click.echo(f"target   {target['name']} {target['split']}, {size}, {fingerprint}...")
@@ -193,6 +211,7 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     for source in shown["sources"]:
         name = f"{source['source']} ({source['arch']})"
         click.echo(f"\n{name}, {source['encoding']}, {source['label_set']}")
+        _print_source(shown["specs"][source["label_set"]]["source"])
         if source["skipped"]:
             click.echo("  no label: the image could not be read")
             continue
@@ -209,6 +228,14 @@ def _print_inspected(shown: dict[str, Any]) -> None:
             click.echo(f"distance, stored to recomputed label: {distance}")
         if "error" in live:
             click.echo(f"not recomputed: {live['error']}")
+
+
+def _print_source(spec: dict[str, Any]) -> None:
+    how, weights = spec["preprocessing"], spec["weights"][:19]
+    size = f"{how['size']}x{how['size']} {how['channels']}"
+    numbers = [" ".join(f"{x:.4g}" for x in how[key]) for key in ("mean", "std")]
+    click.echo(f"  weights {weights}..., {spec['precision']}, BatchNorm {spec['batchnorm']}")
+    click.echo(f"  input {size}, scale {how['scale']:g}, mean {numbers[0]}, std {numbers[1]}")
 
 
 @click.command("verify")

@@ -113,14 +113,18 @@ def cache_teachers(
     with working("opening target and sources"):
         from sskt.teacher_cache import stage
         from sskt.teacher_cache.encodings import parse_encoding
-        from sskt.teacher_cache.targets import default_policy, open_target
+        from sskt.teacher_cache.targets import default_policy, is_folder, open_target
         from sskt.teacher_cache.views import Views, parse_policy
 
         how = parse_encoding(encoding)
         seen = parse_policy(default_policy(target) if policy == "auto" else policy)
         views = Views(open_target(target, split, root=root, limit=limit, download=download), seen)
         opened = open_sources(sources, weights, preprocessing, precision, device)
-    where = {"target": target, "root": str(root) if root else None, "limit": limit}
+    where = {
+        "target": _full(Path(target)) if is_folder(target) else target,
+        "root": _full(root) if root else None,
+        "limit": limit,
+    }
     options = stage.StageOptions(
         batch_size=batch_size,
         workers=workers,
@@ -148,8 +152,7 @@ def open_sources(
     device: str,
 ) -> list[tuple[Source, dict[str, Any]]]:
     """The sources of a command line, each with the arguments that open it again."""
-    import torch
-
+    from sskt.teacher_cache.sources import usable_device
     from sskt.teacher_cache.zoo import open_source, parse_source
 
     wanted = [parse_source(text) for text in texts]
@@ -158,25 +161,29 @@ def open_sources(
         _by_name(weights, "=", names, "--weights"),
         _by_name(preprocessing, ":", names, "--preprocessing"),
     )
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = usable_device(device)
     opened = []
     for text, name in zip(texts, wanted, strict=True):
         file = files.get(name.name)
-        try:
-            source = open_source(
-                name,
-                weights=Path(file) if file else None,
-                preprocessing=fields.get(name.name, ""),
-                precision="float32" if precision == "float32" else "bfloat16",
-                device=place,
-            )
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"source {name.name} on device {place}: {str(error).splitlines()[0]}"
-            ) from error
-        how = {"source": text, "weights": file, "preprocessing": fields.get(name.name, "")}
+        source = open_source(
+            name,
+            weights=Path(file) if file else None,
+            preprocessing=fields.get(name.name, ""),
+            precision="float32" if precision == "float32" else "bfloat16",
+            device=place,
+        )
+        how = {
+            "source": text if name.file is None else text.replace(str(name.file), _full(name.file)),
+            "weights": _full(Path(file)) if file else None,
+            "preprocessing": fields.get(name.name, ""),
+        }
         opened.append((source, how))
     return opened
+
+
+def _full(path: Path) -> str:
+    """As recorded, so that verify finds it from any folder."""
+    return str(path.resolve())
 
 
 def _by_name(items: tuple[str, ...], mark: str, names: list[str], option: str) -> dict[str, str]:

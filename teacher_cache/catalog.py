@@ -43,7 +43,7 @@ def find_label_set(cache: Path, source: SourceName, target: Target, policy: Poli
         arch = f" ({source.recorded_arch})" if source.recorded_arch else ""
         raise MissingData(
             f"no labels of source {source.name}{arch} in {cache}; make them with sskt "
-            f"cache-teachers --source {source.name} --target {target.name} --cache {cache}"
+            f"cache-teachers --source {source.name} --target ... --cache {cache}"
         )
     fitting = [s for s in sets if first_difference(expected, s.spec) is None]
     if not fitting:

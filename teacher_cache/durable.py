@@ -13,7 +13,7 @@ from pathlib import Path
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from sskt.teacher_cache.errors import DiskFull
+from sskt.teacher_cache.errors import DiskFull, InputError
 
 
 def durable_write(path: Path, data: bytes | memoryview) -> None:
@@ -46,7 +46,8 @@ def naming_full_disk(path: Path) -> Iterator[None]:
             raise
         raise DiskFull(
             f"no room to write {path} ({error.strerror}); all shards "
-            "stored so far are valid: free some space and run the same command again"
+            "stored so far are valid: free some space and run the same command again "
+            "(sskt train: with --resume)"
         ) from error
 
 
@@ -93,8 +94,11 @@ class Locks:
 
     def __init__(self, path: Path) -> None:
         with naming_full_disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError as error:
+                raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Takes a byte; False if another process has it (and ``wait`` is not set)."""

@@ -61,5 +61,9 @@ class ViewMismatch(SsktError):
     """A replayed view differs from the one that the source saw."""
 
 
+class Diverged(SsktError):
+    """A training whose loss is no longer a finite number."""
+
+
 class TeacherMoved(SsktError):
     """A frozen source changed while it was labelling."""

@@ -40,6 +40,9 @@ def read_image(path: Path) -> UInt8:
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I;16"):
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
             clear = image.mode == "P" and "transparency" in image.info
             opaque = image.convert("RGBA") if clear else image
             return np.array(opaque.convert("RGB"), dtype=np.uint8)

@@ -172,9 +172,29 @@ def freeze(
     """Eval mode, no gradients, on the device, weights hashed: a ``Source``."""
     network = network.eval().requires_grad_(False)
     weights = state_sha256(network)
-    device = torch.device(device)
+    device = usable_device(str(device))
     network = network.to(device).to(memory_format=torch.channels_last)
-    return Source(name, arch, network, preprocessing, classes, weights, precision, device, code)
+    source = Source(name, arch, network, preprocessing, classes, weights, precision, device, code)
+    size = preprocessing.size
+    try:
+        source.log_probabilities(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise InputError(f"source {name} does not take input of {size} pixels: {what}") from error
+    source.check_frozen()
+    return source
+
+
+def usable_device(name: str) -> torch.device:
+    """``auto`` (cuda where there is one), ``cpu``, ``cuda:1``. Raises ``InputError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @contextmanager

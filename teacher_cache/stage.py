@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sskt.teacher_cache.encodings import Encoded, Encoding, measured_error
-from sskt.teacher_cache.errors import BadImage, InputError, MissingData
+from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError, MissingData
 from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import label_set_spec
@@ -35,7 +35,9 @@ ERROR_ROWS = 512
 """Rows on which a set's encoding error is measured (the first ones of seed 0)."""
 
 GROUP_BYTES = 2 * 2**30
-"""Most memory for the labels of seeds that share one decoding pass."""
+MOST_SEEDS = 4
+"""Most memory for the labels of seeds that share one decoding pass, and most of such seeds: what
+a kill can lose, and what loader workers hold in shared memory, grows with them."""
 
 POLL_SECONDS = 0.1
 """Pause between looks at shards that another process is labelling."""
@@ -104,8 +106,10 @@ class _Chunks(Dataset[_Chunk]):
             for row in rows:
                 try:
                     images.append(target.read(int(row)))
-                except (BadImage, MissingData) as error:
+                except BadImage as error:
                     bad.append((int(row), str(error)))
+                except MissingData as error:
+                    return _Chunk(rows, {}, {}, [], str(error))
             rows = np.setdiff1d(rows, [row for row, _ in bad])
         views: dict[int, Tensor] = {}
         checks: dict[int, NDArray[np.uint32]] = {}
@@ -254,7 +258,7 @@ def _groups(views: Views, sets: Sequence[LabelSet], seeds: int) -> Iterator[list
         row_bytes = sum(s.encoding.bytes_per_label(len(s.classes)) for s in alike)
         together = 1
         if views.target.images is None:
-            together = max(1, GROUP_BYTES // (rows * row_bytes))
+            together = max(1, min(GROUP_BYTES // (rows * row_bytes), MOST_SEEDS))
         for block in range(alike[0].blocks):
             shards = [alike[0].shard(seed, block) for seed in range(seeds)]
             wanted = [shard for shard in shards if not all(s.has(shard) for s in alike)]
@@ -287,6 +291,8 @@ class _Pending:
             rows = np.concatenate(self.sample)[:ERROR_ROWS]
             self.label_set.record("error", measured_error(self.label_set.encoding, rows))
         self.label_set.write(self.shard, self.encoded, self.checks)
+        if not self.label_set.has(self.shard):
+            raise CorruptStore(f"label set {self.label_set.name}: a shard vanished on writing")
         self.label_set.release(self.shard)
 
 

@@ -134,9 +134,8 @@ class LabelSet:
     def _array(self, name: str) -> Any:
         if name not in self._arrays:
             store = DurableStore(self.path, read_only=not self.writable)
-            config = {"write_empty_chunks": True}
-            mode = "r+" if self.writable else "r"
-            self._arrays[name] = zarr.open_array(store, path=name, mode=mode, config=config)
+            array = zarr.open_array(store, path=name, mode="r+" if self.writable else "r")
+            self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
     def write(self, shard: Shard, encoded: Encoded, checks: NDArray[np.uint32]) -> None:

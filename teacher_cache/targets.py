@@ -173,6 +173,7 @@ TARGETS: dict[str, TargetInfo] = {
     ),
 }
 FOLDER_LAYOUT = "DIR[/SPLIT]/CLASS/IMAGE"
+SPLIT_NAMES = ("test", "train", "training", "val", "valid", "validation")
 FOLDER_POLICY = "random-resized-crop-flip"
 
 
@@ -234,6 +235,11 @@ def open_folder(folder: Path, split: str) -> Target:
                 f"no folder {base if folder.is_dir() else folder}; expected {FOLDER_LAYOUT}"
             )
         base = folder
+        splits = sorted(s for s in SPLIT_NAMES if (folder / s).is_dir())
+        if splits:
+            raise MissingData(
+                f"{folder} has a folder {splits[0]} but no folder {split}; expected {FOLDER_LAYOUT}"
+            )
     classes = sorted(
         (d.name for d in os.scandir(base) if _visible(d) and d.is_dir()), key=os.fsencode
     )

@@ -6,6 +6,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import math
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -63,8 +64,11 @@ class SourceName:
         )
 
 
-def parse_source(text: str) -> SourceName:
-    """Reads a ``--source`` argument. Raises ``UnknownName`` or ``InputError``."""
+def parse_source(text: str, *, stored: bool = False) -> SourceName:
+    """Reads a ``--source`` argument; for reading ``stored`` labels any name will do.
+
+    Raises ``UnknownName`` or ``InputError``.
+    """
     body, _, digest = text.partition("#")
     body, size = _split_size(body)
     name, has_file, file = body.partition("=")
@@ -72,9 +76,12 @@ def parse_source(text: str) -> SourceName:
         path, _, factory = file.rpartition(":")
         if not name or not path.endswith(".py") or not factory.isidentifier():
             raise InputError(f"--source {text}: expected NAME=FILE.py:factory")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "primary":
+            what = "a source's name has letters, digits, - and _ (and is not 'primary')"
+            raise InputError(f"--source {text}: {what}")
         return SourceName(name, None, Path(path), factory, size, digest)
     name, _, arch = body.partition(":")
-    if name not in SOURCES:
+    if name not in SOURCES and not stored:
         raise UnknownName("source", name, SOURCES, "or your own network as NAME=FILE.py:factory")
     return SourceName(name, arch or None, None, "", size, digest)
 
@@ -297,14 +304,15 @@ def _user_network(wanted: SourceName) -> Loaded:
     spec = importlib.util.spec_from_file_location(f"sskt_source_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         with torch.random.fork_rng(devices=[]):
             spec.loader.exec_module(module)
+            if not hasattr(module, wanted.factory):
+                raise InputError(f"source {wanted.name}: {path} has no '{wanted.factory}'")
             network = getattr(module, wanted.factory)()
-    except AttributeError as error:
-        if hasattr(module, wanted.factory):
-            raise _user_error(wanted, error) from error
-        raise InputError(f"source {wanted.name}: {path} has no '{wanted.factory}'") from error
+    except InputError:
+        raise
     except Exception as error:
         raise _user_error(wanted, error) from error
     if not isinstance(network, nn.Module):

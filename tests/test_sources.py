@@ -89,31 +89,48 @@ def test_labels_are_float32_log_probabilities(tiny: Source) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    "forward", ["self.count += 1", "self.train()", "self[0].weight.data.mul_(1.001)"]
-)
-def test_a_network_that_changes_in_forward_is_found_out(forward: str, tmp_path: Path) -> None:
-    source = user_source(
+def changing(tmp_path: Path, forward: str, calls: int) -> Source:
+    """A network that runs ``forward`` in each of its calls after the first ``calls``."""
+    return user_source(
         tmp_path,
         f"""
 class Net(nn.Sequential):
+    calls = 0
     def __init__(self):
         pool = nn.AdaptiveAvgPool2d(1)
         super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), pool, nn.Flatten())
         self.register_buffer("count", torch.zeros(()))
     def forward(self, x):
         y = super().forward(x)
-        {forward}
+        self.calls += 1
+        if self.calls > {calls}:
+            {forward}
         return y
 
 def build():
     return Net()
 """,
     )
+
+
+CHANGES = ["self.count += 1", "self.train()", "self[0].weight.data.mul_(1.001)"]
+
+
+@pytest.mark.parametrize("forward", CHANGES)
+def test_a_network_that_changes_in_forward_is_found_out(forward: str, tmp_path: Path) -> None:
+    source = changing(tmp_path, forward, calls=2)
     source.check_frozen()
     source.log_probabilities(pictures())
     with pytest.raises(TeacherMoved, match="source own changed while labelling"):
         source.check_frozen()
+
+
+@pytest.mark.parametrize("forward", CHANGES)
+def test_a_network_that_changes_at_once_is_refused_when_opened(
+    forward: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TeacherMoved, match="source own changed while labelling"):
+        changing(tmp_path, forward, calls=1)
 
 
 def test_the_hash_sees_every_tensor(tiny: Source) -> None:

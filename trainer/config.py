@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import math
 import tomllib
 import types
 import typing
@@ -82,11 +83,18 @@ class TrainConfig:
             ("lr", self.lr > 0, "above 0"),
             ("memory", self.memory > 0, "above 0"),
             ("workers", self.workers is None or self.workers >= 0, "at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("gamma", self.gamma > 0, "above 0"),
+            ("milestones", all(m >= 1 for m in self.milestones), "at least 1 each"),
         ]
         for name, holds, want in rules:
             if not holds:
                 raise InputError(f"{name} must be {want}, found {getattr(self, name)}")
         for name, spec in FIELDS.items():
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} must be finite, found {value}")
             choices = spec.metadata["choices"]
             if choices and getattr(self, name) not in choices:
                 raise UnknownName(name, str(getattr(self, name)), choices)
@@ -165,14 +173,20 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     config = TrainConfig(**merged)
     if not config.target:
         raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
+    for name in ("live", "tm"):
+        if getattr(config, name) and not config.source:
+            raise InputError(f"--{name} needs --source")
+    for name in ("weights", "preprocessing"):
+        if getattr(config, name) and not config.live:
+            raise InputError(f"--{name} goes with --live; stored labels were made with their own")
     if config.source and config.cache is None and not config.live:
         raise InputError("training from labels needs --cache DIR (or --live to run the sources)")
     return config
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
+def config_json(config: TrainConfig) -> bytes:
     """``config.json``, readable by ``read_config``."""
-    path.write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+    return (json.dumps(config.as_dict(), indent=2) + "\n").encode()
 
 
 def read_config(path: Path) -> dict[str, Any]:

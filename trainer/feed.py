@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sskt.teacher_cache.errors import BadImage, MissingData
+from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.sources import IMAGENET_MEAN, IMAGENET_STD
 from sskt.teacher_cache.targets import Target
 from sskt.teacher_cache.views import Views
@@ -28,6 +28,7 @@ class Batch:
     samples: Int64
     views: Tensor
     bad: list[str]
+    error: str = ""
 
     def pin_memory(self) -> Batch:
         """Called by the loader for copies to a GPU that do not wait."""
@@ -50,12 +51,18 @@ class _Batches(Dataset[Batch]):
             try:
                 images.append(target.read(int(sample)))
                 kept.append(int(sample))
-            except (BadImage, MissingData) as error:
+            except BadImage as error:
                 bad.append(str(error))
+            except MissingData as error:
+                return Batch(samples, torch.empty(0), bad, str(error))
         rows = np.array(kept, np.int64)
         if not kept:
             return Batch(rows, torch.empty(0, dtype=torch.uint8), bad)
-        return Batch(rows, torch.from_numpy(self._views.of_images(images, rows, self._seed)), bad)
+        try:
+            views = self._views.of_images(images, rows, self._seed)
+        except InputError as error:
+            return Batch(samples, torch.empty(0), bad, str(error))
+        return Batch(rows, torch.from_numpy(views), bad)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,10 @@ class Feed:
     pin: bool = False
 
     def __call__(self, order: Int64, seed: int) -> Iterator[Batch]:
-        """Batches of ``order`` under view seed ``seed``. Raises ``BadImage``."""
+        """Batches of ``order`` under view seed ``seed``; empty ones only name what was skipped.
+
+        Raises ``BadImage`` (unless it is to be skipped), ``InputError``.
+        """
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         loader = DataLoader(
             _Batches(self.views, batches, seed),
@@ -78,10 +88,11 @@ class Feed:
             pin_memory=self.pin,
         )
         for batch in loader:
+            if batch.error:
+                raise InputError(batch.error)
             if batch.bad and self.on_error != "skip":
                 raise BadImage(batch.bad[0])
-            if len(batch.samples):
-                yield batch
+            yield batch
 
     def _processes(self) -> int:
         if self.views.target.images is not None:

@@ -58,17 +58,17 @@ class SSKTNetwork(nn.Module):
     def __init__(self, target: SmallResNet, source_classes: Mapping[str, int], *, tm: bool) -> None:
         super().__init__()
         self.target = target
-        self.heads = nn.ModuleDict(
-            {
-                name: TransferModule(target.stage_widths, target.transfer_width, classes)
-                if tm
-                else LinearHead(target.width, classes)
-                for name, classes in source_classes.items()
-            }
+        self.sources = tuple(source_classes)
+        self.heads = nn.ModuleList(
+            TransferModule(target.stage_widths, target.transfer_width, classes)
+            if tm
+            else LinearHead(target.width, classes)
+            for classes in source_classes.values()
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """float ``[n, 3, h, w]`` to h_prim(x) ``[n, C]`` and h_aux_m(x) ``[n, C_m]`` by source."""
         features = self.target.features(x)
-        auxiliary = {name: head(features) for name, head in self.heads.items()}
+        heads = zip(self.sources, self.heads, strict=True)
+        auxiliary = {name: head(features) for name, head in heads}
         return self.target.fc(features.pooled), auxiliary

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sskt.teacher_cache.encodings import EncodedTensors, as_tensors, soft_labels
-from sskt.teacher_cache.errors import ViewMismatch
+from sskt.teacher_cache.errors import CorruptStore, ViewMismatch
 from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.sources import Source
@@ -77,6 +77,10 @@ class _Slab:
     place: Int64
 
 
+def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
+    return np.concatenate([label_set.read_checks(window.seed, a, b) for a, b in window.ranges])
+
+
 class StoredLabels:
     """Slabs of several label sets over the same views, joined; the next one is read ahead.
 
@@ -100,7 +104,13 @@ class StoredLabels:
                 key: np.concatenate([p[key] for p in parts]) if len(parts) > 1 else parts[0][key]
                 for key in parts[0]
             }
-            skipped |= label_set.encoding.skipped(rows)
+            empty = label_set.encoding.skipped(rows)
+            if (empty & (_checks(label_set, window) != 0)).any():
+                raise CorruptStore(
+                    f"label set {label_set.name}: labels of seed {window.seed} are empty though "
+                    "their views were seen; run sskt verify"
+                )
+            skipped |= empty
             encoded.append(as_tensors(rows))
         checks = self._checks(window, skipped)
         place = np.full(sets[0].samples, -1, np.int64)
@@ -108,10 +118,7 @@ class StoredLabels:
         return _Slab(encoded, checks, skipped, place)
 
     def _checks(self, window: Window, skipped: NDArray[np.bool_]) -> NDArray[np.uint32]:
-        by_set = [
-            np.concatenate([s.read_checks(window.seed, a, b) for a, b in window.ranges])
-            for s in self._sets.values()
-        ]
+        by_set = [_checks(label_set, window) for label_set in self._sets.values()]
         differ = np.flatnonzero((np.stack(by_set) != by_set[0]).any(axis=0) & ~skipped)
         if len(differ):
             names = " and ".join(s.name for s in self._sets.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from sskt.teacher_cache.catalog import find_label_set, require_seeds
+from sskt.teacher_cache.durable import durable_write
 from sskt.teacher_cache.encodings import require_temperature
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import Diverged, InputError
 from sskt.teacher_cache.philox import permutation
-from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.sources import Source, usable_device
 from sskt.teacher_cache.store import LabelSet
 from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
 from sskt.teacher_cache.views import Views, evaluation_policy, parse_policy
 from sskt.teacher_cache.zoo import parse_source
 from sskt.trainer import records
-from sskt.trainer.config import TrainConfig, read_config, require_same, write_config
+from sskt.trainer.config import TrainConfig, config_json, read_config, require_same
 from sskt.trainer.feed import Feed, in_memory, normalise
 from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.labels import Labels, LiveLabels, NoLabels, StoredLabels, Window, epoch_windows
@@ -90,7 +92,10 @@ class Plan:
             "config": resolved,
             "parameters": {
                 "target": parameters_of(network.target),
-                "heads": {name: parameters_of(head) for name, head in network.heads.items()},
+                "heads": {
+                    name: parameters_of(head)
+                    for name, head in zip(network.sources, network.heads, strict=True)
+                },
             },
             "samples": len(self.views.target),
             "steps_per_epoch": self.steps_per_epoch,
@@ -124,7 +129,11 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
         default_policy(config.target) if config.policy == "auto" else config.policy
     )
     views = Views(target, policy)
-    names = [parse_source(text) for text in config.source]
+    if (target.labels < 0).any():
+        raise InputError(
+            f"{config.target} {config.split} has no labels to train the target task on"
+        )
+    names = [parse_source(text, stored=not config.live) for text in config.source]
     if len({n.name for n in names}) < len(names):
         raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
     sets: dict[str, LabelSet] = {}
@@ -137,7 +146,7 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs))
         require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
-    device = _device(config.device)
+    device = usable_device(config.device)
     return Plan(config, views, _test_views(config, views), sets, list(live), seeds, device)
 
 
@@ -152,17 +161,6 @@ def _test_views(config: TrainConfig, views: Views) -> Views | None:
             f"{config.target}: splits {config.split} and {split} differ in class {odd[0]}"
         )
     return Views(test, evaluation_policy(views.policy))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -241,9 +239,10 @@ class Trainer:
         following = [*windows[1:], *self.plan.windows(epoch + 1)[:1]]
         if epoch + 1 == config.epochs:
             following[-1:] = []
-        steps = self.plan.steps_per_epoch if max_steps is None else max_steps
+        planned = sum(-(-len(w.samples) // config.batch_size) for w in windows)
+        steps = planned if max_steps is None else min(max_steps, planned)
         totals: dict[str, Tensor] = {}
-        images = checked = done = 0
+        images = checked = done = unreadable = 0
         waited = 0.0
         for i, window in enumerate(windows):
             entered = time.perf_counter()
@@ -253,6 +252,9 @@ class Trainer:
             for batch in self.feed(order, window.seed):
                 if done == steps:
                     break
+                unreadable += len(batch.bad)
+                if not len(batch.samples):
+                    continue
                 checked += self.labels.check(batch.samples, batch.views.numpy())
                 views = batch.views.to(self.plan.device, non_blocking=True)
                 n = len(batch.samples)
@@ -269,6 +271,11 @@ class Trainer:
         means = {name: float(total) / images for name, total in totals.items()}
         seconds = time.perf_counter() - begin
         right = means.pop("right")
+        if not all(map(math.isfinite, means.values())):
+            raise Diverged(
+                f"the loss is not finite in epoch {epoch + 1} ({means['loss']}); lower --lr, "
+                "or train with --precision float32"
+            )
         return {
             "epoch": epoch,
             "view_seed": windows[0].seed,
@@ -276,6 +283,7 @@ class Trainer:
             **means,
             "train_top1": 100 * right,
             "images": images,
+            "skipped": len(self.views.target) - images if max_steps is None else unreadable,
             "views_checked": checked,
             "seconds": seconds,
             "label_wait_seconds": waited,
@@ -295,6 +303,8 @@ class Trainer:
         count = 0
         half = config.precision == "bfloat16"
         for batch in feed(np.arange(len(self.test.target)), 0):
+            if not len(batch.samples):
+                continue
             truth = labels[torch.from_numpy(batch.samples)].to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
                 logits = network(normalise(batch.views.to(device)))[0].float()
@@ -305,12 +315,13 @@ class Trainer:
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:
         """Trains to the last epoch, leaving metrics, events, checkpoints and a plot in ``out``."""
-        config = self.plan.config
+        config = dataclasses.replace(self.plan.config, out=out, seeds=self.plan.seeds)
         records.prepare_folder(out, resume=resume)
         if resume:
             require_same(read_config(out / records.CONFIG), config, out)
             self._restore(out)
-        write_config(out / records.CONFIG, dataclasses.replace(config, out=out))
+            records.write_metrics(out, self.records)
+        durable_write(out / records.CONFIG, config_json(config))
         events = records.Events(out, self.epoch)
         try:
             while self.epoch < config.epochs:

@@ -25,7 +25,10 @@ def prepare_folder(folder: Path, *, resume: bool) -> None:
         raise InputError(
             f"{folder} already holds a run; continue it with --resume, or choose another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot use {folder} for the run: {error.strerror}") from error
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -43,7 +46,9 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def write_metrics(folder: Path, records: Sequence[Record]) -> None:
     """All records, whole or not at all."""
-    durable_write(folder / METRICS, "".join(json.dumps(r) + "\n" for r in records).encode())
+    durable_write(
+        folder / METRICS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode()
+    )
 
 
 def save_checkpoint(folder: Path, state: Record) -> None:
