@@ -15,6 +15,9 @@ from helpers import TINY
 
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.errors import (
+    BadImage,
+    CorruptStore,
+    Diverged,
     IncompleteLabels,
     InputError,
     MissingData,
@@ -365,3 +368,100 @@ def test_recipes_that_ship_are_valid() -> None:
         make_config(fields, {"cache": Path("cache")})
     with pytest.raises(MissingData, match=r"shipped recipes: .*stl10-resnet20"):
         read_recipe(Path("nope"))
+
+
+def test_every_sample_is_used_whatever_the_order_of_windows(config: TrainConfig) -> None:
+    memory = 2 * 20 * 12 * 4 / 2**30
+    plan = make_plan(dataclasses.replace(config, memory=memory, batch_size=12, epochs=9))
+    trainer = Trainer(plan)
+    images = []
+    for trainer.epoch in range(6):
+        images.append(trainer.train_epoch()["images"])
+    assert images == [60] * 6
+
+
+def test_a_run_resumes_after_its_cache_has_grown(
+    sskt: Call, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    options = StageOptions(workers=0)
+    cache_teachers(views, [tiny], parse_encoding("f16"), 1, tmp_path / "cache", options)
+    arguments = ["--target", images, "--policy", "pad-crop-flip", "--source", "tiny"]
+    arguments += ["--cache", tmp_path / "cache", "--epochs", 1, "--out", tmp_path / "run"]
+    assert sskt("train", *arguments)[0] == 0
+    cache_teachers(views, [tiny], parse_encoding("f16"), 2, tmp_path / "cache", options)
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    status, _, err = sskt("train", "--resume", "--out", tmp_path / "run")
+    assert status == 0, err
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_emptied_shard_is_not_trained_on(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    options = StageOptions(workers=0, shard_rows=16)
+    report = cache_teachers(views, [tiny], parse_encoding("f16"), 1, tmp_path, options)
+    label_set = report.label_sets[0]
+    label_set.commit_path(label_set.shard(0, 1)).write_bytes(b"")
+    with pytest.raises(CorruptStore, match=r"labels/c/0/1/0 is gone or empty"):
+        Trainer(make_plan(dataclasses.replace(config, cache=tmp_path))).train_epoch()
+
+
+def test_skipped_samples_are_left_out_and_counted(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    broken = sorted((folder / "train/apple").iterdir())
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:40])
+    views = Views(open_target(str(folder)), parse_policy("pad-crop-flip"))
+    options = StageOptions(workers=0, shard_rows=10, on_error="skip")
+    report = cache_teachers(views, [tiny], parse_encoding("u8"), 2, tmp_path / "cache", options)
+    assert len(report.skipped) == len(broken) == 20
+    assert report.label_sets[0].coverage() == [1.0, 1.0]
+    plan = make_plan(dataclasses.replace(config, target=str(folder), cache=tmp_path / "cache"))
+    record = Trainer(plan).train_epoch()
+    assert (record["images"], record["skipped"]) == (40, 20)
+    scratch = dataclasses.replace(config, target=str(folder), source=[], tm=False)
+    with pytest.raises(BadImage, match=r"cannot decode image .*/train/apple/\d+\.png"):
+        Trainer(make_plan(scratch)).train_epoch()
+    skipping = dataclasses.replace(scratch, on_error="skip")
+    record = Trainer(make_plan(skipping)).train_epoch()
+    assert (record["images"], record["skipped"]) == (40, 20)
+    (folder / "train/bear/0000.png").unlink()
+    with pytest.raises(InputError, match="cannot read image"):
+        Trainer(dataclasses.replace(make_plan(skipping), views=views)).train_epoch()
+
+
+def test_divergence_is_said(config: TrainConfig) -> None:
+    plan = make_plan(dataclasses.replace(config, lr=1e18, source=[], tm=False))
+    with pytest.raises(Diverged, match="the loss is not finite in epoch 1"):
+        Trainer(plan).train_epoch()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--live"], "--live needs --source"),
+        (["--tm"], "--tm needs --source"),
+        (["--weights", "x"], "--weights goes with --live"),
+        (["--momentum", "-1"], "momentum must be in 0 .. 1"),
+        (["--memory", "inf"], "memory must be finite"),
+        (["--device", "cuda:77"], "device cuda:77 cannot be used"),
+        (["--model", "resnet21"], "unknown model 'resnet21'; known: resnet20"),
+    ],
+)
+def test_options_that_cannot_be_meant(sskt: Call, options: list[str], message: str) -> None:
+    status, out, err = sskt("train", "--target", "shapes", "--dry-run", *options)
+    assert (status, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_out_that_is_a_file(sskt: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = sskt("train", "--target", "shapes", "--limit", 8, "--out", tmp_path / "file")
+    assert status == 2 and "cannot use" in err and err.count("\n") == 1
