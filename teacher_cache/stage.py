@@ -102,15 +102,10 @@ class _Chunks(Dataset[_Chunk]):
         if target.images is not None:
             images = target.images[rows]
         else:
-            images = []
-            for row in rows:
-                try:
-                    images.append(target.read(int(row)))
-                except BadImage as error:
-                    bad.append((int(row), str(error)))
-                except MissingData as error:
-                    return _Chunk(rows, {}, {}, [], str(error))
-            rows = np.setdiff1d(rows, [row for row, _ in bad])
+            try:
+                images, rows, bad = target.read_all(rows)
+            except MissingData as error:
+                return _Chunk(rows, {}, {}, [], str(error))
         views: dict[int, Tensor] = {}
         checks: dict[int, NDArray[np.uint32]] = {}
         for seed in self._seeds if len(rows) else ():

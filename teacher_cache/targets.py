@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache import shapes
-from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.errors import BadImage, InputError, MissingData, UnknownName
 from sskt.teacher_cache.images import EXTENSIONS, UInt8, read_image
 
 Int64 = NDArray[np.int64]
@@ -50,6 +50,22 @@ class Target:
             return picture
         assert self.paths is not None
         return read_image(self.paths[sample])
+
+    def read_all(self, samples: Int64) -> tuple[list[UInt8], Int64, list[tuple[int, str]]]:
+        """Pictures of the readable ones of ``samples``, those samples, and (sample, why) of others.
+
+        Raises ``MissingData`` for a file that cannot be opened: that is no property of the sample.
+        """
+        images: list[UInt8] = []
+        kept: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for sample in samples.tolist():
+            try:
+                images.append(self.read(sample))
+                kept.append(sample)
+            except BadImage as error:
+                bad.append((sample, str(error)))
+        return images, np.array(kept, np.int64), bad
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import importlib.util
-import math
 import re
 import sys
 import urllib.error
@@ -135,31 +134,25 @@ def override_preprocessing(base: Preprocessing, text: str) -> Preprocessing:
 
     A single number for mean or std stands for all three channels.
     """
-    changes: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
+        known = ("size", "mean", "std", "channels", "scale")
+        if key not in known:
+            raise UnknownName("preprocessing field", key, known)
         try:
-            if key in ("mean", "std"):
-                numbers = tuple(float(x) for x in value.split("/"))
-                changes[key] = numbers * 3 if len(numbers) == 1 else numbers
-                if len(changes[key]) != 3 or not all(map(math.isfinite, numbers)):
-                    raise ValueError
-                if key == "std" and 0 in numbers:
-                    raise ValueError
-            elif key in ("size", "scale"):
-                changes[key] = int(value) if key == "size" else float(value)
-                if not 0 < changes[key] < math.inf:
-                    raise ValueError
-            elif key == "channels" and value in ("rgb", "bgr"):
-                changes[key] = value
-            elif key == "channels":
-                raise ValueError
-            else:
-                known = ("size", "mean", "std", "channels", "scale")
-                raise UnknownName("preprocessing field", key, known)
-        except ValueError:
+            base = replace(base, **{key: _field(key, value)})
+        except (ValueError, InputError):
             raise InputError(f"--preprocessing {key}: cannot use '{value}'") from None
-    return replace(base, **changes)
+    return base
+
+
+def _field(key: str, value: str) -> Any:
+    if key in ("mean", "std"):
+        numbers = tuple(float(x) for x in value.split("/"))
+        return numbers * 3 if len(numbers) == 1 else numbers
+    if key == "channels":
+        return value
+    return int(value) if key == "size" else float(value)
 
 
 def places365_classes() -> tuple[str, ...]:

@@ -46,17 +46,12 @@ class _Batches(Dataset[Batch]):
         samples, target = self._batches[index], self._views.target
         if target.images is not None:
             return Batch(samples, torch.from_numpy(self._views.batch(samples, self._seed)), [])
-        images, kept, bad = [], [], []
-        for sample in samples:
-            try:
-                images.append(target.read(int(sample)))
-                kept.append(int(sample))
-            except BadImage as error:
-                bad.append(str(error))
-            except MissingData as error:
-                return Batch(samples, torch.empty(0), bad, str(error))
-        rows = np.array(kept, np.int64)
-        if not kept:
+        try:
+            images, rows, unread = target.read_all(samples)
+        except MissingData as error:
+            return Batch(samples, torch.empty(0), [], str(error))
+        bad = [message for _, message in unread]
+        if not len(rows):
             return Batch(rows, torch.empty(0, dtype=torch.uint8), bad)
         try:
             views = self._views.of_images(images, rows, self._seed)
