@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, TeacherMoved
+from sskt.teacher_cache.batchnorm import EVAL, batch_of, set_batchnorm
+from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved
 
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]
@@ -64,10 +68,16 @@ class Preprocessing:
             x = F.interpolate(x, shape, mode="bilinear", align_corners=False, antialias=True)
         if self.channels == "bgr":
             x = x.flip(1)
-        mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
+        mean, std = _per_channel(self.mean, x.device), _per_channel(self.std, x.device)
         x = (x * (self.scale / 255) - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: Triple, device: torch.device) -> Tensor:
+    """``[1, 3, 1, 1]``, kept on the device: copying it there for each batch would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def state_sha256(network: nn.Module) -> str:
@@ -95,6 +105,8 @@ class Source:
 
     Use ``freeze`` to make one: it puts the network in eval mode without gradients.
     ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
+    ``batchnorm`` is ``eval`` or ``batch-B``: then whoever asks for labels passes the B samples
+    that belong together (``batch``), and no others with them.
     """
 
     name: str
@@ -106,6 +118,12 @@ class Source:
     precision: Precision
     device: torch.device
     code: str = ""
+    batchnorm: str = EVAL
+
+    @property
+    def batch(self) -> int | None:
+        """Samples that a forward pass takes together; None where a label depends on its own."""
+        return batch_of(self.batchnorm)
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names this source."""
@@ -115,34 +133,62 @@ class Source:
             "weights": self.weights,
             "preprocessing": self.preprocessing.identity(),
             "classes": classes_identity(self.classes),
-            "batchnorm": "eval",
+            "batchnorm": self.batchnorm,
             "precision": self.precision,
         }
         return identity | ({"code": self.code} if self.code else {})
 
-    def log_probabilities(self, views: Tensor) -> Tensor:
-        """log y_m of a batch of views: uint8 ``[n, H, W, 3]`` to float32 ``[n, C]``.
+    def forward(self, views: Tensor) -> Tensor:
+        """log y_m of a batch, on the device and without waiting for it: float32 ``[n, C]``.
 
-        y_m = softmax(h_s_m(x)) of equation 1 is its exponential; any temperature follows.
-        Raises ``InputError`` if the network's output is not finite ``[n, C]``.
+        ``views`` is uint8 ``[n, H, W, 3]``; or ``[n, K, H, W, 3]`` with the K stills that f_s
+        took from each clip: then y_m is the mean of their K softmaxes, from one forward pass of
+        n * K images. y_m = softmax(h_s_m(x)) of equation 1 is the result's exponential; any
+        temperature follows. Raises ``InputError`` if the network's output is not ``[n, C]``;
+        whether it is finite is for ``require_finite`` to say, once it is off the device.
         """
-        views = views.to(self.device, non_blocking=True)
+        clips = views.ndim == 5
+        usable = views.dtype == torch.uint8 and views.ndim in (4, 5) and views.shape[-1] == 3
+        if not usable or 0 in views.shape[1:]:
+            raise InputError(
+                f"source {self.name}: expected views of uint8 [n, H, W, 3] or [n, K, H, W, 3], "
+                f"found {views.dtype} {tuple(views.shape)}"
+            )
+        stills = views.shape[1] if clips else 1
+        images = views.to(self.device, non_blocking=True)
+        images = images.flatten(0, 1) if clips else images
         with torch.inference_mode(), full_float32(), self._autocast():
-            logits = self.network(self.preprocessing(views))
-            if not isinstance(logits, Tensor) or logits.shape != (len(views), len(self.classes)):
+            logits = self.network(self.preprocessing(images))
+            if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self.classes)):
                 found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise InputError(
                     f"source {self.name}: expected logits of shape "
-                    f"({len(views)}, {len(self.classes)}), found {found}"
+                    f"({len(images)}, {len(self.classes)}), found {found}"
                 )
             log_p = F.log_softmax(logits.float(), dim=1)
-        if not bool(torch.isfinite(log_p).all()):
-            raise InputError(
-                f"source {self.name}: the network's outputs are not finite; "
-                "check its weights and preprocessing"
-                + (", or use --precision float32" if self.precision != "float32" else "")
-            )
+            if stills > 1:
+                by_clip = log_p.view(len(views), stills, len(self.classes))
+                log_p = by_clip.logsumexp(dim=1) - math.log(stills)
         return log_p
+
+    def require_finite(self, log_p: NDArray[np.floating[Any]]) -> None:
+        """Raises ``InputError`` if a row of ``forward``'s result, off the device, is not finite."""
+        if not np.isfinite(log_p).all():
+            raise self._not_finite()
+
+    def log_probabilities(self, views: Tensor) -> Tensor:
+        """``forward``, waited for and checked: raises ``InputError`` if it is not finite."""
+        log_p = self.forward(views)
+        if not bool(torch.isfinite(log_p).all()):
+            raise self._not_finite()
+        return log_p
+
+    def _not_finite(self) -> InputError:
+        half = ", or use --precision float32" if self.precision != "float32" else ""
+        return InputError(
+            f"source {self.name}: the network's outputs are not finite; "
+            f"check its weights and preprocessing{half}"
+        )
 
     def _autocast(self) -> torch.autocast:
         half = self.precision == "bfloat16"
@@ -168,18 +214,28 @@ def freeze(
     precision: Precision = "float32",
     device: torch.device | str = "cpu",
     code: str = "",
+    batchnorm: str = EVAL,
 ) -> Source:
-    """Eval mode, no gradients, on the device, weights hashed: a ``Source``."""
+    """Eval mode, no gradients, on the device, weights hashed: a ``Source``.
+
+    ``batchnorm`` is ``eval`` or ``batch-B`` (``parse_batchnorm``). Raises ``InputError`` if the
+    network cannot run so on pictures of its size, ``TeacherMoved`` if running it changes it.
+    """
     network = network.eval().requires_grad_(False)
+    set_batchnorm(name, network, batchnorm)
     weights = state_sha256(network)
     device = usable_device(str(device))
     network = network.to(device).to(memory_format=torch.channels_last)
-    source = Source(name, arch, network, preprocessing, classes, weights, precision, device, code)
-    size = preprocessing.size
+    source = Source(
+        name, arch, network, preprocessing, classes, weights, precision, device, code, batchnorm
+    )
+    size, n = preprocessing.size, 1 if source.batch is None else 2
     try:
-        source.log_probabilities(torch.zeros(1, size, size, 3, dtype=torch.uint8))
-    except RuntimeError as error:
-        what = str(error).splitlines()[0]
+        source.log_probabilities(torch.zeros(n, size, size, 3, dtype=torch.uint8))
+    except SsktError:
+        raise
+    except Exception as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"source {name} does not take input of {size} pixels: {what}") from error
     source.check_frozen()
     return source

@@ -1,0 +1,85 @@
+"""BatchNorm of a source: stored statistics (``eval``), or those of fixed batches (``batch-B``)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sskt.teacher_cache.errors import InputError
+
+EVAL = "eval"
+
+
+def parse_batchnorm(mode: str, batch_size: int) -> str:
+    """``eval``, or for ``batch`` ``batch-B`` with B = ``batch_size``: what a spec records.
+
+    Raises ``InputError``: for another mode, and for a batch of fewer than 2 samples.
+    """
+    if mode == EVAL:
+        return EVAL
+    if mode != "batch":
+        raise InputError(f"--batchnorm {mode}: expected eval or batch")
+    if batch_size < 2:
+        raise InputError(
+            f"--batchnorm batch: a batch of {batch_size} has no statistics of its own; "
+            "give --batch-size 2 or more"
+        )
+    return f"batch-{batch_size}"
+
+
+def batch_of(batchnorm: str) -> int | None:
+    """B of ``batch-B``, None for ``eval``. Raises ``InputError`` for anything else."""
+    if batchnorm == EVAL:
+        return None
+    found = re.fullmatch(r"batch-([1-9][0-9]*)", batchnorm)
+    if found is None or int(found[1]) < 2:
+        raise InputError(
+            f"BatchNorm mode '{batchnorm}': expected eval, or batch-B with B of 2 or more"
+        )
+    return int(found[1])
+
+
+def set_batchnorm(name: str, network: nn.Module, batchnorm: str) -> None:
+    """Prepares a network in evaluation mode for the BatchNorm mode; its state_dict stays as it is.
+
+    In batch mode each BatchNorm layer normalises by mean and biased variance of what is in its
+    batch, and its running statistics are neither read nor moved; dropout and all else stay in
+    evaluation mode. ``name`` is the source's, for messages. Raises ``InputError``: in batch mode
+    if there is no such layer, in eval mode if a layer keeps no statistics to evaluate with.
+    """
+    layers = {k: m for k, m in network.named_modules() if isinstance(m, _BatchNorm)}
+    for layer in layers.values():
+        before = layer.__dict__.get("forward")
+        if isinstance(before, functools.partial) and before.func is _on_its_batch:
+            del layer.forward  # of a source that the same network was frozen as before
+    if batch_of(batchnorm) is None:
+        bare = [key for key, layer in layers.items() if layer.running_mean is None]
+        if bare:
+            raise InputError(
+                f"source {name}: BatchNorm layer '{bare[0]}' keeps no running statistics, so a "
+                "label would depend on its batch; use --batchnorm batch, which records the batch"
+            )
+        return
+    if not layers:
+        raise InputError(
+            f"source {name}: --batchnorm batch, but the network has no BatchNorm layer; "
+            "use --batchnorm eval"
+        )
+    for layer in layers.values():
+        # A subclass may do more than normalise (timm's BatchNormAct2d): its forward is kept.
+        forward = functools.partial(_on_its_batch, layer, layer.forward)
+        layer.forward = forward  # type: ignore[method-assign]
+
+
+def _on_its_batch(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward`` of a layer that, without statistics, takes those of its batch even in eval."""
+    mean, variance = layer.running_mean, layer.running_var
+    layer.running_mean = layer.running_var = None
+    try:
+        return forward(x)
+    finally:
+        layer.running_mean, layer.running_var = mean, variance

@@ -1,0 +1,124 @@
+"""A user's network as Python code: NAME=FILE.py:factory or NAME=package.module:factory."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from sskt.teacher_cache.declared import (
+    class_names,
+    count_outputs,
+    override_preprocessing,
+    undeclared,
+)
+from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.known_networks import Loaded, three
+from sskt.teacher_cache.source_names import SourceName
+from sskt.teacher_cache.sources import Preprocessing
+
+
+def own_network(wanted: SourceName, preprocessing: str) -> tuple[Loaded, Path]:
+    """Calls the factory. Also gives the file of its module: what identifies the code.
+
+    The module declares SIZE, MEAN and STD unless ``preprocessing`` (the --preprocessing text)
+    gives them, and CHANNELS, SCALE and CLASSES where needed.
+    Raises ``MissingData``, and ``InputError`` for whatever else is wrong with it.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module = _from_file(wanted) if wanted.file is not None else _imported(wanted)
+            path = _file_of(wanted, module)
+            place = wanted.file or wanted.module
+            if not hasattr(module, wanted.factory):
+                raise InputError(f"source {wanted.name}: {place} has no '{wanted.factory}'")
+            network = getattr(module, wanted.factory)()
+    except SsktError:
+        raise
+    except Exception as error:
+        raise _failed(wanted, error) from error
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise InputError(
+            f"source {wanted.name}: {wanted.factory}() gave {kind}, not a torch Module"
+        )
+    how = override_preprocessing(_declared(wanted, module, preprocessing), preprocessing)
+    try:
+        count = count_outputs(wanted, network, wanted.size or how.size)
+    except SsktError:
+        raise
+    except Exception as error:
+        raise _failed(wanted, error) from error
+    classes = class_names(wanted, count, getattr(module, "CLASSES", None), "CLASSES")
+    return (network, how, classes), path
+
+
+def _from_file(wanted: SourceName) -> ModuleType:
+    path = wanted.file
+    assert path is not None
+    if not path.is_file():
+        raise MissingData(f"source {wanted.name}: no file {path}")
+    spec = importlib.util.spec_from_file_location(f"sskt_source_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _imported(wanted: SourceName) -> ModuleType:
+    try:
+        return importlib.import_module(wanted.module)
+    except ModuleNotFoundError as error:
+        if not f"{wanted.module}.".startswith(f"{error.name}."):
+            raise
+        raise MissingData(
+            f"source {wanted.name}: no module {wanted.module}; install it or put its folder on "
+            "PYTHONPATH (a file is named with its .py: NAME=FILE.py:factory)"
+        ) from error
+
+
+def _file_of(wanted: SourceName, module: ModuleType) -> Path:
+    known = getattr(module, "__file__", None)
+    path = wanted.file or (Path(known) if known else None)
+    if path is None:
+        raise InputError(
+            f"source {wanted.name}: {wanted.module} is no module with a file of its own, so its "
+            "code cannot be recorded"
+        )
+    return path
+
+
+def _declared(wanted: SourceName, module: ModuleType, preprocessing: str) -> Preprocessing:
+    place = wanted.file or wanted.module
+    found = {key: getattr(module, key.upper()) for key in ("size", "mean", "std")
+             if hasattr(module, key.upper())}  # fmt: skip
+    missing = [key.upper() for key in undeclared(found, wanted, preprocessing)]
+    if missing:
+        raise InputError(
+            f"source {wanted.name}: {place} defines no {', '.join(missing)}; define them there, "
+            "or give --preprocessing size=...,mean=R/G/B,std=R/G/B"
+        )
+    usual = Preprocessing()
+    try:
+        return Preprocessing(
+            int(found.get("size", usual.size)),
+            three(found.get("mean", usual.mean)),
+            three(found.get("std", usual.std)),
+            getattr(module, "CHANNELS", "rgb"),
+            float(getattr(module, "SCALE", 1.0)),
+        )
+    except (TypeError, ValueError, InputError) as error:
+        names = "SIZE (one number), MEAN and STD (three each), CHANNELS ('rgb', 'bgr'), SCALE"
+        raise InputError(f"source {wanted.name}: {place}: check {names}: {error}") from error
+
+
+def _failed(wanted: SourceName, error: Exception) -> InputError:
+    what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    place = wanted.file or wanted.module
+    return InputError(f"source {wanted.name}: {place}:{wanted.factory} failed: {what}")
