@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
-from sskt.teacher_cache.spec import Spec, first_difference, require, views_spec
+from sskt.teacher_cache.spec import Spec, first_difference, require
 from sskt.teacher_cache.store import LabelSet, Shard, list_label_sets
-from sskt.teacher_cache.targets import Target
-from sskt.teacher_cache.views import Policy
+from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import SourceName
 
 
@@ -31,13 +30,13 @@ def choose_sets(cache: Path, wanted: Sequence[str]) -> list[LabelSet]:
     return fitting
 
 
-def find_label_set(cache: Path, source: SourceName, target: Target, policy: Policy) -> LabelSet:
-    """The one label set of ``source`` over exactly this target and these views.
+def find_label_set(cache: Path, source: SourceName, views: Views) -> LabelSet:
+    """The one label set of ``source`` over exactly this target and these views (any f_s).
 
     Raises ``MissingData`` if the source has no set at all, ``SpecMismatch`` (first differing
     field, both values) if it has sets for something else only, ``InputError`` if several fit.
     """
-    expected: Spec = {"target": target.identity(), "views": views_spec(policy)}
+    expected: Spec = {"target": views.target.identity(), "views": replayed(views.identity())}
     sets = [s for s in list_label_sets(cache) if _is_of(s, source)]
     if not sets:
         arch = f" ({source.recorded_arch})" if source.recorded_arch else ""
@@ -58,6 +57,11 @@ def find_label_set(cache: Path, source: SourceName, target: Target, policy: Poli
             f"choose one with --source {source.name}#DIGEST"
         )
     return fitting[0]
+
+
+def replayed(views: Spec) -> Spec:
+    """The part of a views' identity that the trainer replays: all but f_s."""
+    return {key: value for key, value in views.items() if key != "f_s"}
 
 
 def _is_of(label_set: LabelSet, source: SourceName) -> bool:
@@ -106,7 +110,8 @@ def seed_ranges(seeds: Iterable[int]) -> str:
 def same_views(sets: Sequence[LabelSet]) -> None:
     """Raises ``SpecMismatch`` unless all sets are over the same target and views."""
     for other in sets[1:]:
-        expected = {key: sets[0].spec[key] for key in ("target", "views")}
+        first = sets[0].spec
+        expected = {"target": first["target"], "views": replayed(first["views"])}
         difference = first_difference(expected, other.spec)
         if difference:
             raise SpecMismatch(

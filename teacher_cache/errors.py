@@ -37,6 +37,10 @@ class BadImage(InputError):
     """An image that cannot be decoded; the message names the file."""
 
 
+class BadClip(BadImage):
+    """A clip that is truncated or cannot be decoded; the message names the file."""
+
+
 class BadCheckpoint(InputError):
     """Weights that do not belong to the network, or a damaged or unsafe file."""
 

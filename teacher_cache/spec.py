@@ -11,8 +11,7 @@ from typing import Any
 from sskt.teacher_cache.encodings import Encoding
 from sskt.teacher_cache.errors import SpecMismatch
 from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.targets import Target
-from sskt.teacher_cache.views import Policy
+from sskt.teacher_cache.views import Views
 
 FORMAT = 1
 """Version of the on-disk format (docs/format.md)."""
@@ -20,18 +19,13 @@ FORMAT = 1
 Spec = dict[str, Any]
 
 
-def views_spec(policy: Policy) -> Spec:
-    """Policy, its version and parameters, and f_s: for pictures the view itself."""
-    return policy.identity() | {"f_s": "identity"}
-
-
-def label_set_spec(target: Target, source: Source, policy: Policy, encoding: Encoding) -> Spec:
+def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
     """All that a label depends on; two runs with equal specs make the same labels."""
     return {
         "format": FORMAT,
-        "target": target.identity(),
+        "target": views.target.identity(),
         "source": source.identity(),
-        "views": views_spec(policy),
+        "views": views.identity(),
         "encoding": encoding.identity(),
     }
 

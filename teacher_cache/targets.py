@@ -1,183 +1,142 @@
-"""Targets: the datasets trained on, as ordered samples with stable ids.
+"""Targets: the datasets trained on. ``TARGETS`` is the one table that a new target joins.
 
-``TARGETS`` is the one table that a new target joins; ``tests/test_targets.py`` runs its
+Each row names its loader, which is imported when it is used; ``tests/test_targets.py`` runs a
 conformance test over every row.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.folders import FOLDER_LAYOUT, open_folder
+from sskt.teacher_cache.samples import Asked, Target
 
-from sskt.teacher_cache import shapes
-from sskt.teacher_cache.errors import BadImage, InputError, MissingData, UnknownName
-from sskt.teacher_cache.images import EXTENSIONS, UInt8, read_image
+Progress = Callable[[int, int], None]
 
-Int64 = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One split of a dataset, in a fixed order. Sample i is row i of every label set over it.
-
-    labels: int64 ``[N]``, index into ``classes``. Exactly one of ``images`` (uint8
-    ``[N, H, W, 3]``) and ``paths`` (one file a sample) is given; ``sizes`` are the files' bytes.
-    """
-
-    name: str
-    split: str
-    classes: tuple[str, ...]
-    labels: Int64
-    ids: Sequence[str]
-    images: UInt8 | None = None
-    paths: tuple[Path, ...] | None = None
-    sizes: Int64 | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, sample: int) -> UInt8:
-        """Sample's picture: uint8 ``[H, W, 3]``. Raises ``BadImage`` for a damaged file."""
-        if self.images is not None:
-            picture: UInt8 = self.images[sample]
-            return picture
-        assert self.paths is not None
-        return read_image(self.paths[sample])
-
-    def read_all(self, samples: Int64) -> tuple[list[UInt8], Int64, list[tuple[int, str]]]:
-        """Pictures of the readable ones of ``samples``, those samples, and (sample, why) of others.
-
-        Raises ``MissingData`` for a file that cannot be opened: that is no property of the sample.
-        """
-        images: list[UInt8] = []
-        kept: list[int] = []
-        bad: list[tuple[int, str]] = []
-        for sample in samples.tolist():
-            try:
-                images.append(self.read(sample))
-                kept.append(sample)
-            except BadImage as error:
-                bad.append((sample, str(error)))
-        return images, np.array(kept, np.int64), bad
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the ordered ids and, for files, their sizes; for arrays, the pixels."""
-        digest = hashlib.sha256()
-        for i, sample in enumerate(self.ids):
-            size = 0 if self.sizes is None else int(self.sizes[i])
-            digest.update(f"{sample}\0{size}\n".encode("utf-8", "surrogateescape"))
-        if self.paths is None and self.images is not None:
-            digest.update(repr(self.images.shape).encode())
-            digest.update(np.ascontiguousarray(self.images).data)
-        return f"sha256:{digest.hexdigest()}"
-
-    def identity(self) -> dict[str, str | int]:
-        """The part of a label set's spec that names this split."""
-        return {
-            "name": self.name,
-            "split": self.split,
-            "size": len(self),
-            "fingerprint": self.fingerprint,
-        }
-
-    def limited(self, limit: int | None) -> Target:
-        """At most ``limit`` samples, evenly spread over the order (so over sorted classes too)."""
-        if limit is None or limit >= len(self):
-            return self
-        if limit < 1:
-            raise InputError(f"--limit must be at least 1, found {limit}")
-        return self.chosen(np.arange(limit, dtype=np.int64) * len(self) // limit)
-
-    def chosen(self, rows: Int64) -> Target:
-        """The samples ``rows`` in that order, as a target of its own."""
-        return replace(
-            self,
-            labels=self.labels[rows],
-            ids=[self.ids[i] for i in rows],
-            images=None if self.images is None else self.images[rows],
-            paths=None if self.paths is None else tuple(self.paths[i] for i in rows),
-            sizes=None if self.sizes is None else self.sizes[rows],
-        )
+MANIFESTS = (".csv", ".parquet")
+IMAGE_POLICY = "random-resized-crop-flip"
+CLIP_POLICY = "clip-corner-crop-flip"
 
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """A row of the table: how a target is opened, and what it is seen through by default."""
+    """A row of the table: how a target is opened, and what it is seen through by default.
+
+    ``loader`` is ``module:function`` of this package, a function of ``Asked``. ``get`` tells
+    how to get the files.
+    """
 
     about: str
     splits: tuple[str, ...]
     evaluation: str
     policy: str
     layout: str
-    load: Callable[[str, Path | None, bool], Target]
+    loader: str
+    get: str = "or pass --download"
+
+    def load(self, asked: Asked) -> Target:
+        """The split asked for."""
+        module, _, function = self.loader.partition(":")
+        found = getattr(importlib.import_module(f"sskt.teacher_cache.{module}"), function)
+        target: Target = found(asked)
+        return target
 
 
-def _root(name: str, root: Path | None) -> Path:
-    if root is None:
-        own = f"; for your own folder of that name write ./{name}" if Path(name).is_dir() else ""
-        raise MissingData(f"target {name} needs --root with {TARGETS[name].layout}{own}")
-    return root
-
-
-def _torchvision(name: str, split: str, root: Path | None, download: bool) -> Target:
-    from torchvision import datasets
-
-    folder = _root(name, root)
-    try:
-        if name == "stl10":
-            stl = datasets.STL10(str(folder), split=split, download=download)
-            data, labels = stl.data.transpose(0, 2, 3, 1), np.asarray(stl.labels, np.int64)
-            classes = tuple(stl.classes)
-        else:
-            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-            cifar = kind(str(folder), train=split == "train", download=download)
-            data, labels = cifar.data, np.asarray(cifar.targets, np.int64)
-            classes = tuple(cifar.classes)
-    except (RuntimeError, OSError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MissingData(
-            f"{name} {split} not found under {folder} ({what}); expected {TARGETS[name].layout}, "
-            "or pass --download"
-        ) from error
-    images = np.ascontiguousarray(data)
-    return Target(name, split, classes, labels, _numbers(len(labels)), images=images)
-
-
-def _shapes(split: str, root: Path | None, download: bool) -> Target:
-    labels = shapes.labels_of(split)
-    ids = _numbers(len(labels))
-    return Target("shapes", split, shapes.CLASSES, labels, ids, images=shapes.render(split))
-
-
-def _numbers(count: int) -> list[str]:
-    return [str(i) for i in range(count)]
-
-
-def _cifar(name: str, layout: str) -> TargetInfo:
-    load = functools.partial(_torchvision, name)
-    return TargetInfo(
-        "32x32, 50,000 / 10,000", ("train", "test"), "test", "pad-crop-flip", layout, load
-    )
-
+_FOLDS = tuple(f"{split}{fold}" for fold in ("", 2, 3) for split in ("train", "test"))
 
 TARGETS: dict[str, TargetInfo] = {
-    "cifar10": _cifar("cifar10", "cifar-10-batches-py/ (the Python version, unpacked)"),
-    "cifar100": _cifar("cifar100", "cifar-100-python/ (the Python version, unpacked)"),
+    "cifar10": TargetInfo(
+        "32x32, 50,000 / 10,000",
+        ("train", "test"),
+        "test",
+        "pad-crop-flip",
+        "cifar-10-batches-py/ (the Python version, unpacked)",
+        "arrays:torchvision_arrays",
+    ),
+    "cifar100": TargetInfo(
+        "32x32, 50,000 / 10,000",
+        ("train", "test"),
+        "test",
+        "pad-crop-flip",
+        "cifar-100-python/ (the Python version, unpacked)",
+        "arrays:torchvision_arrays",
+    ),
     "stl10": TargetInfo(
         "96x96, 5,000 / 8,000 (unlabeled: 100,000)",
         ("train", "test", "unlabeled"),
         "test",
         "pad-crop-flip",
         "stl10_binary/ (train_X.bin, train_y.bin, ...)",
-        functools.partial(_torchvision, "stl10"),
+        "arrays:torchvision_arrays",
+    ),
+    "imagenet": TargetInfo(
+        "1,000 classes, 1,281,167 / 50,000",
+        ("train", "val"),
+        "val",
+        IMAGE_POLICY,
+        "train/WNID/*.JPEG and val/WNID/*.JPEG, or val/*.JPEG with ILSVRC2012_devkit_t12/",
+        "pictures:imagenet",
+        "get it from image-net.org (it needs an account)",
+    ),
+    "places365": TargetInfo(
+        "365 scenes, full size, 1,803,460 / 36,500",
+        ("train", "val"),
+        "val",
+        IMAGE_POLICY,
+        "data_large_standard/, val_large/, places365_train_standard.txt, places365_val.txt, "
+        "categories_places365.txt",
+        "pictures:places365",
+    ),
+    "places365-small": TargetInfo(
+        "365 scenes, 256x256, 1,803,460 / 36,500",
+        ("train", "val"),
+        "val",
+        IMAGE_POLICY,
+        "data_256_standard/, val_256/, places365_train_standard.txt, places365_val.txt, "
+        "categories_places365.txt",
+        "pictures:places365",
+    ),
+    "voc2007": TargetInfo(
+        "20 classes, several a picture, 5,011 / 4,952",
+        ("train", "val", "trainval", "test"),
+        "test",
+        IMAGE_POLICY,
+        "[VOCdevkit/]VOC2007/{JPEGImages,Annotations,ImageSets/Main}/",
+        "pictures:voc",
+    ),
+    "voc2012": TargetInfo(
+        "20 classes, several a picture, 5,717 / 5,823",
+        ("train", "val", "trainval"),
+        "val",
+        IMAGE_POLICY,
+        "[VOCdevkit/]VOC2012/{JPEGImages,Annotations,ImageSets/Main}/",
+        "pictures:voc",
+    ),
+    "ucf101": TargetInfo(
+        "clips, 101 actions, 9,537 / 3,783 (split 1 of 3)",
+        _FOLDS,
+        "test",
+        CLIP_POLICY,
+        "UCF-101/CLASS/*.avi (or frames in CLASS/VIDEO/image_00001.jpg) and ucfTrainTestlist/",
+        "actions:ucf101",
+        "get UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip from "
+        "crcv.ucf.edu/data/UCF101.php and unpack them",
+    ),
+    "hmdb51": TargetInfo(
+        "clips, 51 actions, 3,570 / 1,530 (split 1 of 3)",
+        _FOLDS,
+        "test",
+        CLIP_POLICY,
+        "videos/CLASS/*.avi (or frames in CLASS/VIDEO/image_00001.jpg) and "
+        "splits/CLASS_test_splitN.txt",
+        "actions:hmdb51",
+        "get hmdb51_org.rar and test_train_splits.rar from "
+        "serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database and unpack them",
     ),
     "shapes": TargetInfo(
         "48x48, 2,000 / 500, rendered here from a seed: no files",
@@ -185,17 +144,30 @@ TARGETS: dict[str, TargetInfo] = {
         "test",
         "pad-crop-flip",
         "nothing: it is rendered",
-        _shapes,
+        "arrays:rendered_shapes",
+        "",
     ),
 }
-FOLDER_LAYOUT = "DIR[/SPLIT]/CLASS/IMAGE"
-SPLIT_NAMES = ("test", "train", "training", "val", "valid", "validation")
-FOLDER_POLICY = "random-resized-crop-flip"
 
 
-def is_folder(name: str) -> bool:
-    """Whether ``--target`` names a folder of class folders rather than a row of the table."""
-    return name not in TARGETS and (os.sep in name or name in (".", "..") or Path(name).is_dir())
+def root_of(asked: Asked) -> Path:
+    """The folder given with --root. Raises ``MissingData`` (with the expected layout) if none."""
+    if asked.root is None:
+        name = asked.name
+        own = f"; for your own folder of that name write ./{name}" if Path(name).is_dir() else ""
+        raise MissingData(f"target {name} needs --root with {TARGETS[name].layout}{own}")
+    return asked.root
+
+
+def is_own(name: str) -> bool:
+    """Whether ``--target`` names a user's folder or manifest rather than a row of the table."""
+    return name not in TARGETS and (
+        os.sep in name or name in (".", "..") or Path(name).is_dir() or _is_manifest(name)
+    )
+
+
+def _is_manifest(name: str) -> bool:
+    return Path(name).suffix.lower() in MANIFESTS
 
 
 def open_target(
@@ -205,98 +177,72 @@ def open_target(
     root: Path | None = None,
     limit: int | None = None,
     download: bool = False,
+    partial: bool = False,
+    decoder: str = "pyav",
+    strict: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Target:
-    """A split of a known target, or of a folder of class folders.
+    """A split of a known target, of a folder of class folders, or of a CSV or Parquet manifest.
 
-    Raises ``UnknownName`` (target or split), ``MissingData`` (with the expected layout).
+    partial: an official list may name files that are not there. decoder: of clips, ``pyav`` or
+    ``decord``; the frames of every clip are counted, once (``index.py``). strict: the contents
+    of all files join the identity. Raises ``UnknownName`` (target or split), ``MissingData``
+    (with the expected layout).
     """
-    if is_folder(name):
-        return open_folder(Path(name), split).limited(limit)
-    if name not in TARGETS:
-        hint = f"or the path of a folder laid out as {FOLDER_LAYOUT}"
-        raise UnknownName("target", name, TARGETS, hint)
-    info = TARGETS[name]
-    if split not in info.splits:
-        raise UnknownName(f"split of {name}", split, info.splits)
-    return info.load(split, root, download).limited(limit)
+    if is_own(name):
+        if _is_manifest(name):
+            from sskt.teacher_cache.manifests import open_manifest
+
+            target = open_manifest(Path(name), split, root, decoder)
+        else:
+            target = open_folder(Path(name), split, decoder)
+    else:
+        if name not in TARGETS:
+            hint = f"or the path of a folder laid out as {FOLDER_LAYOUT}, or of a .csv or .parquet"
+            raise UnknownName("target", name, TARGETS, hint)
+        info = TARGETS[name]
+        if split not in info.splits:
+            raise UnknownName(f"split of {name}", split, info.splits)
+        target = info.load(Asked(name, split, root, download, partial, decoder))
+    target = target.limited(limit)
+    if target.clips:
+        from sskt.teacher_cache.index import count_clips
+
+        target = count_clips(target, progress)
+    if strict and target.paths is not None:
+        from sskt.teacher_cache.index import hash_contents
+
+        target = replace(target, contents=hash_contents(target, progress))
+    return target
 
 
-def default_policy(name: str) -> str:
-    """The policy of the paper's code for a target; a folder is treated like ImageNet."""
-    return TARGETS[name].policy if name in TARGETS else FOLDER_POLICY
+def default_policy(name: str, *, clips: bool = False) -> str:
+    """The policy of the paper's code for a target; own pictures are treated like ImageNet."""
+    if name in TARGETS:
+        return TARGETS[name].policy
+    return CLIP_POLICY if clips else IMAGE_POLICY
 
 
-def evaluation_split(name: str) -> str:
+def evaluation_split(name: str, split: str = "train") -> str:
     """The split that accuracy is measured on: the table's, or the folder's test/val folder."""
     if name in TARGETS:
-        return TARGETS[name].evaluation
-    for split in ("test", "val", "validation"):
-        if (Path(name) / split).is_dir():
-            return split
+        evaluation = TARGETS[name].evaluation
+        if split == f"train{evaluation}":
+            raise InputError(
+                f"{name} {split} holds the split {evaluation} that accuracy is measured on; train on "
+                "train, or without evaluation: --test-split none"
+            )
+        fold = split.removeprefix("train")
+        return evaluation + fold if evaluation + fold in TARGETS[name].splits else evaluation
+    if _is_manifest(name):
+        from sskt.teacher_cache.manifests import manifest_splits
+
+        splits = manifest_splits(Path(name))
+        found = [s for s in ("test", "val", "validation") if s in splits]
+    else:
+        found = [s for s in ("test", "val", "validation") if (Path(name) / s).is_dir()]
+    if found:
+        return found[0]
     raise MissingData(
         f"no test or val folder in {name}; add one, or train without evaluation: --test-split none"
     )
-
-
-def open_folder(folder: Path, split: str) -> Target:
-    """Class folders under ``folder/split`` (or, for train, under ``folder`` itself).
-
-    Classes and files are taken in byte order of their names, so the order is the same on
-    every machine. Raises ``MissingData`` for a missing folder or a class without images.
-    """
-    base = folder / split
-    if not base.is_dir():
-        if split != "train" or not folder.is_dir():
-            raise MissingData(
-                f"no folder {base if folder.is_dir() else folder}; expected {FOLDER_LAYOUT}"
-            )
-        base = folder
-        splits = sorted(s for s in SPLIT_NAMES if (folder / s).is_dir())
-        if splits:
-            raise MissingData(
-                f"{folder} has a folder {splits[0]} but no folder {split}; expected {FOLDER_LAYOUT}"
-            )
-    classes = sorted(
-        (d.name for d in os.scandir(base) if _visible(d) and d.is_dir()), key=os.fsencode
-    )
-    if not classes:
-        raise MissingData(f"no class folders in {base}; expected {FOLDER_LAYOUT}")
-    ids: list[str] = []
-    labels: list[int] = []
-    sizes: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(_image_files(base / name, name), key=lambda item: os.fsencode(item[0]))
-        if not found:
-            raise MissingData(
-                f"class folder {base / name} holds no image "
-                f"({', '.join(sorted(EXTENSIONS))}); remove it or fill it"
-            )
-        ids += [sample for sample, _ in found]
-        sizes += [size for _, size in found]
-        labels += [label] * len(found)
-    return Target(
-        folder.resolve().name,
-        split,
-        tuple(classes),
-        np.array(labels, np.int64),
-        ids,
-        paths=tuple(base / sample for sample in ids),
-        sizes=np.array(sizes, np.int64),
-    )
-
-
-def _visible(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")
-
-
-def _image_files(folder: Path, prefix: str) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    for entry in os.scandir(folder):
-        if not _visible(entry):
-            continue
-        sample = f"{prefix}/{entry.name}"
-        if entry.is_dir():
-            found += _image_files(Path(entry.path), sample)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS:
-            found.append((sample, entry.stat().st_size))
-    return found

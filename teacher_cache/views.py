@@ -1,254 +1,26 @@
-"""Views: the uint8 picture a sample becomes under an augmentation seed, replayed exactly.
+"""Views: the uint8 picture or clip a sample becomes under an augmentation seed, replayed exactly.
 
 Teacher stage and trainer both call this module and nothing else. A view is a pure function of
-(policy, seed, sample, image); its parameters come from Philox words, never from a generator
-with state. Each policy runs batched (pictures of one size in RAM) and per sample (files);
-``docs/format.md`` gives the rules for an independent reader.
+(policy, seed, sample, pixels).
 """
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.errors import BadImage, InputError
+from sskt.teacher_cache.frame_sampling import CENTER, IDENTITY, FrameSampling
 from sskt.teacher_cache.images import UInt8
-from sskt.teacher_cache.philox import below, draw, unit
-from sskt.teacher_cache.targets import Target
+from sskt.teacher_cache.policies import POLICIES, Policy, PolicyInfo, clip_frames
+from sskt.teacher_cache.samples import Target
 
 Int64 = NDArray[np.int64]
-
-TRIES = 10
-"""Attempts of the random resized crop before it falls back to the centre (torchvision's)."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One augmentation policy with its parameters; ``version`` changes whenever pixels do."""
-
-    name: str
-    version: int = 1
-    parameters: dict[str, int | float] = field(default_factory=dict)
-
-    def identity(self) -> dict[str, Any]:
-        """The part of a label set's spec that names these views."""
-        return {"policy": self.name, "version": self.version, "parameters": self.parameters}
-
-    @property
-    def key(self) -> int:
-        """Second word of the Philox key: CRC-32 of the canonical JSON of ``identity()``."""
-        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
-        return zlib.crc32(text.encode())
-
-    def __str__(self) -> str:
-        options = ",".join(f"{k}={v}" for k, v in self.parameters.items())
-        return f"{self.name}:{options}" if options else self.name
-
-
-def _crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
-    words = draw(samples, seed, policy.key)
-    shifts = 2 * int(policy.parameters["padding"]) + 1
-    return below(words[:, 0], shifts), below(words[:, 1], shifts), below(words[:, 2], 2) == 1
-
-
-def _pad_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    top, left, flip = (x[0] for x in _crop_words(policy, np.array([sample]), seed))
-    padding = int(policy.parameters["padding"])
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    view = padded[top : top + height, left : left + width]
-    return view[:, ::-1] if flip else view
-
-
-def _pad_crop_flip_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
-    tops, lefts, flips = _crop_words(policy, samples, seed)
-    padding = int(policy.parameters["padding"])
-    _, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
-    views = windows[np.arange(len(images)), tops, lefts].transpose(0, 2, 3, 1)
-    views = np.ascontiguousarray(views)
-    views[flips] = views[flips, :, ::-1]
-    return views
-
-
-def crop_boxes(
-    policy: Policy, samples: Int64, seed: int, heights: Int64, widths: Int64
-) -> tuple[Int64, NDArray[np.bool_]]:
-    """Boxes of the random resized crop: int64 ``[n, 4]`` (top, left, height, width), and flips.
-
-    Torchvision's ``RandomResizedCrop``: ten attempts of area ~ U(scale), log ratio ~ U; else
-    the largest centred box whose ratio is allowed.
-    """
-    p = policy.parameters
-    flips = below(draw(samples, seed, policy.key)[:, 2], 2) == 1
-    boxes = np.zeros((len(samples), 4), np.int64)
-    log_low, log_high = np.log(p["ratio_min"]), np.log(p["ratio_max"])
-    open_ = np.ones(len(samples), bool)
-    for attempt in range(1, TRIES + 1):
-        words = draw(samples, seed, policy.key, block=attempt)
-        area = (
-            heights
-            * widths
-            * (p["scale_min"] + unit(words[:, 0]) * (p["scale_max"] - p["scale_min"]))
-        )
-        ratio = np.exp(log_low + unit(words[:, 1]) * (log_high - log_low))
-        w = np.floor(np.sqrt(area * ratio) + 0.5).astype(np.int64)
-        h = np.floor(np.sqrt(area / ratio) + 0.5).astype(np.int64)
-        fits = open_ & (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
-        top = below(words[:, 2], np.where(fits, heights - h + 1, 1))
-        left = below(words[:, 3], np.where(fits, widths - w + 1, 1))
-        boxes[fits] = np.stack([top, left, h, w], axis=1)[fits]
-        open_ &= ~fits
-        if not open_.any():
-            break
-    for i in np.flatnonzero(open_):
-        boxes[i] = _centre_box(int(heights[i]), int(widths[i]), p["ratio_min"], p["ratio_max"])
-    return boxes, flips
-
-
-def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, int, int, int]:
-    h, w = height, width
-    if width / height < low:
-        h = int(np.floor(width / low + 0.5))
-    elif width / height > high:
-        w = int(np.floor(height * high + 0.5))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    return picture.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _resized_crop(image: UInt8, box: NDArray[np.int64], flip: bool, size: int) -> UInt8:
-    top, left, height, width = (int(x) for x in box)
-    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    view = np.asarray(_resize(crop, size, size))
-    return view[:, ::-1] if flip else view
-
-
-def _random_resized_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    height, width = (np.array([x]) for x in image.shape[:2])
-    boxes, flips = crop_boxes(policy, np.array([sample]), seed, height, width)
-    return _resized_crop(image, boxes[0], bool(flips[0]), int(policy.parameters["size"]))
-
-
-def _random_resized_crop_flip_batch(
-    policy: Policy, images: UInt8, samples: Int64, seed: int
-) -> UInt8:
-    n, height, width, _ = images.shape
-    boxes, flips = crop_boxes(policy, samples, seed, np.full(n, height), np.full(n, width))
-    size = int(policy.parameters["size"])
-    crops = [
-        _resized_crop(im, b, bool(f), size) for im, b, f in zip(images, boxes, flips, strict=True)
-    ]
-    return np.stack(crops)
-
-
-def _resize_center_crop(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    height, width = image.shape[:2]
-    resize, size = int(policy.parameters["resize"]), int(policy.parameters["size"])
-    short = min(height, width)
-    new_height, new_width = resize * height // short, resize * width // short
-    view = np.asarray(_resize(Image.fromarray(image), new_width, new_height))
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    return view[top : top + size, left : left + size]
-
-
-def _none(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    return image
-
-
-def _none_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
-    return images.copy()
-
-
-PerSample = Callable[[Policy, UInt8, int, int], UInt8]
-Batched = Callable[[Policy, UInt8, Int64, int], UInt8]
-
-
-@dataclass(frozen=True)
-class PolicyInfo:
-    """A policy's defaults and its two executions; ``batched`` is None where none is faster."""
-
-    about: str
-    defaults: dict[str, int | float]
-    per_sample: PerSample
-    batched: Batched | None
-    evaluation: str
-
-
-POLICIES: dict[str, PolicyInfo] = {
-    "none": PolicyInfo("the image as it is", {}, _none, _none_batch, "none"),
-    "pad-crop-flip": PolicyInfo(
-        "zero padding, random crop of the image's own size, flip (CIFAR, STL10)",
-        {"padding": 4},
-        _pad_crop_flip,
-        _pad_crop_flip_batch,
-        "none",
-    ),
-    "random-resized-crop-flip": PolicyInfo(
-        "random area and aspect ratio, resized to size, flip (ImageNet, Places365, VOC)",
-        {"size": 224, "scale_min": 0.08, "scale_max": 1.0, "ratio_min": 3 / 4, "ratio_max": 4 / 3},
-        _random_resized_crop_flip,
-        _random_resized_crop_flip_batch,
-        "resize-center-crop",
-    ),
-    "resize-center-crop": PolicyInfo(
-        "shorter side to resize, centre crop of size (evaluation)",
-        {"resize": 256, "size": 224},
-        _resize_center_crop,
-        None,
-        "resize-center-crop",
-    ),
-}
-
-
-def parse_policy(text: str) -> Policy:
-    """``NAME`` or ``NAME:key=value,...`` to a policy with its defaults filled in.
-
-    Raises ``UnknownName`` for the name or a key, ``InputError`` for a value out of range.
-    """
-    name, _, options = text.partition(":")
-    if name not in POLICIES:
-        raise UnknownName("policy", name, POLICIES)
-    parameters = dict(POLICIES[name].defaults)
-    for item in filter(None, options.split(",")):
-        key, _, value = item.partition("=")
-        if key not in parameters:
-            known = parameters or {"(it has none)": 0}
-            raise UnknownName(f"parameter of policy {name}", key, known)
-        try:
-            parameters[key] = type(POLICIES[name].defaults[key])(value)
-        except ValueError:
-            raise InputError(f"policy {name}: {key} must be a number, found '{value}'") from None
-    _check_range(name, parameters)
-    return Policy(name, parameters=parameters)
-
-
-def _check_range(name: str, p: dict[str, int | float]) -> None:
-    bad = [k for k, v in p.items() if not np.isfinite(v) or v < 0 or (v == 0 and k != "padding")]
-    if bad:
-        raise InputError(f"policy {name}: {bad[0]} must be positive, found {p[bad[0]]}")
-    for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max"), ("size", "resize")):
-        if low in p and high in p and p[low] > p[high]:
-            raise InputError(f"policy {name}: {low} {p[low]} is above {high} {p[high]}")
-
-
-def evaluation_policy(policy: Policy) -> Policy:
-    """How a target trained under ``policy`` is seen at test time (REFERENCE: as is, or 256/224)."""
-    name = POLICIES[policy.name].evaluation
-    if name != "resize-center-crop" or policy.name == name:
-        return policy if policy.name == name else parse_policy(name)
-    size = int(policy.parameters["size"])
-    return parse_policy(f"{name}:resize={round(size * 256 / 224)},size={size}")
 
 
 def check_of(view: UInt8) -> int:
@@ -262,19 +34,64 @@ def checks_of(views: UInt8) -> NDArray[np.uint32]:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Views of the readable samples ``rows`` by seed, and (sample, why) of the others.
+
+    views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` of clips.
+    """
+
+    rows: Int64
+    views: dict[int, UInt8]
+    bad: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
 class Views:
-    """``views[sample, seed]`` is the uint8 picture ``[H, W, 3]`` that both sides see."""
+    """``views[sample, seed]`` is what both sides see: uint8 ``[H, W, 3]``, or ``[D, H, W, 3]``.
+
+    Made by ``open_views``. ``f_s`` picks the stills of a clip that a source sees.
+    """
 
     target: Target
     policy: Policy
+    f_s: FrameSampling = IDENTITY
+
+    def __post_init__(self) -> None:
+        info, name = POLICIES[self.policy.name], self.target.name
+        if (info.per_clip is not None) != self.target.clips:
+            kind, other = ("clips", "pictures") if self.target.clips else ("pictures", "clips")
+            fitting = ", ".join(
+                n for n, i in POLICIES.items() if bool(i.per_clip) == self.target.clips
+            )
+            raise InputError(
+                f"policy {self.policy.name} is for {other}, target {name} has {kind}; "
+                f"choose {fitting}"
+            )
+        if info.windows and self.target.starts is None:
+            raise InputError(f"policy {self.policy.name} needs {name} cut into windows: open_views")
+        if self.f_s.clips != self.target.clips:
+            what = "is of pictures, which have no frames" if self.f_s.clips else "holds clips"
+            raise InputError(f"frame sampling {self.f_s.name}: target {name} {what}")
+
+    @property
+    def _info(self) -> PolicyInfo:
+        return POLICIES[self.policy.name]
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names these views."""
+        identity = self.policy.identity() | {"f_s": self.f_s.identity()}
+        return identity | ({"decoder": self.target.decoder} if self.target.clips else {})
 
     def __getitem__(self, key: tuple[int, int]) -> UInt8:
         sample, seed = key
-        return self.of_image(self.target.read(sample), sample, seed)
+        if not self.target.clips:
+            return self.of_image(self.target.read(sample), sample, seed)
+        return self._clips(sample, [seed])[seed]
 
     def of_image(self, image: UInt8, sample: int, seed: int) -> UInt8:
         """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
-        view = POLICIES[self.policy.name].per_sample(self.policy, image, sample, seed)
+        assert self._info.per_sample is not None
+        view = self._info.per_sample(self.policy, image, sample, seed)
         return np.array(view, order="C")
 
     def of_images(self, images: Sequence[UInt8] | UInt8, samples: Int64, seed: int) -> UInt8:
@@ -282,10 +99,13 @@ class Views:
 
         Raises ``InputError`` if the views' sizes differ.
         """
-        batched = POLICIES[self.policy.name].batched
+        batched = self._info.batched
         if isinstance(images, np.ndarray) and batched is not None:
             return batched(self.policy, images, samples, seed)
         views = [self.of_image(im, int(s), seed) for im, s in zip(images, samples, strict=True)]
+        return self._stacked(views, samples)
+
+    def _stacked(self, views: Sequence[UInt8], samples: Sequence[int] | Int64) -> UInt8:
         for sample, view in zip(samples, views, strict=True):
             if view.shape != views[0].shape:
                 raise InputError(
@@ -296,8 +116,82 @@ class Views:
                 )
         return np.stack(views)
 
+    def _clips(self, sample: int, seeds: Sequence[int]) -> dict[int, UInt8]:
+        """Views of one clip under several seeds, its file decoded once."""
+        target, per_clip = self.target, self._info.per_clip
+        assert per_clip is not None and target.frames is not None
+        start = None if target.starts is None else int(target.starts[sample])
+        count = max(1, int(target.frames[sample]))
+        wanted = {s: clip_frames(self.policy, sample, s, start, count) for s in seeds}
+        numbers = sorted({int(n) for frames in wanted.values() for n in frames})
+        frames = target.read_frames(sample, numbers)
+        return {
+            seed: per_clip(self.policy, [frames[int(n)] for n in wanted[seed]], sample, seed)
+            for seed in seeds
+        }
+
+    def seen(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+        """Samples under several seeds, each decoded once.
+
+        Raises ``MissingData`` for a file that cannot be opened, ``InputError`` if the views'
+        sizes differ.
+        """
+        target = self.target
+        if target.clips:
+            return self._seen_clips(samples, seeds)
+        if target.images is not None:
+            images: Sequence[UInt8] | UInt8 = target.images[samples]
+            rows, bad = samples, list[tuple[int, str]]()
+        else:
+            images, rows, bad = target.read_all(samples)
+        if not len(rows):
+            return Seen(rows, {}, bad)
+        return Seen(rows, {seed: self.of_images(images, rows, seed) for seed in seeds}, bad)
+
+    def _seen_clips(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+        views: dict[int, list[UInt8]] = {seed: [] for seed in seeds}
+        rows: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for sample in samples.tolist():
+            try:
+                clips = self._clips(sample, seeds)
+            except BadImage as error:
+                bad.append((sample, str(error)))
+                continue
+            rows.append(sample)
+            for seed, clip in clips.items():
+                views[seed].append(clip)
+        stacked = {seed: self._stacked(made, rows) for seed, made in views.items() if made}
+        return Seen(np.array(rows, np.int64), stacked, bad)
+
+    def stills(self, views: UInt8, samples: Int64, seed: int) -> UInt8:
+        """What a source sees of views: pictures as they are, of clips the stills of f_s.
+
+        uint8 ``[n, H, W, 3]`` to the same; ``[n, D, H, W, 3]`` to ``[n, K, H, W, 3]``.
+        """
+        if not self.target.clips:
+            return views
+        depth = views.shape[1]
+        return np.stack(
+            [
+                view[self.f_s.frames(depth, int(s), seed)]
+                for view, s in zip(views, samples, strict=True)
+            ]
+        )
+
     def batch(self, samples: Int64, seed: int) -> UInt8:
-        """``self[s, seed]`` for each sample: uint8 ``[n, H, W, 3]``."""
-        if self.target.images is not None:
-            return self.of_images(self.target.images[samples], samples, seed)
-        return self.of_images([self.target.read(int(s)) for s in samples], samples, seed)
+        """``self[s, seed]`` for each sample, stacked. Raises ``BadImage``."""
+        seen = self.seen(samples, [seed])
+        if seen.bad:
+            raise BadImage(seen.bad[0][1])
+        return seen.views[seed]
+
+
+def open_views(target: Target, policy: Policy, f_s: FrameSampling | None = None) -> Views:
+    """A target under a policy; under an evaluation policy of clips, its windows are the samples.
+
+    Raises ``InputError`` if the policy is not for such a target.
+    """
+    if POLICIES[policy.name].windows and target.clips:
+        target = target.windows(int(policy.parameters["frames"]))
+    return Views(target, policy, f_s or (CENTER if target.clips else IDENTITY))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,15 @@ from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.zoo import open_source, parse_source
 
 TRAIN_EACH, TEST_EACH = 200, 50
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Indices of files are kept here and not in the user's home."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSKT_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,9 @@ from sskt.teacher_cache.encodings import (
     soft_labels,
 )
 from sskt.teacher_cache.errors import InputError, UnknownName
-from sskt.teacher_cache.targets import Target
-from sskt.teacher_cache.views import Views, parse_policy
+from sskt.teacher_cache.samples import Target
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 
 Float32 = NDArray[np.float32]

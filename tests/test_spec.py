@@ -25,8 +25,10 @@ from sskt.teacher_cache.spec import (
     name_of,
     require,
 )
-from sskt.teacher_cache.targets import Target, open_target
-from sskt.teacher_cache.views import parse_policy
+from sskt.teacher_cache.samples import Target
+from sskt.teacher_cache.targets import open_target
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.views import Views
 
 SPEC: Spec = {
     "format": 1,
@@ -75,7 +77,7 @@ def another(value: Any) -> Any:
 def made(tiny: Source, images: Path) -> Spec:
     target = open_target(str(images))
     return label_set_spec(
-        target, tiny, parse_policy("random-resized-crop-flip"), parse_encoding("topk-5")
+        Views(target, parse_policy("random-resized-crop-flip")), tiny, parse_encoding("topk-5")
     )
 
 
@@ -92,9 +94,8 @@ def test_the_order_of_keys_and_a_round_trip_change_nothing(made: Spec) -> None:
 
 def test_equal_runs_have_equal_specs(made: Spec, tiny: Source, images: Path) -> None:
     again = label_set_spec(
-        open_target(str(images)),
+        Views(open_target(str(images)), parse_policy("random-resized-crop-flip:size=224")),
         tiny,
-        parse_policy("random-resized-crop-flip:size=224"),
         parse_encoding("topk-5"),
     )
     assert again == made
@@ -148,12 +149,14 @@ def test_every_field_changes_the_digest_and_is_named(made: Spec) -> None:
 def test_what_goes_in_comes_out(tiny: Source, images: Path) -> None:
     target = open_target(str(images))
     policy, encoding = parse_policy("none"), parse_encoding("f16")
-    base = label_set_spec(target, tiny, policy, encoding)
+    base = label_set_spec(Views(target, policy), tiny, encoding)
 
     def differs(
         target: Target = target, source: Source = tiny, policy: str = "none", encoding: str = "f16"
     ) -> str:
-        other = label_set_spec(target, source, parse_policy(policy), parse_encoding(encoding))
+        other = label_set_spec(
+            Views(target, parse_policy(policy)), source, parse_encoding(encoding)
+        )
         difference = first_difference(base, other)
         assert difference is not None
         assert digest_of(other) != digest_of(base)

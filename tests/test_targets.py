@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +15,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import write_images
+from layouts import (
+    VOC_OBJECTS,
+    write_frames,
+    write_hmdb51,
+    write_imagenet,
+    write_list,
+    write_picture,
+    write_places365,
+    write_ucf101,
+    write_voc,
+)
 from torchvision import datasets
 
+from sskt.teacher_cache import listing
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.teacher_cache.images import UInt8
-from sskt.teacher_cache.targets import (
-    TARGETS,
-    Target,
-    default_policy,
-    evaluation_split,
-    open_target,
-)
-from sskt.teacher_cache.views import parse_policy
+from sskt.teacher_cache.folders import open_folder
+from sskt.teacher_cache.images import UInt8, read_image
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.samples import Target
+from sskt.teacher_cache.targets import TARGETS, default_policy, evaluation_split, open_target
 
 CIFAR_EACH, STL_EACH = 8, 12
 
@@ -64,6 +74,16 @@ def write_stl10(folder: Path) -> None:
     (folder / "fold_indices.txt").write_text("0 1 2\n" * 10)
 
 
+def write_manifest(folder: Path) -> None:
+    """scenes.csv: 6 train and 4 test pictures of three classes, one of them unknown."""
+    lines = ["path,label,split"]
+    for i in range(10):
+        write_picture(folder / f"{i}.jpg", i)
+        label = "" if i == 4 else f"scene {i % 3}"
+        lines.append(f"{i}.jpg,{label},{'train' if i % 5 < 3 else 'test'}")
+    write_list(folder / "scenes.csv", lines)
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Small files of the real layouts; torchvision is told not to compare their MD5."""
@@ -85,6 +105,18 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("meta", "fine_label_names"),
     )
     write_stl10(root / "stl10_binary")
+    write_imagenet(root / "imagenet")
+    write_places365(root / "places365")
+    write_places365(root / "places365-small", "256")
+    write_voc(root / "voc2007" / "VOCdevkit" / "VOC2007", TARGETS["voc2007"].splits)
+    write_voc(root / "voc2012" / "VOC2012", TARGETS["voc2012"].splits)
+    write_ucf101(root / "ucf101")
+    write_hmdb51(root / "hmdb51")
+    for split, each in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("jump", "run")):
+            for i in range(each):
+                write_frames(root / "clips" / split / name / f"v{i}", 10 * label + i)
+    write_manifest(root / "listed")
     with pytest.MonkeyPatch.context() as patch:
         for dataset in (datasets.CIFAR10, datasets.CIFAR100, datasets.STL10):
             for files in ("train_list", "test_list"):
@@ -105,22 +137,42 @@ SIZES = {
     "stl10 train": STL_EACH,
     "stl10 test": STL_EACH,
     "stl10 unlabeled": STL_EACH,
+    "imagenet train": 12,
+    "imagenet val": 12,
+    **{f"places365{kind} train": 9 for kind in ("", "-small")},
+    **{f"places365{kind} val": 7 for kind in ("", "-small")},
+    **{f"voc2007 {split}": len(VOC_OBJECTS) - 1 for split in TARGETS["voc2007"].splits},
+    **{f"voc2012 {split}": len(VOC_OBJECTS) - 1 for split in TARGETS["voc2012"].splits},
+    **{f"ucf101 train{fold}": 9 for fold in ("", 2, 3)},
+    **{f"ucf101 test{fold}": 3 for fold in ("", 2, 3)},
+    **{f"hmdb51 train{fold}": 8 for fold in ("", 2, 3)},
+    **{f"hmdb51 test{fold}": 4 for fold in ("", 2, 3)},
     "shapes train": 2000,
     "shapes test": 500,
     "folder train": 60,
     "folder test": 24,
+    "clips train": 6,
+    "clips test": 4,
+    "manifest train": 6,
+    "manifest test": 4,
 }
 CASES = [f"{name} {split}" for name, info in TARGETS.items() for split in info.splits] + [
-    "folder train",
-    "folder test",
+    f"{own} {split}" for own in ("folder", "clips", "manifest") for split in ("train", "test")
 ]
 
 
 def opened(case: str, roots: Path, images: Path) -> Target:
     name, split = case.split()
-    if name == "folder":
-        return open_target(str(images), split)
-    return open_target(name, split, root=roots)
+    own = {"folder": images, "clips": roots / "clips", "manifest": roots / "listed" / "scenes.csv"}
+    if name in own:
+        return open_target(str(own[name]), split)
+    root = roots / name if (roots / name).is_dir() else roots
+    return open_target(name, split, root=root, partial=name == "imagenet")
+
+
+def look(target: Target, sample: int) -> UInt8:
+    """The sample's picture, or its first frame."""
+    return target.read_frames(sample, [0])[0] if target.clips else target.read(sample)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -140,24 +192,37 @@ def test_every_target_conforms(case: str, target: Target) -> None:
     assert len(set(target.ids)) == n
     assert target.split == case.split()[1]
 
+    classes = len(target.classes)
+    assert len(set(target.classes)) == classes > 1
     assert target.labels.dtype == np.int64
-    assert target.labels.shape == (n,)
-    assert len(set(target.classes)) == len(target.classes) > 1
-    if target.split == "unlabeled":
-        assert (target.labels == -1).all()
+    if target.multi_label:
+        assert target.labels.shape == (n, classes)
+        assert set(np.unique(target.labels)) <= {-1, 0, 1}
+        assert (target.labels == 1).any()
     else:
-        assert target.labels.min() >= 0
-        assert target.labels.max() < len(target.classes)
+        assert target.labels.shape == (n,)
+        known = target.labels[target.labels != -1]
+        assert (len(known) == 0) == (target.split == "unlabeled")
+        assert ((known >= 0) & (known < classes)).all()
+    for sample in (0, n - 1):
+        text = target.label_text(sample)
+        assert text is None or text.strip("()").split(", ")[0].strip("()") in target.classes
 
     assert (target.images is None) != (target.paths is None)
+    assert (target.sizes is None) == (target.paths is None)
+    if target.clips:
+        assert target.frames is not None
+        assert target.frames.dtype == np.int64
+        assert target.frames.min() >= 1
+        assert not target.damaged
     for sample in (0, n // 2, n - 1):
-        picture = target.read(sample)
+        picture = look(target, sample)
         assert picture.dtype == np.uint8
         assert picture.ndim == 3
         assert picture.shape[2] == 3
         assert picture.flags.c_contiguous
-        np.testing.assert_array_equal(picture, target.read(sample))
-    assert not np.array_equal(target.read(0), target.read(n - 1))
+        np.testing.assert_array_equal(picture, look(target, sample))
+    assert not np.array_equal(look(target, 0), look(target, n - 1))
 
     identity = target.identity()
     assert list(identity) == ["name", "split", "size", "fingerprint"]
@@ -184,7 +249,7 @@ def test_the_fingerprint_sees_order_membership_and_size(target: Target) -> None:
         target.chosen(np.append(everything, 0)),
     ]
     if target.sizes is not None:
-        others.append(replace(target, sizes=target.sizes + (everything == 3)))
+        others.append(replace(target, sizes=target.sizes + (everything == 2)))
     else:
         assert target.images is not None
         pixels = target.images.copy()
@@ -197,19 +262,20 @@ def test_the_fingerprint_sees_order_membership_and_size(target: Target) -> None:
 
 def test_a_limit_is_spread_evenly_over_the_order(target: Target) -> None:
     n = len(target)
+    place = {sample: row for row, sample in enumerate(target.ids)}
     assert target.limited(None) is target
     assert target.limited(n) is target
     assert target.limited(10 * n) is target
-    for limit in (1, 5, n - 1):
+    for limit in {1, min(5, n - 1), n - 1}:
         some = target.limited(limit)
-        rows = [list(target.ids).index(sample) for sample in some.ids]
+        rows = [place[sample] for sample in some.ids]
         assert len(some) == limit
         steps = np.diff([*rows, n])
         assert rows[0] == 0
         assert steps.min() >= 1
         assert steps.max() - steps.min() <= 1
         np.testing.assert_array_equal(some.labels, target.labels[rows])
-        np.testing.assert_array_equal(some.read(limit - 1), target.read(rows[-1]))
+        np.testing.assert_array_equal(look(some, limit - 1), look(target, rows[-1]))
         assert some.fingerprint != target.fingerprint
     with pytest.raises(InputError, match="--limit must be at least 1, found 0"):
         target.limited(0)
@@ -245,6 +311,22 @@ def test_stl10_pictures_are_upright_and_labels_start_at_zero(roots: Path) -> Non
     np.testing.assert_array_equal(target.images, noise(101, STL_EACH, 96, 96, 3))
     assert target.labels.tolist() == [i % 10 for i in range(STL_EACH)]
     assert target.classes[0] == "airplane"
+
+
+def test_real_stl10_pictures_through_its_binary_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted((data / "stl10" / "labeled_examples").glob("original_*_*.png"))
+    pictures = np.stack([read_image(file) for file in files])
+    write_stl10(tmp_path / "stl10_binary")
+    pictures.transpose(0, 3, 2, 1).tofile(tmp_path / "stl10_binary" / "train_X.bin")
+    np.arange(1, 11, dtype=np.uint8).tofile(tmp_path / "stl10_binary" / "train_y.bin")
+    unchecked = [(name, None) for name, _ in datasets.STL10.train_list]
+    monkeypatch.setattr(datasets.STL10, "train_list", unchecked)
+    target = open_target("stl10", root=tmp_path)
+    assert [target.label_text(i) for i in range(10)] == [f.name.split("_")[1] for f in files]
+    assert target.images is not None
+    np.testing.assert_array_equal(target.images, pictures)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
@@ -400,13 +482,155 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 
 def test_folders_without_classes_or_at_all_name_the_layout(tmp_path: Path) -> None:
     write_files(tmp_path / "train", "x.png")
-    layout = re.escape("expected DIR[/SPLIT]/CLASS/IMAGE")
+    layout = re.escape("expected DIR[/SPLIT]/CLASS/FILE")
     with pytest.raises(MissingData, match=f"no class folders in .*train; {layout}"):
         open_target(str(tmp_path))
     with pytest.raises(MissingData, match=f"no folder .*nowhere; {layout}"):
         open_target(str(tmp_path / "nowhere"))
     with pytest.raises(MissingData, match=f"no folder .*nowhere; {layout}"):
         open_target(str(tmp_path / "nowhere"), "test")
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.zip"
+    file.touch()
+    with pytest.raises(MissingData, match=re.escape(f"{file} is a file; expected DIR")):
+        open_target(str(file))
+
+
+def test_a_broken_link_is_named_and_not_left_out(tmp_path: Path) -> None:
+    write_files(tmp_path, "a/x.png", "b/x.png")
+    for link in (tmp_path / "a" / "y.png", tmp_path / "c", tmp_path / "b" / "folder"):
+        link.symlink_to(tmp_path / "nowhere")
+        expected = re.escape(f"broken link {link} (No such file or directory); remove it, or put")
+        with pytest.raises(MissingData, match=expected):
+            open_target(str(tmp_path))
+        link.unlink()
+    itself = tmp_path / "a" / "itself"
+    itself.symlink_to(itself)
+    with pytest.raises(MissingData, match=r"broken link .*itself.*symbolic links"):
+        open_target(str(tmp_path))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", "x.png", "deep/y.png")
+    data = tmp_path / "data"
+    write_files(data, "a/x.png")
+    (data / "b").symlink_to(tmp_path / "elsewhere")
+    (data / "a" / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (data / "a" / "z.png").symlink_to(data / "a" / "x.png")
+    target = open_target(str(data))
+    assert list(target.ids) == ["a/again/y.png", "a/x.png", "a/z.png", "b/deep/y.png", "b/x.png"]
+    assert target.sizes is not None
+    assert target.sizes[1] == target.sizes[2] > 0
+
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MissingData, match=r"up/deep lies in itself, through a link; remove"):
+        open_target(str(data))
+    (tmp_path / "elsewhere" / "deep" / "up").unlink()
+    (data / "a" / "to_b").symlink_to(data / "b")
+    (tmp_path / "elsewhere" / "to_a").symlink_to(data / "a")
+    with pytest.raises(MissingData, match="lies in itself"):
+        open_target(str(data))
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    """A pipe that is named like a picture would hang its reader for ever."""
+    write_files(tmp_path, "a/x.png")
+    os.mkfifo(tmp_path / "a" / "y.png")
+    with pytest.raises(MissingData, match=r"a/y\.png is no file that can be read"):
+        open_target(str(tmp_path))
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder of somebody who is not root, for whom permissions do not count."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            for path in [folder, *folder.rglob("*")]:
+                if path.is_dir():
+                    path.chmod(0o755)
+            os.seteuid(os.getuid())
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+@pytest.mark.parametrize("closed", ["data", "data/train", "data/train/a", "data/train/a/deep"])
+def test_what_may_not_be_read_is_named(closed: str, mode: int, unprivileged: Path) -> None:
+    write_files(unprivileged / "data" / "train", "a/x.png", "a/deep/y.png", "b/x.png")
+    (unprivileged / closed).chmod(mode)
+    with pytest.raises(
+        MissingData, match=r"cannot (read|open) .*data.*: Permission denied"
+    ) as caught:
+        open_target(str(unprivileged / "data"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_clips(tmp_path: Path) -> None:
+    """Files and folders of frames are clips; a folder of frames is one sample."""
+    for name in ("run/b.AVI", "run/deep/c.mp4", "jump/x.webm"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100 + len(name)))
+    write_frames(tmp_path / "train" / "run" / "a (1)", 5, 4)
+    (tmp_path / "train" / "run" / "a (1)" / "n_frames").write_text("4")
+    (tmp_path / "train" / "run" / "notes.txt").write_text("no clip")
+    target = open_folder(tmp_path, "train", "decord")
+    assert target.clips
+    assert target.decoder == "decord"
+    assert target.classes == ("jump", "run")
+    assert list(target.ids) == ["jump/x.webm", "run/a (1)", "run/b.AVI", "run/deep/c.mp4"]
+    assert target.labels.tolist() == [0, 1, 1, 1]
+    frames = tmp_path / "train" / "run" / "a (1)"
+    assert target.sizes is not None
+    assert target.sizes.tolist() == [111, sum(p.stat().st_size for p in frames.iterdir()), 109, 114]
+    assert target.paths is not None
+    assert target.paths[1] == frames
+    before = target.fingerprint
+    with (frames / "image_00002.jpg").open("ab") as file:
+        file.write(b"!")
+    assert open_folder(tmp_path, "train").fingerprint != before
+
+
+def test_pictures_beside_clips_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, "a/x.png", "b/x.png")
+    (tmp_path / "b" / "y.avi").write_bytes(b"clip")
+    expected = r"holds pictures \(a/x.png\) and clips \(b/y.avi\); expected one kind"
+    with pytest.raises(MissingData, match=expected):
+        open_target(str(tmp_path))
+    (tmp_path / "b" / "y.avi").unlink()
+    write_frames(tmp_path / "b" / "frames", 1)
+    with pytest.raises(MissingData, match=r"pictures \(a/x.png\) and clips \(b/frames\)"):
+        open_target(str(tmp_path))
+
+
+def test_a_slow_file_system_gives_the_same_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the work is spread over threads, from the first chunk on that took too long."""
+    names = [f"{i:03d}.jpg" for i in range(3 * listing.CHUNK + 5)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes(i))
+    threads = set()
+    look_at = os.stat
+
+    def noted(path: str) -> os.stat_result:
+        threads.add(threading.get_ident())
+        return look_at(path)
+
+    monkeypatch.setattr(os, "stat", noted)
+    asked = [*names, "nowhere.jpg", str(tmp_path / names[7]), ".", "a\0b", "x" * 300]
+    expected = [*range(len(names)), listing.MISSING, 7, listing.FOLDER, *[listing.MISSING] * 2]
+    assert listing.sizes_of(tmp_path, asked).tolist() == expected
+    assert len(threads) == 1
+    monkeypatch.setattr(listing, "SLOW_SECONDS", 0)
+    assert listing.sizes_of(tmp_path, asked).tolist() == expected
+    assert len(threads) > 1
 
 
 def test_the_evaluation_split_of_a_folder_is_the_one_that_is_there(tmp_path: Path) -> None:
