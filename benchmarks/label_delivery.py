@@ -27,7 +27,8 @@ from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.stage import cache_teachers
 from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views, parse_policy
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.labels import Labels, LiveLabels, NoLabels, StoredLabels, Window

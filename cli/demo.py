@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress
-from sskt.cli.teachers import open_sources
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,20 +84,14 @@ def _own_folder(out: Path) -> None:
 
 def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
     from sskt.teacher_cache import stage
-    from sskt.teacher_cache.encodings import parse_encoding
-    from sskt.teacher_cache.targets import default_policy, open_target
-    from sskt.teacher_cache.views import Views, parse_policy
+    from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
 
-    assert config.cache is not None
     click.echo(f"caching {SOURCE} over shapes, {seeds} view seeds", err=True)
-    ((source, made),) = open_sources((SOURCE,), (), (), "float32", config.device)
-    views = Views(open_target("shapes", limit=config.limit), parse_policy(default_policy("shapes")))
-    made |= {"target": "shapes", "root": None, "limit": config.limit}
-    options = stage.StageOptions(made={source.name: made})
-    encoding = parse_encoding("f16")
-    return stage.cache_teachers(
-        views, [source], encoding, seeds, config.cache, options, bar("labels")
-    )
+    job = Job((SOURCE,), "shapes", str(config.cache), limit=config.limit, device=config.device)
+    opened = open_job_sources(job)
+    sources, options = [one.source for one in opened], job.options(opened)
+    views = open_job_views(job)
+    return stage.cache_teachers(views, sources, job.how, seeds, job.place, options, bar("labels"))
 
 
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:

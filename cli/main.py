@@ -12,12 +12,16 @@ from sskt.teacher_cache.errors import SsktError
 
 COMMANDS = {
     "cache-teachers": ("sskt.cli.teachers", "Label a target once with frozen sources."),
+    "plan": ("sskt.cli.planning", "What labelling will cost: bytes, hours, when it pays."),
     "train": (
         "sskt.cli.training",
         "Train a target network from stored soft labels, or from scratch.",
     ),
-    "ls": ("sskt.cli.look", "List the label sets of a cache."),
-    "inspect": ("sskt.cli.look", "Look at one sample under one seed: view, labels, recomputation."),
+    "ls": ("sskt.cli.listing", "List the label sets of a cache."),
+    "inspect": (
+        "sskt.cli.inspecting",
+        "Look at one sample under one seed: view, labels, recomputation.",
+    ),
     "verify": ("sskt.cli.look", "Check label sets: checksums, rows, coverage, recomputation."),
     "datasets": ("sskt.cli.look", "List the known targets."),
     "sources": ("sskt.cli.look", "List the known sources."),

@@ -115,11 +115,12 @@ def default_name(config: TrainConfig) -> str:
 def _live_sources(config: TrainConfig) -> list[Any]:
     if not (config.live and config.source):
         return []
-    from sskt.cli.teachers import open_sources
+    from sskt.teacher_cache.jobs import open_sources
 
-    weights, how = tuple(config.weights), tuple(config.preprocessing)
-    opened = open_sources(tuple(config.source), weights, how, "float32", config.device)
-    return [source for source, _ in opened]
+    opened = open_sources(
+        config.source, config.weights, config.preprocessing, "float32", config.device
+    )
+    return [one.source for one in opened]
 
 
 def _hooks(config: TrainConfig, bar: Callable[[str], Callable[[int, int], None]]) -> Hooks:

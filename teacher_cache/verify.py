@@ -15,12 +15,15 @@ from torch import Tensor
 from sskt.teacher_cache.catalog import seed_ranges, shard_name
 from sskt.teacher_cache.encodings import Encoded, as_tensors, soft_labels
 from sskt.teacher_cache.errors import CorruptStore, MissingData
+from sskt.teacher_cache.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.philox import PROBE, below, draw
+from sskt.teacher_cache.policies import Policy
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import label_set_spec, require
 from sskt.teacher_cache.store import LabelSet, Shard
-from sskt.teacher_cache.targets import Target, open_target
-from sskt.teacher_cache.views import Policy, Views, check_of
+from sskt.teacher_cache.targets import open_target
+from sskt.teacher_cache.views import Views, check_of, open_views
 from sskt.teacher_cache.zoo import open_source, parse_source
 
 TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
@@ -104,7 +107,7 @@ def reopen(label_set: LabelSet, instead: Reopen) -> tuple[Views, Source]:
     """
     made = label_set.attributes["made"]
     spec = label_set.spec
-    views = Views(reopen_target(label_set, instead), reopen_policy(label_set))
+    views = reopen_views(label_set, instead)
     text = instead.source or made.get("source")
     if not text:
         raise MissingData(f"label set {label_set.name} records no source; give it with --source")
@@ -115,20 +118,31 @@ def reopen(label_set: LabelSet, instead: Reopen) -> tuple[Views, Source]:
         preprocessing=made.get("preprocessing", ""),
         precision=spec["source"]["precision"],
         device=instead.device,
+        batchnorm=spec["source"]["batchnorm"],
     )
-    now = label_set_spec(views.target, source, views.policy, label_set.encoding)
+    now = label_set_spec(views, source, label_set.encoding)
     require(now, spec, label_set.name)
     return views, source
 
 
-def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
-    """The target a set was made over. Raises ``SpecMismatch`` if it is not the same now."""
+def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
+    """The views a set was made over. Raises ``SpecMismatch`` if its target is not the same now."""
     made, spec = label_set.attributes["made"], label_set.spec
     name = instead.target or made.get("target") or spec["target"]["name"]
     root = instead.root or (Path(made["root"]) if made.get("root") else None)
-    target = open_target(name, spec["target"]["split"], root=root, limit=made.get("limit"))
-    require({"target": target.identity()}, spec, label_set.name)
-    return target
+    target = open_target(
+        name,
+        spec["target"]["split"],
+        root=root,
+        limit=made.get("limit"),
+        partial=made.get("partial", False),
+        decoder=spec["views"].get("decoder", "pyav"),
+        strict=made.get("strict", False),
+    )
+    f_s = parse_frame_sampling(made.get("frame_sampling") or "center") if target.clips else None
+    views = open_views(target, reopen_policy(label_set), f_s)
+    require({"target": views.target.identity()}, spec, label_set.name)
+    return views
 
 
 def reopen_policy(label_set: LabelSet) -> Policy:
@@ -163,14 +177,31 @@ def compare(
     stored = _decode(label_set, encoded)
     if label_set.encoding.skipped(encoded)[0]:
         return Comparison(sample, seed, stored, stored, 0.0, True, True)
-    view = views[sample, seed]
-    log_p = source.log_probabilities(torch.from_numpy(view)[None]).cpu().numpy()
+    view, log_p = _recomputed(label_set, views, source, sample, seed)
     again = _decode(label_set, label_set.encoding.encode(log_p))
     check = int(label_set.read_checks(seed, sample, sample + 1)[0])
     distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)
     return Comparison(
         sample, seed, stored, np.exp(log_p[0]), distance, check == check_of(view), False
     )
+
+
+def _recomputed(
+    label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
+) -> tuple[UInt8, NDArray[np.float32]]:
+    """The view, and its label (log, float32 ``[1, C]``): BatchNorm's whole batch where needed."""
+    first, stop = sample, sample + 1
+    if source.batch is not None:
+        shard = label_set.shard(seed, sample // label_set.rows)
+        start = sample - (sample - shard.start) % source.batch
+        stop = min(start + source.batch, shard.stop)
+        first = max(0, min(start, stop - source.batch))
+    samples = np.arange(first, stop)
+    seen = views.batch(samples, seed)
+    stills = torch.from_numpy(views.stills(seen, samples, seed))
+    row = sample - first
+    log_p = source.log_probabilities(stills)[row : row + 1]
+    return seen[row], log_p.cpu().numpy()
 
 
 def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray[np.float32] | None:

@@ -12,6 +12,7 @@ from helpers import TINY
 from PIL import Image
 
 from sskt.cli.main import COMMANDS
+from sskt.teacher_cache.targets import TARGETS
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -108,9 +109,9 @@ def test_verify_finds_labels_that_are_not_the_sources(
 
 def test_datasets_and_sources(sskt: Call) -> None:
     status, out, _ = sskt("datasets")
-    assert status == 0 and "cifar10" in out and "DIR[/SPLIT]/CLASS/IMAGE" in out
+    assert status == 0 and "cifar10" in out and "DIR[/SPLIT]/CLASS/FILE" in out
     names = [t["name"] for t in json.loads(sskt("datasets", "--json")[1])]
-    assert names == ["cifar10", "cifar100", "stl10", "shapes", "a folder"]
+    assert names == [*TARGETS, "a folder", "a manifest"]
     status, out, _ = sskt("sources")
     assert status == 0 and "resnet50" in out
     known = {s["name"]: s for s in json.loads(sskt("sources", "--json")[1])}

@@ -21,6 +21,7 @@ from helpers import TINY, tree, write_images
 
 from sskt.teacher_cache import stage
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
+from sskt.teacher_cache.shares import VIEW_BYTES, Unit
 from sskt.teacher_cache.store import LabelSet, list_label_sets, open_label_set
 
 Sskt = Callable[..., tuple[int, str, str]]
@@ -329,22 +330,25 @@ def test_workers_do_not_change_bytes(
 def test_grouping_of_seeds_does_not_change_bytes(
     images: Path, tmp_path: Path, sskt: Sskt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = 12 * 2
-    for name, size in (("each", 1), ("two", 2 * 25 * row), ("all", 2**30)):
-        monkeypatch.setattr(stage, "GROUP_BYTES", size)
-        passes: list[int] = []
-        label = stage._label
+    sizes: list[int] = []
+    units = stage.units
 
-        def counted(*arguments: Any, _label: Any = label, _passes: Any = passes) -> None:
-            _passes.append(len(arguments[3]))
-            _label(*arguments)
+    def counted(*arguments: Any) -> list[Unit]:
+        found = units(*arguments)
+        sizes.extend(len(unit.shards) for unit in found)
+        return found
 
-        monkeypatch.setattr(stage, "_label", counted)
-        more = ("--seeds", 5, "--shard-rows", 25)
+    monkeypatch.setattr(stage, "units", counted)
+    held = 25 * 12 * 2 + 3 * 64 * VIEW_BYTES
+    for name, seeds, expected in (
+        ("each", 0.5, [1] * 15),
+        ("two", 2.1, [2, 2, 1] * 3),
+        ("all", 9, [5] * 3),
+    ):
+        sizes.clear()
+        more = ("--seeds", 5, "--shard-rows", 25, "--memory", 2 * seeds * held / 2**30)
         assert sskt(*stage_arguments(images, tmp_path / name, *more))[0] == 0
-        monkeypatch.setattr(stage, "_label", label)
-        expected = {"each": [1] * 15, "two": [2, 2, 1] * 3, "all": [stage.MOST_SEEDS, 1] * 3}
-        assert passes == expected[name]
+        assert sizes == expected
     assert contents(tmp_path / "each") == contents(tmp_path / "two") == contents(tmp_path / "all")
 
 

@@ -33,11 +33,14 @@ def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
 class TrainConfig:
     """What a run is. Fields that change its numbers are compared when it is resumed."""
 
-    target: str = _option("", "known target (sskt datasets) or a folder of class folders")
+    target: str = _option("", "known target (sskt datasets), folder of class folders or manifest")
     root: Path | None = _option(None, "where the target's data lives")
     split: str = _option("train", "split to train on")
     test_split: str = _option("auto", "split to measure accuracy on; 'none' for no evaluation")
     limit: int | None = _option(None, "use only this many training samples, evenly spread")
+    partial: bool = _option(False, "take what is there of an official list of files")
+    decoder: str = _option("pyav", "of clips", ("pyav", "decord"))
+    strict_fingerprint: bool = _option(False, "compare files by contents, not names and sizes")
     policy: str = _option("auto", "view policy, NAME[:key=value,...]; auto: the target's own")
     model: str = _option("resnet20", "target network: resnet20, 32, 44, 56, 110")
     source: list[str] = _option([], "source whose labels to train from; repeat; none: scratch")
@@ -62,7 +65,7 @@ class TrainConfig:
         [], "epochs where lr is multiplied by gamma; default 30, 60, 80 % of the epochs"
     )
     gamma: float = _option(0.2, "factor of lr at a milestone")
-    cache: Path | None = _option(None, "folder of the label sets")
+    cache: str | Path | None = _option(None, "folder or URL (s3://...) of the label sets")
     out: Path | None = _option(None, "folder of this run; default runs/NAME")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
     precision: str = _option("float32", "arithmetic of the target network", ("float32", "bfloat16"))

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import IMAGENET_MEAN, IMAGENET_STD
-from sskt.teacher_cache.targets import Target
 from sskt.teacher_cache.views import Views
 
 Int64 = NDArray[np.int64]
@@ -23,7 +23,10 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 views ``[n, H, W, 3]`` of ``samples``; ``bad`` names files that could not be read."""
+    """uint8 views ``[n, H, W, 3]`` (clips: ``[n, D, H, W, 3]``) of ``samples``.
+
+    ``bad`` names files that could not be read.
+    """
 
     samples: Int64
     views: Tensor
@@ -43,21 +46,15 @@ class _Batches(Dataset[Batch]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch:
-        samples, target = self._batches[index], self._views.target
-        if target.images is not None:
-            return Batch(samples, torch.from_numpy(self._views.batch(samples, self._seed)), [])
+        samples = self._batches[index]
         try:
-            images, rows, unread = target.read_all(samples)
-        except MissingData as error:
-            return Batch(samples, torch.empty(0), [], str(error))
-        bad = [message for _, message in unread]
-        if not len(rows):
-            return Batch(rows, torch.empty(0, dtype=torch.uint8), bad)
-        try:
-            views = self._views.of_images(images, rows, self._seed)
+            seen = self._views.seen(samples, [self._seed])
         except InputError as error:
-            return Batch(samples, torch.empty(0), bad, str(error))
-        return Batch(rows, torch.from_numpy(views), bad)
+            return Batch(samples, torch.empty(0), [], str(error))
+        bad = [message for _, message in seen.bad]
+        if not len(seen.rows):
+            return Batch(seen.rows, torch.empty(0, dtype=torch.uint8), bad)
+        return Batch(seen.rows, torch.from_numpy(seen.views[self._seed]), bad)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def in_memory(
     The samples, their ids and the fingerprint stay the same, and so does every view. Unreadable
     files leave the target as it is, so that they are reported where they are used.
     """
-    if target.images is not None or not len(target):
+    if target.images is not None or target.clips or not len(target):
         return target
     try:
         first = target.read(0)

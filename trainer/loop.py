@@ -20,10 +20,11 @@ from sskt.teacher_cache.durable import durable_write
 from sskt.teacher_cache.encodings import require_temperature
 from sskt.teacher_cache.errors import Diverged, InputError
 from sskt.teacher_cache.philox import permutation
+from sskt.teacher_cache.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.sources import Source, usable_device
 from sskt.teacher_cache.store import LabelSet
 from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
-from sskt.teacher_cache.views import Views, evaluation_policy, parse_policy
+from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import parse_source
 from sskt.trainer import records
 from sskt.trainer.config import TrainConfig, config_json, read_config, require_same
@@ -124,11 +125,15 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
         root=config.root,
         limit=config.limit,
         download=config.download,
+        **_opening(config),
     )
+    if target.clips or target.multi_label:
+        what = "clips" if target.clips else "several classes a sample"
+        raise InputError(f"{config.target} has {what}; train takes pictures of one class each")
     policy = parse_policy(
         default_policy(config.target) if config.policy == "auto" else config.policy
     )
-    views = Views(target, policy)
+    views = open_views(target, policy)
     if (target.labels < 0).any():
         raise InputError(
             f"{config.target} {config.split} has no labels to train the target task on"
@@ -139,9 +144,7 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     sets: dict[str, LabelSet] = {}
     if not config.live:
         assert config.cache is not None or not names
-        sets = {
-            n.name: find_label_set(config.cache, n, target, policy) for n in names if config.cache
-        }
+        sets = {n.name: find_label_set(config.cache, n, views) for n in names if config.cache}
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs))
@@ -150,17 +153,29 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     return Plan(config, views, _test_views(config, views), sets, list(live), seeds, device)
 
 
+def _opening(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "partial": config.partial,
+        "decoder": config.decoder,
+        "strict": config.strict_fingerprint,
+    }
+
+
 def _test_views(config: TrainConfig, views: Views) -> Views | None:
     if config.test_split == "none":
         return None
-    split = evaluation_split(config.target) if config.test_split == "auto" else config.test_split
-    test = open_target(config.target, split, root=config.root, download=config.download)
+    split = config.test_split
+    if split == "auto":
+        split = evaluation_split(config.target, config.split)
+    test = open_target(
+        config.target, split, root=config.root, download=config.download, **_opening(config)
+    )
     if test.classes != views.target.classes:
         odd = sorted(set(test.classes) ^ set(views.target.classes))
         raise InputError(
             f"{config.target}: splits {config.split} and {split} differ in class {odd[0]}"
         )
-    return Views(test, evaluation_policy(views.policy))
+    return open_views(test, evaluation_policy(views.policy))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""The options that ``cache-teachers`` and ``plan`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sskt.teacher_cache.errors import InputError
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.jobs import Job
+
+Command = Callable[..., Any]
+
+_OPTIONS = (
+    click.option(
+        "--source",
+        "sources",
+        multiple=True,
+        required=True,
+        metavar="NAME[:ARCH][@SIZE]",
+        help="Source, e.g. imagenet:resnet50, places365, NAME=FILE.py:factory; repeat for several.",
+    ),
+    click.option(
+        "--target",
+        required=True,
+        help="Known target (sskt datasets), a folder of class folders (pictures or clips), or a "
+        ".csv or .parquet manifest.",
+    ),
+    click.option("--root", type=click.Path(path_type=Path), help="Where the target's data lives."),
+    click.option("--split", default="train", show_default=True),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1, 2**31),
+        default=10,
+        show_default=True,
+        help="Number of view seeds: 0 .. N-1.",
+    ),
+    click.option(
+        "--policy", default="auto", help="View policy NAME[:key=value,...]; auto: the target's own."
+    ),
+    click.option(
+        "--frame-sampling",
+        "--f-s",
+        "frame_sampling",
+        default="",
+        help="Stills of a clip that the sources see: center (default), first, uniform-K, random, "
+        "FILE.py:function.",
+    ),
+    click.option("--encoding", default="f16", show_default=True, help="f16, u8, topk-K or f32."),
+    click.option("--limit", type=click.IntRange(1), help="Only this many samples, evenly spread."),
+    click.option(
+        "--partial", is_flag=True, help="Take what is there of an official list of files."
+    ),
+    click.option(
+        "--decoder",
+        type=click.Choice(["pyav", "decord"]),
+        default="pyav",
+        show_default=True,
+        help="Of clips.",
+    ),
+    click.option(
+        "--strict-fingerprint",
+        "strict",
+        is_flag=True,
+        help="The identity covers the files' contents, not only their names and sizes.",
+    ),
+    click.option("--download", is_flag=True, help="Let torchvision download the target."),
+    click.option(
+        "--weights",
+        multiple=True,
+        metavar="[NAME=]FILE",
+        help="Own weights for a known architecture.",
+    ),
+    click.option(
+        "--preprocessing",
+        multiple=True,
+        metavar="[NAME:]key=value,...",
+        help="Override size, mean=a/b/c, std, channels=bgr, scale of a source.",
+    ),
+    click.option(
+        "--batchnorm",
+        type=click.Choice(["eval", "batch"]),
+        default="eval",
+        show_default=True,
+        help="batch: BatchNorm over each batch, as the paper's code; the batch size is recorded.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16", "bf16"]),
+        default="float32",
+        show_default=True,
+        help="Arithmetic of the forward pass; recorded.",
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: cuda if any."
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
+    click.option(
+        "--workers", type=click.IntRange(0), help="Loader processes; default: by cores, 0 for RAM."
+    ),
+    click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        default=4.0,
+        show_default=True,
+        help="GiB for labels and views not yet stored: more lets more seeds share a decoding.",
+    ),
+    click.option(
+        "--shard-rows",
+        type=click.IntRange(1),
+        default=8192,
+        show_default=True,
+        help="Samples in a shard, the unit of writing and resuming (a new set only).",
+    ),
+)
+
+
+def job_options(command: Command) -> Command:
+    """Adds the options; the command gets them as keywords, for ``job_of``."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def job_of(cache: str, given: dict[str, Any], **more: Any) -> Job:
+    """The job that the options describe."""
+    from sskt.teacher_cache.jobs import Job
+
+    root = given.pop("root")
+    return Job(cache=cache, root=str(root) if root else None, **given, **more)
+
+
+def local_folder(cache: str) -> Path | None:
+    """The folder of a cache that is none of an object store's, made if it is new.
+
+    Raises ``InputError`` if it cannot be made.
+    """
+    if "://" in cache:
+        return None
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot use {cache} as cache folder: {error.strerror}") from error
+    return Path(cache)

@@ -1,0 +1,185 @@
+"""What a labelling run will cost: a probe of some seconds on the real target and sources.
+
+Everything is measured on the run's own samples: reading and augmenting, the forward pass of
+each source, and the compressed size of each encoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numcodecs import Blosc
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sskt.teacher_cache.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.errors import MissingData
+from sskt.teacher_cache.jobs import Job
+from sskt.teacher_cache.reading import Order, batches
+from sskt.teacher_cache.shares import seeds_together
+from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.store import CHUNK_ROWS
+from sskt.teacher_cache.views import Views
+
+ENCODINGS = ("f32", "f16", "u8", "topk-10")
+CHECK_BYTES = 4
+PROBE_ROWS = 512
+"""Views of the probe that the sources label."""
+
+_STEP = 7919
+"""A prime, so that the probe visits the target out of order: neighbours may be alike."""
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source: seconds a label takes on one device, bytes a label takes by encoding."""
+
+    name: str
+    arch: str
+    classes: int
+    seconds: float
+    bytes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run costs.
+
+    labels: of all sources. decodings: times each file is decoded. read_seconds: for one machine
+    to decode and augment everything; label_seconds: for its device to label it. hours, by number
+    of machines: the longer of the two on a GPU, their sum where both need the CPU. passes:
+    forward passes over the target that the cache costs each source; trained_passes: those of
+    one training with the sources in every step. break_even: trainings from which on the cache
+    takes less time. bytes: of all label sets, by encoding.
+    """
+
+    samples: int
+    seeds: int
+    labels: int
+    sources: list[SourcePlan]
+    decodings: int
+    read_seconds: float
+    label_seconds: float
+    hours: dict[int, float]
+    bytes: dict[str, int]
+    passes: int
+    trained_passes: int
+    break_even: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def plan(
+    job: Job,
+    views: Views,
+    sources: Sequence[Source],
+    *,
+    epochs: int,
+    machines: Sequence[int] = (1,),
+    seconds: float = 6.0,
+) -> RunPlan:
+    """Probes for about ``seconds`` and predicts; ``epochs`` of one training, for break-even.
+
+    Raises ``MissingData`` if no sample of the probe can be read.
+    """
+    samples, seeds = len(views.target), job.seeds
+    label = sum(job.how.bytes_per_label(len(s.classes)) for s in sources)
+    together = seeds_together(views, job.shard_rows, label, seeds, job.batch_size, job.memory)
+    rate, probe = _probe_reading(job, views, together, seconds / 2)
+    encodings = list(dict.fromkeys([job.encoding, *ENCODINGS]))
+    planned = [_probe_source(s, probe, encodings, seconds / 2 / len(sources)) for s in sources]
+    seen = samples * seeds
+    read_seconds, label_seconds = seen / rate, seen * sum(p.seconds for p in planned)
+    on_cpu = any(s.device.type == "cpu" for s in sources)
+    total = read_seconds + label_seconds if on_cpu else max(read_seconds, label_seconds)
+    cut = -(-samples // job.shard_rows) * -(-seeds // together)
+    in_memory = views.target.images is not None
+    return RunPlan(
+        samples=samples,
+        seeds=seeds,
+        labels=seen * len(planned),
+        sources=planned,
+        decodings=0 if in_memory else -(-seeds // together),
+        read_seconds=read_seconds,
+        label_seconds=label_seconds,
+        hours={n: total / 3600 * -(-cut // min(n, cut)) / cut for n in machines},
+        bytes={e: round(seen * sum(p.bytes.get(e, 0) for p in planned)) for e in encodings},
+        passes=seeds,
+        trained_passes=epochs,
+        break_even=int(total / (label_seconds / seeds * epochs)) + 1,
+    )
+
+
+def _probe_reading(
+    job: Job, views: Views, together: int, seconds: float
+) -> tuple[float, list[Tensor]]:
+    """Views a second as the run itself would read them, and some of what the sources see."""
+    count = len(views.target)
+    size = min(count, max(4, 4 * job.batch_size // together))
+    places = max(1, count // size)
+    seeds = tuple(range(together))
+
+    def orders() -> Iterator[Order]:
+        for i in range(places + 1):  # the first is not counted
+            start = i * _STEP % places * size
+            yield Order(0, start, min(start + size, count), start, seeds)
+
+    kept: list[Tensor] = []
+    begin, read, spent = 0.0, 0, 0.0
+    for batch in batches(views, orders, job.workers, torch.device("cpu"))():
+        if batch.error:
+            raise MissingData(batch.error)
+        if len(batch.rows) and sum(map(len, kept)) < PROBE_ROWS:
+            kept.append(batch.stills[0][: job.batch_size])
+        if not begin:  # starting the workers is no part of the rate
+            begin = time.perf_counter()
+            continue
+        read += len(batch.rows) * together
+        spent = time.perf_counter() - begin
+        if spent > seconds:
+            break
+    if not kept or not read:
+        raise MissingData(
+            f"plan: could read no sample of {views.target.name} {views.target.split} that it tried"
+        )
+    return read / spent, kept
+
+
+def _probe_source(
+    source: Source, probe: Sequence[Tensor], encodings: Sequence[str], seconds: float
+) -> SourcePlan:
+    logs: list[NDArray[np.float32]] = []
+    begin, done, spent = 0.0, 0, 0.0
+    for turn in itertools.count():
+        stills = probe[turn % len(probe)]
+        log_p = source.log_probabilities(stills).cpu().numpy()
+        if turn < len(probe):
+            logs.append(log_p)
+        if not turn:  # the first pass also allocates and picks kernels
+            begin = time.perf_counter()
+            continue
+        done += len(stills)
+        spent = time.perf_counter() - begin
+        if spent > seconds and turn >= min(3, len(probe)):
+            break
+    rows = np.concatenate(logs)[:CHUNK_ROWS]
+    wanted = [parse_encoding(name) for name in encodings]
+    sizes = {str(e): _compressed(e, rows) + CHECK_BYTES for e in wanted if e.k <= rows.shape[1]}
+    return SourcePlan(source.name, source.arch, len(source.classes), spent / done, sizes)
+
+
+def _compressed(encoding: Encoding, log_p: NDArray[np.float32]) -> float:
+    """Bytes of a label as the store's codec leaves them."""
+    total = 0
+    for array in encoding.encode(log_p).values():
+        shuffle = Blosc.SHUFFLE if array.itemsize > 1 else Blosc.NOSHUFFLE
+        total += len(Blosc("zstd", clevel=5, shuffle=shuffle).encode(np.ascontiguousarray(array)))
+    return total / len(log_p)
