@@ -91,7 +91,7 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
     opened = open_job_sources(job)
     sources, options = [one.source for one in opened], job.options(opened)
     views = open_job_views(job)
-    return stage.cache_teachers(views, sources, job.how, seeds, job.place, options, bar("labels"))
+    return stage.cache_teachers(views, sources, job.how, seeds, job.cache, options, bar("labels"))
 
 
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @device_option
 @as_json
 def inspect(
-    cache: Path | str,
+    cache: str,
     sets: tuple[str, ...],
     sample: int,
     seed: int,

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.teacher_cache.errors import InputError
-
 if TYPE_CHECKING:
     from sskt.teacher_cache.jobs import Job
 
@@ -132,17 +130,3 @@ def job_of(cache: str, given: dict[str, Any], **more: Any) -> Job:
 
     root = given.pop("root")
     return Job(cache=cache, root=str(root) if root else None, **given, **more)
-
-
-def local_folder(cache: str) -> Path | None:
-    """The folder of a cache that is none of an object store's, made if it is new.
-
-    Raises ``InputError`` if it cannot be made.
-    """
-    if "://" in cache:
-        return None
-    try:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot use {cache} as cache folder: {error.strerror}") from error
-    return Path(cache)

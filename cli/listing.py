@@ -44,7 +44,7 @@ AUDIT = ("seed", "labels", "empty", "entropy", "top-1 p", "top-1", "top-5", "of"
 @target_option
 @as_json
 def ls(
-    cache: Path | str,
+    cache: str,
     sets: tuple[str, ...],
     audited: bool,
     root: Path | None,

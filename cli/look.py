@@ -12,10 +12,18 @@ import click
 from sskt.cli.output import as_json, print_json, print_table, progress
 from sskt.teacher_cache.errors import InputError
 
+OWN_NETWORKS = (
+    "your own (they are programs: open only what you trust):",
+    "  NAME=FILE.py:factory or NAME=package.module:factory, a function without arguments that",
+    "    gives a torch Module; beside it SIZE, MEAN, STD (where needed CHANNELS, SCALE, CLASSES)",
+    "  NAME=FILE.pt (TorchScript) or NAME=FILE.pt2 (torch.export), with FILE.pt.json or",
+    "    FILE.pt2.json beside it, or --preprocessing",
+    "  NAME:timm/ARCH for timm networks with other classes",
+)
+
 cache_option = click.option(
     "--cache",
     required=True,
-    callback=lambda context, option, text: text if "://" in text else Path(text),
     help="Folder or URL (s3://...) of the label sets.",
 )
 sets_argument = click.argument("sets", nargs=-1, metavar="[SET]...")
@@ -51,7 +59,7 @@ device_option = click.option("--device", default="cpu", show_default=True)
 @device_option
 @as_json
 def verify(
-    cache: Path | str,
+    cache: str,
     sets: tuple[str, ...],
     count: int,
     tolerance: float | None,
@@ -109,7 +117,8 @@ def _print_reports(reports: list[Any]) -> None:
 @as_json
 def datasets(as_json: bool) -> None:
     """List the known targets and the layout that each expects under --root."""
-    from sskt.teacher_cache.targets import CLIP_POLICY, FOLDER_LAYOUT, IMAGE_POLICY, TARGETS
+    from sskt.teacher_cache.folders import FOLDER_LAYOUT
+    from sskt.teacher_cache.targets import CLIP_POLICY, IMAGE_POLICY, TARGETS
 
     known: list[dict[str, Any]] = [
         {
@@ -163,7 +172,5 @@ def sources(as_json: bool) -> None:
     for source in known:
         click.echo(f"{source['name']}: {source['classes']} classes; {source['about']}")
         click.echo(f"  default {source['default']}; {', '.join(source['archs'])}")
-    click.echo(
-        "your own: NAME=FILE.py:factory, a function without arguments that gives a torch Module;"
-    )
-    click.echo("  FILE.py defines SIZE, MEAN, STD (and, where needed, CHANNELS, SCALE, CLASSES)")
+    for line in OWN_NETWORKS:
+        click.echo(line)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.job_options import job_of, job_options, local_folder
+from sskt.cli.job_options import job_of, job_options
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def cache_teachers(
     finishes the rest, and the bytes are the same as without the stop.
     """
     job = job_of(cache, given)
-    local_folder(cache)
+    _open_for_writing(cache)
     try:
         with progress() as bar:
             if engine == "ray":
@@ -85,6 +85,13 @@ def cache_teachers(
             "finished shards are stored; run the same command again to label the rest"
         ) from None
     _report(report, as_json)
+
+
+def _open_for_writing(cache: str) -> None:
+    with working("opening the cache"):
+        from sskt.teacher_cache.places import open_cache
+
+        open_cache(cache, make=True)
 
 
 def _here(job: Any, share: str, bar: Any) -> StageReport:
@@ -102,7 +109,7 @@ def _here(job: Any, share: str, bar: Any) -> StageReport:
     options = replace(job.options(opened), share=part)
     sources = [one.source for one in opened]
     return stage.cache_teachers(
-        views, sources, job.how, job.seeds, job.place, options, bar("labels")
+        views, sources, job.how, job.seeds, job.cache, options, bar("labels")
     )
 
 

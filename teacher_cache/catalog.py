@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.places import CacheName
 from sskt.teacher_cache.spec import Spec, first_difference, require
 from sskt.teacher_cache.store import LabelSet, Shard, list_label_sets
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import SourceName
 
 
-def choose_sets(cache: Path, wanted: Sequence[str]) -> list[LabelSet]:
+def choose_sets(cache: CacheName, wanted: Sequence[str]) -> list[LabelSet]:
     """Label sets whose name contains, or whose digest starts with, one of ``wanted`` (all if none).
 
     Raises ``MissingData`` if nothing fits.
@@ -30,7 +30,7 @@ def choose_sets(cache: Path, wanted: Sequence[str]) -> list[LabelSet]:
     return fitting
 
 
-def find_label_set(cache: Path, source: SourceName, views: Views) -> LabelSet:
+def find_label_set(cache: CacheName, source: SourceName, views: Views) -> LabelSet:
     """The one label set of ``source`` over exactly this target and these views (any f_s).
 
     Raises ``MissingData`` if the source has no set at all, ``SpecMismatch`` (first differing

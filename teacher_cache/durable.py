@@ -6,9 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
@@ -90,15 +93,33 @@ class DurableStore(LocalStore):
 
 
 class Locks:
-    """Byte-range locks over one file a label set; the kernel drops them when a process dies."""
+    """Byte-range locks over one file a label set; the kernel drops them when a process dies.
+
+    The kernel also drops all of a process's locks on a file as soon as that process closes any
+    handle of it: ask ``open_here`` before opening a second one.
+    """
+
+    _open: ClassVar[Counter[Path]] = Counter()
+    _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, path: Path) -> None:
         with naming_full_disk(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
                 raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+        self._path = path.resolve()
+        with self._guard:
+            self._open[self._path] += 1
+
+    @classmethod
+    def open_here(cls, path: Path) -> bool:
+        """Whether this process has the file open."""
+        with cls._guard:
+            return cls._open[path.resolve()] > 0
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Takes a byte; False if another process has it (and ``wait`` is not set)."""
@@ -116,8 +137,12 @@ class Locks:
         fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
 
     def close(self) -> None:
-        """Gives everything back."""
-        os.close(self._handle)
+        """Gives everything back; nothing happens the second time."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+            with self._guard:
+                self._open[self._path] -= 1
 
     @contextlib.contextmanager
     def held(self, byte: int) -> Iterator[None]:

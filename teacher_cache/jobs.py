@@ -66,11 +66,6 @@ class Job:
         """The encoding."""
         return parse_encoding(self.encoding)
 
-    @property
-    def place(self) -> Path | str:
-        """Where the label sets live: a folder, or the URL of an object store."""
-        return self.cache if "://" in self.cache else Path(self.cache)
-
     def options(self, opened: Sequence[Opened]) -> StageOptions:
         """How the stage runs this job."""
         return StageOptions(

@@ -43,7 +43,7 @@ class Names(Sequence[str]):
         return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        text, start = memoryview(self._text), 0
+        text, start = self._text.data, 0
         for end in self._ends.tolist():
             yield str(text[start:end], "utf-8", "surrogateescape")
             start = end
@@ -101,7 +101,7 @@ class Target:
     ``images`` (uint8 ``[N, H, W, 3]``) and ``paths`` (one file a sample) is given; ``sizes``
     are the files' bytes. Clips have a ``decoder``, and ``frames`` (decodable frames of each
     file, int64 ``[N]``) once counted; ``starts`` is the first frame of each sample where a
-    file was cut into windows. ``damaged`` says what is wrong with a clip.
+    file was cut into windows of ``window`` frames. ``damaged`` says what is wrong with a clip.
     """
 
     name: str
@@ -115,6 +115,7 @@ class Target:
     decoder: str = ""
     frames: Int64 | None = None
     starts: Int64 | None = None
+    window: int = 0
     damaged: Mapping[int, str] = field(default_factory=dict)
     contents: str = ""
 
@@ -235,6 +236,11 @@ class Target:
         """
         assert self.frames is not None
         if self.starts is not None:
+            if self.window != frames:
+                raise InputError(
+                    f"{self.name} is cut into windows of {self.window} frames; open it again to "
+                    f"cut it into windows of {frames}"
+                )
             return self
         counts = np.maximum(1, -(-self.frames // frames))
         rows = np.repeat(np.arange(len(self)), counts)
@@ -242,4 +248,6 @@ class Target:
         starts = (np.arange(len(rows)) - first) * frames
         cut = self.chosen(rows)
         pairs = zip(cut.ids, starts.tolist(), strict=True)
-        return replace(cut, starts=starts, ids=Names(f"{name}#{start}" for name, start in pairs))
+        return replace(
+            cut, starts=starts, window=frames, ids=Names(f"{name}#{start}" for name, start in pairs)
+        )

@@ -12,7 +12,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sskt.teacher_cache.encodings import Encoded, Encoding, measured_error
 from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError
+from sskt.teacher_cache.places import CacheName
 from sskt.teacher_cache.reading import Batch, Order, batches
 from sskt.teacher_cache.shares import MEMORY, Share, Unit, units
 from sskt.teacher_cache.sources import Source
@@ -73,7 +73,7 @@ def open_sets(
     sources: Sequence[Source],
     encoding: Encoding,
     seeds: int,
-    cache: Path | str,
+    cache: CacheName,
     options: StageOptions,
 ) -> list[LabelSet]:
     """The label sets of this run, created where new.
@@ -126,7 +126,7 @@ def cache_teachers(
     sources: Sequence[Source],
     encoding: Encoding,
     seeds: int,
-    cache: Path | str,
+    cache: CacheName,
     options: StageOptions | None = None,
     progress: Progress = lambda done, total: None,
 ) -> StageReport:

@@ -136,7 +136,8 @@ TARGETS: dict[str, TargetInfo] = {
         "splits/CLASS_test_splitN.txt",
         "actions:hmdb51",
         "get hmdb51_org.rar and test_train_splits.rar from "
-        "serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database and unpack them",
+        "serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database and unpack them "
+        "(hmdb51_org.rar holds one more .rar a class)",
     ),
     "shapes": TargetInfo(
         "48x48, 2,000 / 500, rendered here from a seed: no files",
@@ -229,8 +230,8 @@ def evaluation_split(name: str, split: str = "train") -> str:
         evaluation = TARGETS[name].evaluation
         if split == f"train{evaluation}":
             raise InputError(
-                f"{name} {split} holds the split {evaluation} that accuracy is measured on; train on "
-                "train, or without evaluation: --test-split none"
+                f"{name} {split} holds {evaluation}, the split that accuracy is measured on; take "
+                "--split train, or train without evaluation: --test-split none"
             )
         fold = split.removeprefix("train")
         return evaluation + fold if evaluation + fold in TARGETS[name].splits else evaluation

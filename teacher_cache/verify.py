@@ -85,7 +85,7 @@ def _verify_shard(label_set: LabelSet, shard: Shard, report: Report) -> None:
         first = shard.start + int(np.flatnonzero(odd)[0])
         report.problems.append(
             f"{place}: {int(odd.sum())} rows are empty though their views were seen, first sample "
-            f"{first}; delete {label_set.commit_path(shard)} and cache it again"
+            f"{first}; delete {label_set.place_of(shard)} and cache it again"
         )
 
 

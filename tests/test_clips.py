@@ -638,6 +638,24 @@ def test_a_missing_file_is_missing_data(made: Path, sskt: Sskt, tmp_path: Path) 
     assert status == 2 and "none.py (No such file or directory)" in one_line(err)
 
 
+def test_a_changed_function_is_not_taken_for_the_one_that_was_used(
+    made: Path, sskt: Sskt, tmp_path: Path
+) -> None:
+    folder, png = tmp_path / "cache", tmp_path / "stills.png"
+    status, err = cache(sskt, made, folder, "--policy", SMALL, "--f-s", own(tmp_path, OWN))
+    assert status == 0, err
+    status, out, err = sskt("verify", "--cache", folder, "--recompute", 3)
+    assert status == 0 and "3 recomputed" in out and ": clean" in out, err
+    status, out, err = sskt("inspect", "--cache", folder, "--no-live", "--png", png)
+    assert status == 0 and "f_s = mine.py:last: frame 3 of the clip" in out, err
+    png.unlink()
+    own(tmp_path, OWN.replace("- 1", "- 2"))
+    for ask in (("verify", "--recompute", 3), ("inspect", "--no-live", "--png", png)):
+        status, _, err = sskt(*ask, "--cache", folder)
+        assert status == 2 and "views.f_s" in one_line(err)
+    assert not png.exists()
+
+
 def test_a_users_function_works_in_loader_workers_of_both_kinds(made: Path, tmp_path: Path) -> None:
     f_s = parse_frame_sampling(own(tmp_path, OWN))
     views = open_views(open_target(str(made)), parse_policy(SMALL), f_s)

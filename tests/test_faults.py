@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from helpers import TINY, tree, write_images
 
-from sskt.teacher_cache import stage
+from sskt.teacher_cache import shares, stage
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
 from sskt.teacher_cache.shares import VIEW_BYTES, Unit
 from sskt.teacher_cache.store import LabelSet, list_label_sets, open_label_set
@@ -59,8 +59,8 @@ def one_line(err: str) -> str:
 LAUNCHER = """
 import json, os, signal, sys
 import torch, torchvision
-from sskt.cli import look, main, teachers
-from sskt.teacher_cache import catalog, durable, stage, verify
+from sskt.cli import inspecting, listing, look, main, teachers
+from sskt.teacher_cache import catalog, durable, jobs, stage, verify
 
 def arm(step):
     # SIGKILL to this process just before its step-th sync or rename.
@@ -331,7 +331,7 @@ def test_grouping_of_seeds_does_not_change_bytes(
     images: Path, tmp_path: Path, sskt: Sskt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    units = stage.units
+    units = shares.units
 
     def counted(*arguments: Any) -> list[Unit]:
         found = units(*arguments)

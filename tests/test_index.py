@@ -388,8 +388,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def call(folder: Path, first: int, last: int, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", COUNT, str(folder), str(first), str(last), *more]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        running.append(subprocess.Popen(command, text=True, **pipes))
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
         return running[-1]
 
     yield call
