@@ -462,7 +462,7 @@ def test_a_batch_names_a_damaged_clip_and_gives_the_others(made: Path, tmp_path:
     views = open_views(open_target(str(folder)), parse_policy(SMALL))
     seen = views.seen(np.arange(4), [0, 1])
     ((bad, why),) = seen.bad
-    assert bad == 1 and "run/video 1/image_00002.jpg" in why
+    assert bad == 1 and "run/video 1" in why and "image_00002.jpg" in why
     assert seen.rows.tolist() == [0, 2, 3]
     whole = open_views(open_target(str(made)), parse_policy(SMALL))
     for seed in (0, 1):

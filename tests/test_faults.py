@@ -798,7 +798,7 @@ def test_a_truncated_image_is_skipped(
     status, out, err = sskt("verify", "--cache", tmp_path / "cache")
     assert status == 0 and "122 rows, 2 skipped: clean" in out
     status, out, err = sskt("inspect", "--cache", tmp_path / "cache", "--sample", 40, "--no-live")
-    assert status == 0 and "no label: the image could not be read" in out
+    assert status == 0 and "no label: the sample could not be read" in out
     again = json.loads(sskt(*arguments)[1])
     assert again["written"] == 0
 

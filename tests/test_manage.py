@@ -294,6 +294,9 @@ def test_rm_asks(several: Path, made: Path, sskt: Sskt, monkeypatch: pytest.Monk
         def isatty(self) -> bool:
             return True
 
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    status, out, err = sskt("rm", "--cache", several, "tiny", "--json")
+    assert status == 2 and out == "" and contents(several) == before
     monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
     status, out, err = sskt("rm", "--cache", several, "tiny")
     assert status == 130 and contents(several) == before
