@@ -67,9 +67,9 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
     if numbers is not None:
         _require_seeds(found, numbers)
     if not yes:
-        if not sys.stdin.isatty():
+        if as_json or not sys.stdin.isatty():
             names = ", ".join(r.name for r in found)
-            raise InputError(f"would remove {names}; nobody is there to ask: add --yes")
+            raise InputError(f"would remove {names}; there is nobody to ask: add --yes")
         _print_removable(found)
         what = f"{len(found)} label sets" if numbers is None else f"seeds {seeds} of them"
         if not click.confirm(f"Remove {what}?", err=True):

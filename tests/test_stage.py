@@ -38,6 +38,7 @@ from sskt.teacher_cache.reading import Batch, Order, batches
 from sskt.teacher_cache.samples import Names, Target
 from sskt.teacher_cache.shares import Share, parse_share, seeds_together, units
 from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.spec import digest_of
 from sskt.teacher_cache.stage import (
     StageOptions,
     StageReport,
@@ -946,3 +947,21 @@ def test_a_source_that_moves_is_caught(jpegs: Path, sskt: Sskt, tmp_path: Path) 
     assert status == 1 and "source moving changed while labelling" in one_line(err)
     (found,) = [s for s in list_label_sets(tmp_path / "cache") if "moving" in s.name]
     assert shards(tmp_path / "cache") == 0 and found.coverage() == [0.0] * SEEDS
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"policy": "random-crop"}])
+def test_views_that_this_version_does_not_know_are_not_replayed(
+    jpegs: Path, sskt: Sskt, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """As docs/format.md asks of a reader: a later sskt may have made the set."""
+    assert sskt(*command(jpegs, tmp_path))[0] == 0
+    (label_set,) = list_label_sets(tmp_path)
+    file = tmp_path / label_set.name / "zarr.json"
+    document = json.loads(file.read_text())
+    attributes = document["attributes"]["sskt"]
+    attributes["spec"]["views"] |= change
+    attributes["digest"] = digest_of(attributes["spec"])
+    file.write_text(json.dumps(document))
+    for ask in (("verify", "--recompute", 1), ("inspect",)):
+        status, _, err = sskt(*ask, "--cache", tmp_path)
+        assert status == 1 and "does not know; update sskt" in one_line(err), err
