@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -45,6 +46,8 @@ _MOST_PIXELS = 1 << 26  # twice 8K; a damaged header may ask for gigabytes
 # What PyAV raises over damaged files besides its own: Python's errors, where numbers make no sense.
 _PYTHONS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, MemoryError)
 
+_B, _MOST_WAITING = 3, 16  # AV_PICTURE_TYPE_B; the most pictures that h264 may reorder
+
 _INSTEAD = "take --decoder pyav"
 
 _FRAME_FILE = re.compile(r"image_(\d{5,})\.jpg")
@@ -57,12 +60,9 @@ _Still = Callable[[], UInt8]
 class Counted:
     """What sequential decoding of a whole clip found."""
 
-    frames: int
-    """Frames that can be decoded, up to the first fault."""
-    header: int
-    """The container's own count, 0 if it has none."""
-    problem: str = ""
-    """Why the clip is damaged, in one line; "" if it is not."""
+    frames: int  # that can be decoded, up to the first fault
+    header: int  # the container's own count, 0 if it has none
+    problem: str = ""  # why the clip is damaged, in one line
 
 
 class _Fault(Exception):
@@ -89,7 +89,8 @@ def count_frames(path: Path, decoder: str = "pyav") -> Counted:
     A header may promise one frame more than there is, as all of HMDB51's do. mp4 and mov count
     without what their edit list cuts away. PyAV counts in every case, since decord sees neither
     the header nor damage; with ``decoder="decord"`` it is a problem if decord does not give the
-    same number. A change of the picture's size is a problem: a clip has one size.
+    same number. A change of the picture's size is a problem: a clip has one size. A file without a
+    count (mpg, ts, flv) that ends early between two frames cannot be told from a shorter one.
 
     Of a folder, the frames are the consecutive images from ``image_00001.jpg`` on, which are not
     decoded, and the header is ``n_frames``.
@@ -118,14 +119,15 @@ def read_frames(path: Path, wanted: Sequence[int], decoder: str = "pyav") -> dic
 
     Numbers count from 0 in the order in which the decoder puts frames out, which is the order of
     display. All frames up to the last wanted one are decoded, in one thread (loader workers are
-    processes); the wanted ones become RGB. PyAV's conversion gives the same bytes on every
-    processor; decord's is another, a few levels away. Rotation metadata is not applied; decord
-    would apply it, so it is not given such clips.
+    processes); the wanted ones become RGB. PyAV's conversion gives the same bytes whatever
+    instructions the processor has; decord's differs from it by about a level. Rotation metadata
+    is not applied; decord would apply it, so it is not given such clips.
 
     The file is opened and closed within the call: forked workers and threads may call this.
 
     Raises ``BadClip`` naming a clip that lacks a wanted frame, is damaged before the last of them,
     or changes its size; ``MissingData`` if it cannot be opened, or if decord is not installed.
+    decord does not notice damage inside frames, so count first.
     """
     _check(decoder)
     numbers = sorted({int(number) for number in wanted})
@@ -192,19 +194,15 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     import av
     from av.codec.context import ThreadType
 
-    with ExitStack() as stack:
+    options = {"format_whitelist": _CONTAINERS}
+    try:
+        # with a scheme and absolute, so that no name is taken for an address
+        name = f"file:{path.absolute()}"
+        container = av.open(name, "r", metadata_errors="ignore", container_options=options)
+    except (*_PYTHONS, av.FFmpegError) as error:
+        raise _Fault(f"no video that can be opened: {_text(error)}") from error
+    with container:
         try:
-            # a file object and no name, which FFmpeg might take for an address or a pattern
-            file = stack.enter_context(path.open("rb"))
-        except OSError as error:
-            raise _missing(path, error) from error
-        options = {"format_whitelist": _CONTAINERS}
-        try:
-            container = av.open(file, "r", metadata_errors="ignore", container_options=options)
-        except (*_PYTHONS, av.FFmpegError) as error:
-            raise _fault(path, error, "no video that can be opened: ") from error
-        try:
-            stack.enter_context(container)
             stream = container.streams.best("video")
             # PyAV 18.0 ends the process where a stream without a context is decoded (its #2344)
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
@@ -213,40 +211,48 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.codec_context.thread_count = 1
             yield container, stream
         except (*_PYTHONS, av.FFmpegError) as error:
-            raise _fault(path, error) from error
-
-
-def _fault(path: Path, error: Exception, what: str = "") -> _Fault | MissingData:
-    if type(error).__module__ == "builtins" and isinstance(error, OSError):
-        return _missing(path, error)  # of the disk, not of the clip
-    return _Fault(what + _text(error))
+            raise _Fault(_text(error)) from error
 
 
 def _text(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    return text or type(error).__name__
+    return getattr(error, "strerror", "") or str(error).split("\n")[0] or type(error).__name__
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """All frames in order; ``_Fault`` at the first that is not whole or has another size."""
+    """All frames in order; ``_Fault`` at the first that is not whole or has another size.
+
+    A frame waits until a later one that is no B-frame came out of a later packet: B-frames take
+    from the frame behind them, and the last packet of a file that ends early may be cut without
+    the decoder noticing.
+    """
+    waiting: deque[VideoFrame] = deque()
     first: tuple[int, int] | None = None
-    for frame in container.decode(stream):
-        size = frame.width, frame.height
-        first = first or size
-        if size != first:
-            raise _Fault(f"the next is of {size[0]}x{size[1]} pixels after {first[0]}x{first[1]}")
-        if size[0] * size[1] > _MOST_PIXELS:
-            raise _Fault(f"the next is of {size[0]}x{size[1]} pixels, more than {_MOST_PIXELS}")
-        if frame.is_corrupt:
-            raise _Fault("the next decodes with errors")
-        yield frame
+    given = 0
+    for packet in container.demux(stream):
+        for frame in packet.decode():
+            size = frame.width, frame.height
+            first = first or size
+            if size != first:
+                raise _Fault(f"{size[0]}x{size[1]} pixels after {first[0]}x{first[1]}")
+            if size[0] * size[1] > _MOST_PIXELS:
+                raise _Fault(f"{size[0]}x{size[1]} pixels are more than {_MOST_PIXELS}")
+            if frame.is_corrupt:
+                raise _Fault("the next decodes with errors")
+            free = len(waiting) if packet.size and frame.pict_type != _B else 0
+            for _ in range(max(free, len(waiting) - _MOST_WAITING)):
+                yield waiting.popleft()
+                given += 1
+            waiting.append(frame)
+    if _header(container, stream) - given - len(waiting) > 1:
+        raise _Fault("it ends early")
+    yield from waiting
 
 
 @contextmanager
 def _by_pyav(path: Path) -> Iterator[Iterator[_Still]]:
     from av.video.reformatter import Interpolation, VideoReformatter
 
-    # without the last two the bytes depend on the kind of processor
+    # without the last two the bytes depend on the processor's instructions (measured)
     exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     reformatter = VideoReformatter()
 
@@ -263,7 +269,7 @@ def _by_decord(path: Path) -> Iterator[Iterator[_Still]]:
     try:
         import decord
     except ImportError as error:
-        raise MissingData("decord needs: pip install 'sskt[decord]'") from error
+        raise MissingData(f"decord needs: pip install decord; or {_INSTEAD}") from error
     # PyAV looks first: decord opens anything, and turns what has rotation metadata
     with _opened(path) as (container, stream):
         if any(frame.rotation for frame in islice(_decoded(container, stream), 1)):
@@ -301,12 +307,23 @@ def _count_file(path: Path) -> Counted:
             for _ in _decoded(container, stream):
                 frames += 1
     except _Fault as fault:
+        _read_through(path)
         problem = str(fault)
     if header - frames > 1 or _cut_off(path):
         problem = f"truncated or damaged{problem and f': {problem}'}"
     elif not frames and not problem:
         problem = "no frame can be decoded"
     return Counted(frames, header, problem)
+
+
+def _read_through(path: Path) -> None:
+    """Raises ``MissingData`` if the disk fails, which FFmpeg does not tell from damage."""
+    try:
+        with path.open("rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        raise _missing(path, error) from error
 
 
 def _header(container: InputContainer, stream: VideoStream) -> int:
@@ -337,32 +354,22 @@ def _ebml_size(file: BinaryIO) -> int:
 # --- folders of frames -------------------------------------------------------------------------
 
 
-def _names(folder: Path) -> set[str]:
-    try:
-        return {entry.name for entry in folder.iterdir()}
-    except OSError as error:
-        raise _missing(folder, error) from error
-
-
 def _frame_name(number: int) -> str:
     return f"image_{number + 1:05d}.jpg"
 
 
 def _count_folder(folder: Path) -> Counted:
-    names = _names(folder)
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+        text = (folder / "n_frames").read_bytes().strip() if "n_frames" in names else b"0"
+    except OSError as error:
+        raise _missing(folder, error) from error
     frames = 0
     while _frame_name(frames) in names:
         frames += 1
-    header = 0
-    if "n_frames" in names:
-        try:
-            with (folder / "n_frames").open("rb") as file:
-                text = file.read(20).strip()
-        except OSError as error:
-            return Counted(frames, 0, f"n_frames cannot be read: {error.strerror or error}")
-        if not text.isdigit():
-            return Counted(frames, 0, f"n_frames holds {ascii(text)[1:]}, expected a number")
-        header = int(text)
+    if not text.isdigit():
+        return Counted(frames, 0, f"n_frames holds {ascii(text[:20])[1:]}, expected a number")
+    header = int(text[:20])
     if header > frames or frames < sum(bool(_FRAME_FILE.fullmatch(name)) for name in names):
         return Counted(frames, header, f"{_frame_name(frames)} is missing")
     return Counted(frames, header, "" if frames else "no frames")
