@@ -7,8 +7,8 @@ in a file of theirs, whose SHA-256 joins the identity.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +43,15 @@ class FrameSampling:
     def frames(self, depth: int, sample: int, seed: int) -> NDArray[np.int64]:
         """Numbers of the stills: int64 ``[K]``. Raises ``InputError`` for what is none of them."""
         assert self.pick is not None
-        chosen = np.array(self.pick(depth, sample, seed))
+        given = self.pick(depth, sample, seed)
+        try:
+            chosen = np.array(given)
+        except ValueError:  # lists of several lengths
+            chosen = np.array(None)
         whole = chosen.ndim == 1 and chosen.size and chosen.dtype.kind in "iu"
         if not whole or chosen.min() < 0 or chosen.max() >= depth:
             raise InputError(
-                f"frame sampling {self.name} gave {chosen.tolist()} for a clip of {depth} frames; "
+                f"frame sampling {self.name} gave {given!r} for a clip of {depth} frames; "
                 f"expected whole numbers from 0 to {depth - 1}"
             )
         return chosen.astype(np.int64)
@@ -99,41 +103,41 @@ def parse_frame_sampling(text: str) -> FrameSampling:
         raise UnknownName(
             "frame sampling", text, FRAME_SAMPLINGS, "or your own as FILE.py:function"
         )
-    return FrameSampling(f"{Path(file).name}:{function}", _Own(file, function), _sha256(Path(file)))
-
-
-def _sha256(file: Path) -> str:
     try:
-        return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        content = Path(file).read_bytes()
     except OSError as error:
         raise MissingData(f"frame sampling: cannot read {file} ({error.strerror})") from error
+    code = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    pick = _Own(str(Path(file).resolve()), function, content)
+    return FrameSampling(f"{Path(file).name}:{function}", pick, code)
 
 
 class _Own:
-    """A user's function, loaded anew in each process that it is sent to."""
+    """A user's function. What is run is the text that was hashed, in every process it goes to."""
 
-    def __init__(self, file: str, function: str) -> None:
-        self._file, self._function = str(Path(file).resolve()), function
+    def __init__(self, file: str, function: str, content: bytes) -> None:
+        self._file, self._function, self._content = file, function, content
         self._pick: Pick = self._load()
 
-    def __reduce__(self) -> tuple[type[_Own], tuple[str, str]]:
-        return _Own, (self._file, self._function)
+    def __reduce__(self) -> tuple[type[_Own], tuple[str, str, bytes]]:
+        return _Own, (self._file, self._function, self._content)
 
     def _load(self) -> Pick:
-        spec = importlib.util.spec_from_file_location("sskt_frame_sampling", self._file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = types.ModuleType("sskt_frame_sampling")
+        module.__file__ = self._file
         try:
-            spec.loader.exec_module(module)
+            exec(compile(self._content, self._file, "exec"), module.__dict__)
             pick: Pick = getattr(module, self._function)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise InputError(f"frame sampling {self._file}:{self._function}: {what}") from error
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from error
         return pick
 
     def __call__(self, depth: int, sample: int, seed: int) -> Sequence[int]:
         try:
             return self._pick(depth, sample, seed)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise InputError(f"frame sampling {self._file}:{self._function}: {what}") from error
+        except (Exception, SystemExit) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: BaseException) -> InputError:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return InputError(f"frame sampling {self._file}:{self._function}: {what}")

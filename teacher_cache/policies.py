@@ -188,7 +188,7 @@ def _clip_corner_crop_flip(
     words = draw(sample, seed, policy.key)[0]
     scale, place = int(below(words[1], int(p["scales"]))), int(below(words[2], 5))
     height, width = frames[0].shape[:2]
-    side = int(min(height, width) * 2.0 ** (-scale / 4))
+    side = max(1, int(min(height, width) * 2.0 ** (-scale / 4)))
     down, right = height - side, width - side
     top, left = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))[place]
     box, flip = np.array([top, left, side, side]), bool(below(words[3], 2))

@@ -141,7 +141,8 @@ def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
     )
     f_s = parse_frame_sampling(made.get("frame_sampling") or "center") if target.clips else None
     views = open_views(target, reopen_policy(label_set), f_s)
-    require({"target": views.target.identity()}, spec, label_set.name)
+    now = {"target": views.target.identity(), "views": views.identity()}
+    require(now, spec, label_set.name)
     return views
 
 

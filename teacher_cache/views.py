@@ -172,12 +172,17 @@ class Views:
         if not self.target.clips:
             return views
         depth = views.shape[1]
-        return np.stack(
-            [
-                view[self.f_s.frames(depth, int(s), seed)]
-                for view, s in zip(views, samples, strict=True)
-            ]
-        )
+        stills = [
+            view[self.f_s.frames(depth, int(s), seed)]
+            for view, s in zip(views, samples, strict=True)
+        ]
+        counts = sorted({len(some) for some in stills})
+        if len(counts) > 1:
+            raise InputError(
+                f"frame sampling {self.f_s.name} gave {' and '.join(map(str, counts))} stills; "
+                "expected as many for every clip"
+            )
+        return np.stack(stills)
 
     def batch(self, samples: Int64, seed: int) -> UInt8:
         """``self[s, seed]`` for each sample, stacked. Raises ``BadImage``."""
