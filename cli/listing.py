@@ -27,7 +27,18 @@ COLUMNS = (
     "size",
     "gradient error",
 )
-AUDIT = ("seed", "labels", "empty", "entropy", "top-1 p", "top-1", "top-5", "of", "view checks")
+AUDIT = (
+    "seed",
+    "labels",
+    "empty",
+    "faulty",
+    "entropy",
+    "top-1 p",
+    "top-1",
+    "top-5",
+    "of",
+    "view checks",
+)
 
 
 @click.command("ls")
@@ -88,11 +99,11 @@ def _row(s: dict[str, Any]) -> list[str]:
 
 def _audit(label_set: LabelSet, instead: Reopen, bar: Any) -> dict[str, Any]:
     from sskt.teacher_cache.audit import audit, truth_of
-    from sskt.teacher_cache.verify import reopen_views
+    from sskt.teacher_cache.verify import reopen_target
 
     target, why = None, ""
     try:
-        target = reopen_views(label_set, instead).target
+        target = reopen_target(label_set, instead)
         if truth_of(target, label_set.classes) is None:
             why = "the source has none of the target's classes by name"
     except SsktError as error:
@@ -105,8 +116,9 @@ def _print_audit(shown: dict[str, Any]) -> None:
     rows = [
         [
             str(seed["seed"]),
-            f"{seed['rows'] - seed['empty']:,}",
+            f"{seed['rows'] - seed['empty'] - seed['faulty']:,}",
             f"{seed['empty']:,}",
+            f"{seed['faulty']:,}",
             _number(seed["entropy"], "{:.3f}"),
             _number(seed["confidence"], "{:.3f}"),
             _number(seed["top1"], "{:.1%}"),

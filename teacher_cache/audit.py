@@ -27,13 +27,15 @@ class SeedAudit:
 
     entropy: mean of -sum p log p in nats. confidence: mean of the largest p. matched: labels
     whose true class the source knows by name; top1, top5: share of those that it gets right.
-    empty: rows without a label (unreadable samples; NaN on disk). checked: share of the labels
-    that carry the checksum of their view.
+    empty: rows without a label (unreadable samples; NaN on disk). faulty: rows that are no
+    probability distribution, left out of all else; no writer of ours makes them. checked: share
+    of the labels that carry the checksum of their view.
     """
 
     seed: int
     rows: int
     empty: int
+    faulty: int
     entropy: float | None
     confidence: float | None
     checked: float | None
@@ -70,6 +72,7 @@ def audit(
 class _Sums:
     rows: int = 0
     empty: int = 0
+    faulty: int = 0
     entropy: float = 0.0
     confidence: float = 0.0
     checked: int = 0
@@ -81,11 +84,12 @@ class _Sums:
         def mean(total: float, count: int) -> float | None:
             return total / count if count else None
 
-        kept = self.rows - self.empty
+        kept = self.rows - self.empty - self.faulty
         return SeedAudit(
             seed,
             self.rows,
             self.empty,
+            self.faulty,
             mean(self.entropy, kept),
             mean(self.confidence, kept),
             mean(self.checked, kept),
@@ -104,22 +108,26 @@ def _add(
     truth: Truth | None,
 ) -> None:
     encoded = label_set.read(shard.seed, start, stop)
-    kept = ~label_set.encoding.skipped(encoded)
+    encoding, classes = label_set.encoding, len(label_set.classes)
+    empty, faulty = encoding.skipped(encoded), encoding.faulty(encoded, classes)
+    kept = ~(empty | faulty)
     checks = label_set.read_checks(shard.seed, start, stop)
     total.rows += stop - start
-    total.empty += int((~kept).sum())
+    total.empty += int(empty.sum())
+    total.faulty += int(faulty.sum())
     total.checked += int((checks[kept] != 0).sum())
     if not kept.any():
         return
     rows = {key: values[kept] for key, values in encoded.items()}
-    p = soft_labels(label_set.encoding, as_tensors(rows), len(label_set.classes)).double()
+    p = soft_labels(encoding, as_tensors(rows), classes).double()
     total.entropy += float(torch.special.entr(p).sum())
     total.confidence += float(p.max(dim=1).values.sum())
     if truth is None:
         return
     right = torch.from_numpy(truth.of(np.arange(start, stop)[kept]))
     known = right.any(dim=1)
-    best = p[known].topk(min(5, p.shape[1]), dim=1).indices
+    # of a sparse label, the classes beyond its k are alike: none of them is the fifth
+    best = p[known].topk(min(5, encoding.k or classes), dim=1).indices
     hits = right[known].gather(1, best)
     total.matched += int(known.sum())
     total.top1 += int(hits[:, 0].sum())
@@ -157,7 +165,7 @@ def _matches(own: Sequence[str], others: Sequence[str]) -> NDArray[np.uint8]:
     if tuple(own) == tuple(others):
         return np.eye(len(own), dtype=np.uint8)
     names = np.array([_plain(name) for name in others])
-    matches = [names == _plain(name) for name in own]
+    matches = [(names == _plain(name)) & (names != "") for name in own]
     return np.array(matches, np.uint8).reshape(len(own), len(others))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
 import threading
 import uuid
@@ -92,6 +94,15 @@ class DurableStore(LocalStore):
         durable_write(self.root / key, memoryview(value.as_buffer_like()))
 
 
+@functools.lru_cache(maxsize=64)
+def _warn_of_no_locks(folder: Path) -> None:
+    logging.getLogger("sskt").warning(
+        "the file system of %s has no locks: several processes may label the same shards "
+        "(give each its part with --share); what they store is right all the same",
+        folder,
+    )
+
+
 class Locks:
     """Byte-range locks over one file a label set; the kernel drops them when a process dies.
 
@@ -129,12 +140,15 @@ class Locks:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            raise
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            _warn_of_no_locks(self._path.parent.parent)
         return True
 
     def release(self, byte: int) -> None:
         """Gives a byte back."""
-        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
+        with contextlib.suppress(OSError):  # there was no lock to give back
+            fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
 
     def close(self) -> None:
         """Gives everything back; nothing happens the second time."""

@@ -19,6 +19,7 @@ from sskt.teacher_cache.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.philox import PROBE, below, draw
 from sskt.teacher_cache.policies import Policy
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import label_set_spec, require
 from sskt.teacher_cache.store import LabelSet, Shard
@@ -126,7 +127,19 @@ def reopen(label_set: LabelSet, instead: Reopen) -> tuple[Views, Source]:
 
 
 def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
-    """The views a set was made over. Raises ``SpecMismatch`` if its target is not the same now."""
+    """The views a set was made over. Raises ``SpecMismatch`` if they are not the same now."""
+    target, sampling = reopen_target(label_set, instead), None
+    if target.clips:
+        sampling = parse_frame_sampling(
+            label_set.attributes["made"].get("frame_sampling", "center")
+        )
+    views = open_views(target, reopen_policy(label_set), sampling)
+    require({"views": views.identity()}, label_set.spec, label_set.name)
+    return views
+
+
+def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
+    """The samples a set was made over. Raises ``SpecMismatch`` if they are not the same now."""
     made, spec = label_set.attributes["made"], label_set.spec
     name = instead.target or made.get("target") or spec["target"]["name"]
     root = instead.root or (Path(made["root"]) if made.get("root") else None)
@@ -139,11 +152,9 @@ def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
         decoder=spec["views"].get("decoder", "pyav"),
         strict=made.get("strict", False),
     )
-    f_s = parse_frame_sampling(made.get("frame_sampling") or "center") if target.clips else None
-    views = open_views(target, reopen_policy(label_set), f_s)
-    now = {"target": views.target.identity(), "views": views.identity()}
-    require(now, spec, label_set.name)
-    return views
+    target = open_views(target, reopen_policy(label_set)).target
+    require({"target": target.identity()}, spec, label_set.name)
+    return target
 
 
 def reopen_policy(label_set: LabelSet) -> Policy:
