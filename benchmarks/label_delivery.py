@@ -25,9 +25,9 @@ from torch import Tensor
 
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.philox import permutation
+from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.stage import cache_teachers
 from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig

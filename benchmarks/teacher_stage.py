@@ -16,10 +16,10 @@ import torch
 from common import cifar_folder, interleaved, paired_ratio, report
 
 from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.stage import StageOptions, cache_teachers
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.samples import Target
+from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.stage import StageOptions, cache_teachers
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source

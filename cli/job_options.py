@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,13 @@ _OPTIONS = (
         help="GiB for labels and views not yet stored: more lets more seeds share a decoding.",
     ),
     click.option(
+        "--on-error",
+        type=click.Choice(["fail", "skip"]),
+        default="fail",
+        show_default=True,
+        help="What an unreadable picture or clip does.",
+    ),
+    click.option(
         "--shard-rows",
         type=click.IntRange(1),
         default=8192,
@@ -117,9 +124,52 @@ _OPTIONS = (
 )
 
 
+_RUN_OPTIONS = (
+    click.option(
+        "--share",
+        default="auto",
+        show_default=True,
+        metavar="RANK/WORLD",
+        help="Only this part of the run. auto: from RANK and WORLD_SIZE, or srun's SLURM_PROCID "
+        "and SLURM_STEP_NUM_TASKS; none: all, divided by locks among processes on one folder.",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="ray: spread the shards over a Ray cluster (sskt[ray]).",
+    ),
+    click.option(
+        "--address", default="", help="Of an existing Ray cluster; default: start one here."
+    ),
+    click.option(
+        "--task-gpus",
+        type=click.FloatRange(0),
+        help="GPUs (or a fraction) a Ray task holds; default: 1 if the cluster has any, else 0.",
+    ),
+    click.option(
+        "--task-cpus",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="CPU cores that a Ray task holds.",
+    ),
+)
+
+
 def job_options(command: Command) -> Command:
     """Adds the options; the command gets them as keywords, for ``job_of``."""
-    for option in reversed(_OPTIONS):
+    return _with(_OPTIONS, command)
+
+
+def run_options(command: Command) -> Command:
+    """Adds the options that say where a job runs."""
+    return _with(_RUN_OPTIONS, command)
+
+
+def _with(options: Sequence[Command], command: Command) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sskt.cli.job_options import job_of, job_options
+from sskt.cli.job_options import job_of, job_options, run_options
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 
 
@@ -15,6 +15,7 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
 @click.option(
     "--cache", default="", help="Ignored: so that a cache-teachers command line can be reused."
 )
+@run_options
 @click.option(
     "--machines",
     type=click.IntRange(1),
@@ -40,7 +41,12 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
 def plan(
     cache: str, machines: tuple[int, ...], epochs: int, probe: float, as_json: bool, **given: Any
 ) -> None:
-    """What cache-teachers with the same options will cost: bytes, hours, when it pays."""
+    """What cache-teachers with the same options will cost: bytes, hours, when it pays.
+
+    Of the whole run, on machines like this one: where it will run makes no difference.
+    """
+    for name in ("share", "engine", "address", "task_gpus", "task_cpus"):
+        given.pop(name)
     with working("loading"):
         from sskt.teacher_cache.jobs import open_job_sources, open_job_views
         from sskt.teacher_cache.plan import plan as plan_run

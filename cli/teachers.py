@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.job_options import job_of, job_options
+from sskt.cli.job_options import job_of, job_options, run_options
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
+from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
+    from sskt.teacher_cache.shares import Share
     from sskt.teacher_cache.stage import StageReport
 
 
@@ -18,41 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--cache", required=True, help="Where the label sets live: a folder, or s3://, gs://, az://."
 )
-@click.option(
-    "--on-error",
-    type=click.Choice(["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="What an unreadable picture or clip does.",
-)
-@click.option(
-    "--share",
-    default="auto",
-    show_default=True,
-    metavar="RANK/WORLD",
-    help="Only this part of the run. auto: from RANK and WORLD_SIZE, or SLURM_PROCID and "
-    "SLURM_NTASKS; none: all, divided by locks among processes on one folder.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="ray: spread the shards over a Ray cluster (sskt[ray]).",
-)
-@click.option("--address", default="", help="Of an existing Ray cluster; default: start one here.")
-@click.option(
-    "--task-gpus",
-    type=click.FloatRange(0),
-    help="GPUs (or a fraction) a Ray task holds; default: 1 if the cluster has any, else 0.",
-)
-@click.option(
-    "--task-cpus",
-    type=click.FloatRange(0, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="CPU cores that a Ray task holds.",
-)
+@run_options
 @as_json
 def cache_teachers(
     cache: str,
@@ -69,8 +37,13 @@ def cache_teachers(
     One pass over the data for all sources and seeds. Stop it anywhere: the same command
     finishes the rest, and the bytes are the same as without the stop.
     """
+    if engine == "ray" and share != "auto":
+        raise InputError("--share goes with --engine local: a Ray cluster divides the run itself")
+    if engine == "local" and (address or task_gpus is not None):
+        raise InputError("--address and --task-gpus go with --engine ray")
     job = job_of(cache, given)
     _open_for_writing(cache)
+    part = None
     try:
         with progress() as bar:
             if engine == "ray":
@@ -79,12 +52,12 @@ def cache_teachers(
                 how = RayOptions(address, task_gpus, task_cpus)
                 report = cache_with_ray(job, how, bar("labels"), bar("reading files"))
             else:
-                report = _here(job, share, bar)
+                report, part = _here(job, share, bar)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "finished shards are stored; run the same command again to label the rest"
         ) from None
-    _report(report, as_json)
+    _report(report, part, as_json)
 
 
 def _open_for_writing(cache: str) -> None:
@@ -94,7 +67,7 @@ def _open_for_writing(cache: str) -> None:
         open_cache(cache, make=True)
 
 
-def _here(job: Any, share: str, bar: Any) -> StageReport:
+def _here(job: Any, share: str, bar: Any) -> tuple[StageReport, Share | None]:
     with working("loading"):
         from dataclasses import replace
 
@@ -108,12 +81,13 @@ def _here(job: Any, share: str, bar: Any) -> StageReport:
         opened = open_job_sources(job)
     options = replace(job.options(opened), share=part)
     sources = [one.source for one in opened]
-    return stage.cache_teachers(
+    report = stage.cache_teachers(
         views, sources, job.how, job.seeds, job.cache, options, bar("labels")
     )
+    return report, part
 
 
-def _report(report: StageReport, as_json: bool) -> None:
+def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
     rate = report.written / report.seconds if report.seconds else 0.0
     sets: list[dict[str, Any]] = [
         {"name": s.name, "bytes": s.stored_bytes(), "error": s.attributes.get("error")}
@@ -122,6 +96,7 @@ def _report(report: StageReport, as_json: bool) -> None:
     if as_json:
         print_json(
             {
+                "share": str(part) if part else None,
                 "written": report.written,
                 "reused": report.reused,
                 "skipped": report.skipped,
@@ -130,6 +105,8 @@ def _report(report: StageReport, as_json: bool) -> None:
             }
         )
         return
+    if part:
+        click.echo(f"share {part} of the run (all of it: --share none)")
     click.echo(
         f"{report.written:,} labels written ({rate:,.0f}/s), {report.reused:,} were there already"
     )

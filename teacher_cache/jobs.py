@@ -26,7 +26,17 @@ from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import open_source, parse_source
 
 Progress = Callable[[int, int], None]
-LIBRARIES = ("sskt", "torch", "torchvision", "numpy", "pillow", "zarr", "numcodecs")
+LIBRARIES = [
+    "sskt",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "av",
+    "zarr",
+    "numcodecs",
+]
 
 
 @dataclass(frozen=True)

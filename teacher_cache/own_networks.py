@@ -63,11 +63,11 @@ def _from_file(wanted: SourceName) -> ModuleType:
     assert path is not None
     if not path.is_file():
         raise MissingData(f"source {wanted.name}: no file {path}")
-    spec = importlib.util.spec_from_file_location(f"sskt_source_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = ModuleType(f"sskt_source_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    # Compiled here: Python's cache of compiled files may hold an older text of the same second.
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
 

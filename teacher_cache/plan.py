@@ -94,13 +94,14 @@ def plan(
     label = sum(job.how.bytes_per_label(len(s.classes)) for s in sources)
     together = seeds_together(views, job.shard_rows, label, seeds, job.batch_size, job.memory)
     rate, probe = _probe_reading(job, views, together, seconds / 2)
-    encodings = list(dict.fromkeys([job.encoding, *ENCODINGS]))
+    fewest = min(len(source.classes) for source in sources)
+    wanted = [parse_encoding(name) for name in dict.fromkeys([job.encoding, *ENCODINGS])]
+    encodings = [encoding for encoding in wanted if encoding.k <= fewest]
     planned = [_probe_source(s, probe, encodings, seconds / 2 / len(sources)) for s in sources]
     seen = samples * seeds
     read_seconds, label_seconds = seen / rate, seen * sum(p.seconds for p in planned)
     on_cpu = any(s.device.type == "cpu" for s in sources)
     total = read_seconds + label_seconds if on_cpu else max(read_seconds, label_seconds)
-    cut = -(-samples // job.shard_rows) * -(-seeds // together)
     in_memory = views.target.images is not None
     return RunPlan(
         samples=samples,
@@ -110,12 +111,20 @@ def plan(
         decodings=0 if in_memory else -(-seeds // together),
         read_seconds=read_seconds,
         label_seconds=label_seconds,
-        hours={n: total / 3600 * -(-cut // min(n, cut)) / cut for n in machines},
-        bytes={e: round(seen * sum(p.bytes.get(e, 0) for p in planned)) for e in encodings},
+        hours={n: total / 3600 * _longest(job, views, together, n) for n in machines},
+        bytes={str(e): round(seen * sum(p.bytes[str(e)] for p in planned)) for e in encodings},
         passes=seeds,
         trained_passes=epochs,
         break_even=int(total / (label_seconds / seeds * epochs)) + 1,
     )
+
+
+def _longest(job: Job, views: Views, together: int, machines: int) -> float:
+    """The share of the work of the machine that has most units, as ``units`` cuts them."""
+    blocks = -(-len(views.target) // job.shard_rows)
+    together = min(together, max(1, job.seeds * blocks // machines))
+    cut = blocks * -(-job.seeds // together)
+    return -(-cut // machines) / cut
 
 
 def _probe_reading(
@@ -134,11 +143,13 @@ def _probe_reading(
 
     kept: list[Tensor] = []
     begin, read, spent = 0.0, 0, 0.0
-    for batch in batches(views, orders, job.workers, torch.device("cpu"))():
+    stream = batches(views, orders, job.workers, torch.device("cpu"))()
+    for number, batch in enumerate(stream):
         if batch.error:
             raise MissingData(batch.error)
-        if len(batch.rows) and sum(map(len, kept)) < PROBE_ROWS:
-            kept.append(batch.stills[0][: job.batch_size])
+        # The last one is the first again: labels that come twice would compress to half.
+        if number < places and len(batch.rows) and sum(map(len, kept)) < PROBE_ROWS:
+            kept.append(batch.stills[0])
         if not begin:  # starting the workers is no part of the rate
             begin = time.perf_counter()
             continue
@@ -150,11 +161,19 @@ def _probe_reading(
         raise MissingData(
             f"plan: could read no sample of {views.target.name} {views.target.split} that it tried"
         )
-    return read / spent, kept
+    return read / spent, _batches_of(kept, job.batch_size)
+
+
+def _batches_of(kept: Sequence[Tensor], size: int) -> list[Tensor]:
+    """As the run forwards them; pictures of several sizes as they came."""
+    several = len({stills.shape[1:] for stills in kept}) > 1
+    groups = kept if several else [torch.cat(list(kept))]
+    parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    return [part for part in parts if len(part) == max(map(len, parts))]
 
 
 def _probe_source(
-    source: Source, probe: Sequence[Tensor], encodings: Sequence[str], seconds: float
+    source: Source, probe: Sequence[Tensor], encodings: Sequence[Encoding], seconds: float
 ) -> SourcePlan:
     logs: list[NDArray[np.float32]] = []
     begin, done, spent = 0.0, 0, 0.0
@@ -171,8 +190,7 @@ def _probe_source(
         if spent > seconds and turn >= min(3, len(probe)):
             break
     rows = np.concatenate(logs)[:CHUNK_ROWS]
-    wanted = [parse_encoding(name) for name in encodings]
-    sizes = {str(e): _compressed(e, rows) + CHECK_BYTES for e in wanted if e.k <= rows.shape[1]}
+    sizes = {str(e): _compressed(e, rows) + CHECK_BYTES for e in encodings}
     return SourcePlan(source.name, source.arch, len(source.classes), spent / done, sizes)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import InputError, SsktError
 from sskt.teacher_cache.shares import view_bytes
 from sskt.teacher_cache.views import Views, checks_of
 
@@ -136,6 +136,20 @@ def _any_number_of_workers() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Says what became of a loader process that was killed. Raises ``SsktError`` then."""
+    try:
+        yield
+    except RuntimeError as error:  # torch raises it wherever this process happens to be
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise SsktError(
+            "a loader process was killed (was there memory left?); all shards stored so far are "
+            "valid: run the same command again, with fewer --workers or less --memory"
+        ) from error
+
+
 def _gathered(parts: Iterator[Batch]) -> Iterator[Batch]:
     gathered: list[Batch] = []
     for part in parts:
@@ -143,6 +157,19 @@ def _gathered(parts: Iterator[Batch]) -> Iterator[Batch]:
         if part.error or _is_last(part, gathered):
             yield _joined(gathered)
             gathered = []
+
+
+def _several(order: Order, shapes: list[tuple[int, ...]]) -> str:
+    first, second = shapes[:2]
+    if first[:-2] != second[:-2]:
+        return (
+            f"frame sampling gave {first[0]} and {second[0]} stills for two samples; expected as "
+            "many for each"
+        )
+    return (
+        f"views of samples {order.first} to {order.stop - 1} differ in size ({first[-2:]} and "
+        f"{second[-2:]}); choose --policy random-resized-crop-flip or resize-center-crop"
+    )
 
 
 def _is_last(part: Batch, gathered: list[Batch]) -> bool:
@@ -156,15 +183,10 @@ def _joined(parts: list[Batch]) -> Batch:
         return last
     full = [p for p in parts if p.stills]
     seeds = last.order.seeds if full else ()
-    shapes = {p.stills[seed].shape[1:] for p in full for seed in seeds}
-    if len(shapes) > 1:
-        first, second = sorted(tuple(shape[:2]) for shape in shapes)[:2]
-        error = (
-            f"views of samples {last.order.first} to {last.order.stop - 1} differ in size "
-            f"({first} and {second}); choose --policy random-resized-crop-flip or "
-            "resize-center-crop"
-        )
-        return replace(last, error=error)
+    for seed in seeds:
+        shapes = sorted({tuple(p.stills[seed].shape[1:-1]) for p in full})
+        if len(shapes) > 1:
+            return replace(last, error=_several(last.order, shapes))
     return Batch(
         last.order,
         np.concatenate([p.rows for p in parts]),

@@ -29,17 +29,25 @@ class Share:
     world: int = 1
 
     def __post_init__(self) -> None:
+        if self.world < 1:
+            raise InputError(f"share {self.rank}/{self.world}: expected at least one process")
         if not 0 <= self.rank < self.world:
             raise InputError(
                 f"share {self.rank}/{self.world}: expected a rank from 0 to {self.world - 1}"
             )
 
+    def __str__(self) -> str:
+        return f"{self.rank}/{self.world}"
 
-_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+_TORCHRUN = ("RANK", "WORLD_SIZE")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+"""A batch script without srun has a SLURM_PROCID of 0 too, and SLURM_NTASKS of its allocation,
+but is one process: only srun tells the tasks of a step."""
 
 
 def parse_share(text: str, environment: Mapping[str, str] = os.environ) -> Share | None:
-    """``RANK/WORLD``; ``none``; or ``auto``: from RANK and WORLD_SIZE, else SLURM's variables.
+    """``RANK/WORLD``; ``none``; or ``auto``: from RANK and WORLD_SIZE, else from srun's variables.
 
     None: the whole run, shared by locks with whoever else works on the same folder. Raises
     ``InputError`` for what is no share, or half of a pair of variables.
@@ -49,9 +57,9 @@ def parse_share(text: str, environment: Mapping[str, str] = os.environ) -> Share
     if text != "auto":
         rank, _, world = text.partition("/")
         return _share(rank, world, f"--share {text}")
-    for rank_name, world_name in _VARIABLES:
+    for rank_name, world_name in (_TORCHRUN, _SRUN):
         rank, world = environment.get(rank_name, ""), environment.get(world_name, "")
-        if rank or world:
+        if world or (rank and rank_name == "RANK"):
             share = _share(rank, world, f"{rank_name}={rank} {world_name}={world}")
             return share if share.world > 1 else None
     return None

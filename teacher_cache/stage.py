@@ -8,6 +8,7 @@ once for all sources.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from sskt.teacher_cache.encodings import Encoded, Encoding, measured_error
 from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError
 from sskt.teacher_cache.places import CacheName
-from sskt.teacher_cache.reading import Batch, Order, batches
+from sskt.teacher_cache.reading import Batch, Order, batches, naming_killed_workers
 from sskt.teacher_cache.shares import MEMORY, Share, Unit, units
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import label_set_spec
@@ -244,7 +245,7 @@ class _Run:
         feed = batches(self.views, self.claimed, self.options.workers, device)
         stream = feed()  # starts the workers: processes are forked before there is a thread
         writer = Writer()
-        try:
+        with contextlib.closing(writer), naming_killed_workers():
             while True:
                 worked = False
                 for batch in stream:
@@ -256,8 +257,6 @@ class _Run:
                     writer.check()
                     time.sleep(POLL_SECONDS)
                 stream = feed()
-        finally:
-            writer.close()
 
     def _missing(self) -> bool:
         for label_set in self.sets:

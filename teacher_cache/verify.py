@@ -18,7 +18,7 @@ from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.philox import PROBE, below, draw
-from sskt.teacher_cache.policies import Policy
+from sskt.teacher_cache.policies import POLICIES, Policy
 from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import label_set_spec, require
@@ -160,7 +160,13 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
 def reopen_policy(label_set: LabelSet) -> Policy:
     """The view policy of a set."""
     views = label_set.spec["views"]
-    return Policy(views["policy"], views["version"], dict(views["parameters"]))
+    name, version = views["policy"], views["version"]
+    if name not in POLICIES or version != Policy(name).version:
+        raise CorruptStore(
+            f"label set {label_set.name} has views of policy {name}, version {version}, which this "
+            "version of sskt does not know; update sskt"
+        )
+    return Policy(name, version, dict(views["parameters"]))
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sskt.teacher_cache.errors import BadClip, BadImage, MissingData, UnknownName
 from sskt.teacher_cache.images import UInt8, read_image
+from sskt.teacher_cache.matroska import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -92,8 +93,8 @@ def count_frames(path: Path, decoder: str = "pyav") -> Counted:
     same number. A change of the picture's size is a problem: a clip has one size. A file without a
     count (mpg, ts, flv) that ends early between two frames cannot be told from a shorter one.
 
-    Of a folder, the frames are the consecutive images from ``image_00001.jpg`` on, which are not
-    decoded, and the header is ``n_frames``.
+    Of a folder, the frames are the consecutive images from ``image_00001.jpg`` on, which must
+    all decode to one size, and the header is ``n_frames``.
 
     Raises ``MissingData`` for a file that is absent or cannot be opened, never for a damaged one.
     """
@@ -309,7 +310,7 @@ def _count_file(path: Path) -> Counted:
     except _Fault as fault:
         _read_through(path)
         problem = str(fault)
-    if header - frames > 1 or _cut_off(path):
+    if header - frames > 1 or cut_off(path):
         problem = f"truncated or damaged{problem and f': {problem}'}"
     elif not frames and not problem:
         problem = "no frame can be decoded"
@@ -330,25 +331,6 @@ def _header(container: InputContainer, stream: VideoStream) -> int:
     if "mov" in container.format.name.split(","):
         return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
     return stream.frames
-
-
-def _cut_off(path: Path) -> bool:
-    """Whether a Matroska or WebM file, which counts no frames, is shorter than it says."""
-    with path.open("rb") as file:
-        if file.read(4) != b"\x1a\x45\xdf\xa3":
-            return False
-        file.seek(_ebml_size(file), os.SEEK_CUR)
-        segment = file.read(4) == b"\x18\x53\x80\x67"
-        return segment and _ebml_size(file) + file.tell() > path.stat().st_size
-
-
-def _ebml_size(file: BinaryIO) -> int:
-    """The next size in an EBML file (RFC 8794, section 4); 0 if it says that it is unknown."""
-    first = file.read(1)
-    length = 8 - first[0].bit_length() if first else 0
-    bits = 7 * (length + 1)
-    value = int.from_bytes(first + file.read(length), "big") & ((1 << bits) - 1)
-    return 0 if value == (1 << bits) - 1 else value
 
 
 # --- folders of frames -------------------------------------------------------------------------
@@ -372,7 +354,21 @@ def _count_folder(folder: Path) -> Counted:
     header = int(text[:20])
     if header > frames or frames < sum(bool(_FRAME_FILE.fullmatch(name)) for name in names):
         return Counted(frames, header, f"{_frame_name(frames)} is missing")
-    return Counted(frames, header, "" if frames else "no frames")
+    return _all_decode(folder, Counted(frames, header, "" if frames else "no frames"))
+
+
+def _all_decode(folder: Path, counted: Counted) -> Counted:
+    """Looked at here, so that a clip is damaged whichever of its frames are seen later."""
+    sizes = set()
+    for number in range(counted.frames):
+        name = _frame_name(number)
+        try:
+            sizes.add(read_image(folder / name).shape)
+        except BadImage:
+            return replace(counted, frames=number, problem=f"{name} cannot be decoded")
+        if len(sizes) > 1:
+            return replace(counted, frames=number, problem=f"{name} has another size")
+    return counted
 
 
 def _read_folder(folder: Path, numbers: Sequence[int]) -> dict[int, UInt8]:

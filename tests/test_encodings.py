@@ -24,8 +24,8 @@ from sskt.teacher_cache.encodings import (
     soft_labels,
 )
 from sskt.teacher_cache.errors import InputError, UnknownName
-from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 

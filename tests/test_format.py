@@ -22,14 +22,14 @@ from PIL import Image
 
 from sskt.teacher_cache.encodings import as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import canonical_json, digest_of
 from sskt.teacher_cache.stage import StageOptions, cache_teachers
 from sskt.teacher_cache.store import LabelSet, open_label_set
-from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.verify import reopen_policy
-from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.views import Views, check_of
 
 Sskt = Callable[..., tuple[int, str, str]]

@@ -15,6 +15,8 @@ import pytest
 
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.errors import SpecMismatch
+from sskt.teacher_cache.policies import parse_policy
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.spec import (
     Spec,
@@ -25,9 +27,7 @@ from sskt.teacher_cache.spec import (
     name_of,
     require,
 )
-from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.views import Views
 
 SPEC: Spec = {

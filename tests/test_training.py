@@ -24,10 +24,10 @@ from sskt.teacher_cache.errors import (
     SpecMismatch,
     ViewMismatch,
 )
+from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.stage import StageOptions, cache_teachers
 from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
