@@ -16,10 +16,10 @@ WNIDS = imagenet_wnids()
 SCENES = places365_classes()
 
 
-def write_picture(path: Path, seed: int) -> None:
+def write_picture(path: Path, seed: int, height: int | None = None) -> None:
     """A JPEG or PNG of noise, of another size in bytes for (almost) every seed."""
     rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (12 + seed % 7, 16, 3), np.uint8)
+    pixels = rng.integers(0, 256, (height or 12 + seed % 7, 16, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG" if path.suffix == ".png" else "JPEG")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write_voc(folder: Path, splits: Sequence[str]) -> None:
 def write_frames(folder: Path, seed: int, frames: int = 3) -> None:
     """A clip as extracted frames."""
     for i in range(frames):
-        write_picture(folder / f"image_{i + 1:05d}.jpg", 100 * seed + i)
+        write_picture(folder / f"image_{i + 1:05d}.jpg", 100 * seed + i, 12 + seed % 7)
 
 
 def write_ucf101(root: Path) -> None:
