@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
+# One process a core, each with one thread: threads of several processes would wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo test test-fast lint benchmarks dist clean
 
@@ -9,10 +11,10 @@ demo: $(READY)
 	$(VENV)/bin/sskt demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -22,6 +24,7 @@ lint: $(READY)
 benchmarks: $(READY)
 	$(VENV)/bin/python benchmarks/label_delivery.py
 	$(VENV)/bin/python benchmarks/teacher_stage.py
+	$(VENV)/bin/python benchmarks/memory.py
 
 dist: $(READY)
 	rm -rf dist

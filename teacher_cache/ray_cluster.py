@@ -74,11 +74,13 @@ def connected(ray: Any, address: str) -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
         try:
             try:
-                if joins:
-                    with _hushed():
-                        ray.init(address=address, **quiet)
-                else:
-                    ray.init(address="local", include_dashboard=False, **quiet)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", module="ray")  # tips for its next versions
+                    if joins:
+                        with _hushed():
+                            ray.init(address=address, **quiet)
+                    else:
+                        ray.init(address="local", include_dashboard=False, **quiet)
             except Exception as error:
                 where = f"cluster at {address}" if joins else "cluster of this machine"
                 raise _refused(where, error) from error
@@ -102,9 +104,7 @@ def _hushed() -> Iterator[None]:
         if impatient:
             os.environ[patience] = "3"
         os.dup2(nowhere, 2)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="ray")
-            yield
+        yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)

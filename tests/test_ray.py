@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -140,29 +141,26 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.ray: Any = importlib.import_module("ray")  # typed or not, as Ray is there or not
         nodes: Any = importlib.import_module("ray.cluster_utils").Cluster
-        before = Path.cwd()
-        os.chdir(folder)  # the workers' working folder is not the driver's
-        try:
-            head = {
-                "num_cpus": 1,
-                "include_dashboard": False,
-                "_system_config": {
-                    "health_check_initial_delay_ms": 0,
-                    "health_check_period_ms": 500,
-                    "health_check_timeout_ms": 500,
-                    "health_check_failure_threshold": 4,
-                },
-            }
-            self._nodes = nodes(initialize_head=True, head_node_args=head)
-            self.second = self._nodes.add_node(num_cpus=1)
-        finally:
-            os.chdir(before)
-        self.folder, self.address = folder, str(self._nodes.address)
-        self.ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
+        self.folder = folder
+        head = {
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "_system_config": {
+                "health_check_initial_delay_ms": 0,
+                "health_check_period_ms": 500,
+                "health_check_timeout_ms": 500,
+                "health_check_failure_threshold": 4,
+            },
+        }
+        self._nodes = nodes()
+        self.add(**head)
+        self.address = str(self._nodes.address)
+        self.ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+        self.second = self.add(num_cpus=1)
 
     def add(self, **resources: Any) -> Any:
         before = Path.cwd()
-        os.chdir(self.folder)
+        os.chdir(self.folder)  # the workers' working folder is not the driver's
         try:
             return self._nodes.add_node(**resources)
         finally:
