@@ -141,7 +141,10 @@ _RUN_OPTIONS = (
         help="ray: spread the shards over a Ray cluster (sskt[ray]).",
     ),
     click.option(
-        "--address", default="", help="Of an existing Ray cluster; default: start one here."
+        "--address",
+        default="",
+        help="Ray cluster: auto, HOST:PORT (from one of its nodes) or ray://HOST:PORT; default: "
+        "RAY_ADDRESS, else one started here.",
     ),
     click.option(
         "--task-gpus",

@@ -183,14 +183,20 @@ def open_sources(
             batchnorm=batchnorm,
         )
         arguments = {
-            "source": text
-            if name.file is None
-            else text.replace(str(name.file), full_path(name.file)),
+            "source": _recorded(text, name.file),
             "weights": full_path(file) if file else None,
             "preprocessing": fields.get(name.name, ""),
         }
         opened.append(Opened(source, arguments))
     return opened
+
+
+def _recorded(text: str, file: Path | None) -> str:
+    """A ``--source`` argument with the full path of its file."""
+    if file is None:
+        return text
+    name, _, place = text.partition("=")
+    return f"{name}={full_path(file)}{place[place.rindex(file.name) + len(file.name) :]}"
 
 
 def full_path(path: str | Path) -> str:

@@ -6,7 +6,10 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,11 +83,13 @@ def connected(ray: Any, address: str) -> Iterator[None]:
                         with _hushed():
                             ray.init(address=address, **quiet)
                     else:
-                        ray.init(address="local", include_dashboard=False, **quiet)
+                        with _uninterrupted():
+                            ray.init(address="local", include_dashboard=False, **quiet)
             except Exception as error:
                 where = f"cluster at {address}" if joins else "cluster of this machine"
                 raise _refused(where, error) from error
-            yield
+            with _terminable():
+                yield
         finally:
             with contextlib.suppress(Exception):
                 ray.shutdown()
@@ -111,6 +116,45 @@ def _hushed() -> Iterator[None]:
         os.close(nowhere)
         if impatient:
             os.environ.pop(patience, None)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off the first Ctrl-C: a cluster that is half started would leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def later(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        if came:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the session in order; Ray's own handler aborts the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _refused(where: str, error: BaseException) -> InputError:
