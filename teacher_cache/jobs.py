@@ -183,7 +183,7 @@ def open_sources(
             batchnorm=batchnorm,
         )
         arguments = {
-            "source": _recorded(text, name.file),
+            "source": source_at(text, name.file, full_path(name.file)) if name.file else text,
             "weights": full_path(file) if file else None,
             "preprocessing": fields.get(name.name, ""),
         }
@@ -191,12 +191,10 @@ def open_sources(
     return opened
 
 
-def _recorded(text: str, file: Path | None) -> str:
-    """A ``--source`` argument with the full path of its file."""
-    if file is None:
-        return text
+def source_at(text: str, file: Path, path: str) -> str:
+    """A ``--source`` argument that names a file, with another path to it."""
     name, _, place = text.partition("=")
-    return f"{name}={full_path(file)}{place[place.rindex(file.name) + len(file.name) :]}"
+    return f"{name}={path}{place[place.rindex(file.name) + len(file.name) :]}"
 
 
 def full_path(path: str | Path) -> str:

@@ -128,9 +128,9 @@ class LabelSet:
         """Path or URL of what commits the shard, for messages."""
         return self.place.where(self.commit_key(shard))
 
-    def has(self, shard: Shard) -> bool:
-        """Whether the shard is stored (and so complete)."""
-        return self.place.size(self.commit_key(shard)) is not None
+    def has(self, shard: Shard, *, fresh: bool = False) -> bool:
+        """Whether the shard is stored (and so complete); ``fresh``: not from an earlier listing."""
+        return self.place.size(self.commit_key(shard), fresh=fresh) is not None
 
     def missing(self, seeds: Iterable[int]) -> list[Shard]:
         """The shards of ``seeds`` that are not stored now."""
@@ -215,7 +215,7 @@ class LabelSet:
         byte = SHARDS + shard.seed * self.blocks + shard.block
         if shard in self._claimed or not self._claims.claim(byte):
             return False
-        if self.place.size(self.commit_key(shard), fresh=True) is not None:
+        if self.has(shard, fresh=True):
             self._claims.release(byte)
             return False
         self._claimed.add(shard)

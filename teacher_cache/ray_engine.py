@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, SsktError
-from sskt.teacher_cache.jobs import Job, open_job_views
+from sskt.teacher_cache.jobs import Job, open_job_views, source_at
 from sskt.teacher_cache.places import open_cache
 from sskt.teacher_cache.ray_board import Board
 from sskt.teacher_cache.ray_cluster import (
@@ -43,7 +43,7 @@ from sskt.teacher_cache.ray_tasks import (
 from sskt.teacher_cache.shares import Unit
 from sskt.teacher_cache.source_names import parse_source
 from sskt.teacher_cache.stage import StageReport
-from sskt.teacher_cache.store import LabelSet, Shard, open_label_set
+from sskt.teacher_cache.store import LabelSet, open_label_set
 from sskt.teacher_cache.targets import is_own
 from sskt.teacher_cache.views import Views
 
@@ -109,10 +109,7 @@ def _everywhere(job: Job) -> Job:
 
     def source(text: str) -> str:
         file = parse_source(text).file
-        if file is None:
-            return text
-        name, _, place = text.partition("=")
-        return f"{name}={_full(file)}{place[place.rindex(file.name) + len(file.name) :]}"
+        return text if file is None else source_at(text, file, _full(file))
 
     def weights(text: str) -> str:
         name, mark, file = text.partition("=")
@@ -255,7 +252,7 @@ class _Run:
         alike = [s for s in sets if s.rows == unit.rows]
         unseen = [(s, shard) for s in alike for shard in unit.shards]
         while True:
-            unseen = [(s, shard) for s, shard in unseen if not _seen(s, shard)]
+            unseen = [(s, shard) for s, shard in unseen if not s.has(shard, fresh=True)]
             if not unseen:
                 return
             if time.monotonic() >= limit:
@@ -276,10 +273,6 @@ class _Run:
         for asked in self.pending:
             with contextlib.suppress(Exception):
                 self.ray.cancel(asked)
-
-
-def _seen(label_set: LabelSet, shard: Shard) -> bool:
-    return label_set.place.size(label_set.commit_key(shard), fresh=True) is not None
 
 
 class _Bar:

@@ -24,7 +24,13 @@ from sskt.teacher_cache.metadata import GROUP
 from sskt.teacher_cache.places import open_cache
 from sskt.teacher_cache.shares import Unit, units
 from sskt.teacher_cache.spec import label_set_spec, name_of
-from sskt.teacher_cache.stage import StageOptions, close_sets, label_units, open_sets
+from sskt.teacher_cache.stage import (
+    StageOptions,
+    close_sets,
+    count_labels,
+    label_units,
+    open_sets,
+)
 from sskt.teacher_cache.store import LabelSet
 from sskt.teacher_cache.views import Views
 
@@ -86,7 +92,7 @@ def survey(work: Work, views: Views) -> Found | Failure:
             for label_set in sets:
                 label_set.missing(())
             for unit in units(views, sets, job.seeds, job.batch_size, job.memory, work.slots):
-                wanted, missing = _count(sets, unit)
+                wanted, missing = count_labels(sets, [unit])
                 stored += wanted - missing
                 if missing:
                     todo.append((unit, missing))
@@ -108,7 +114,7 @@ def label(
             said = _Reporter(board, number, owed)
             sources = [one.source for one in opened]
             report = label_units(views, sources, sets, [unit], options, said, wait=False)
-            missing = _count(sets, unit, fresh=True)[1]
+            missing = count_labels(sets, [unit], fresh=True)[1]
             return Labelled(not missing, tuple(report.skipped), socket.gethostname())
         finally:
             close_sets(sets)
@@ -189,17 +195,6 @@ def require_shared(cache: str, names: Sequence[str]) -> None:
 
 
 SHARED = "with --engine ray the cache is a folder that all nodes share (the same path), or s3://"
-
-
-def _count(sets: Sequence[LabelSet], unit: Unit, *, fresh: bool = False) -> tuple[int, int]:
-    """Labels of a unit, and how many of them are missing (``fresh``: not from a listing)."""
-    wanted = missing = 0
-    for label_set in (s for s in sets if s.rows == unit.rows):
-        for shard in unit.shards:
-            labels = shard.stop - shard.start
-            size = label_set.place.size(label_set.commit_key(shard), fresh=fresh)
-            wanted, missing = wanted + labels, missing + labels * (size is None)
-    return wanted, missing
 
 
 def _failure(error: SsktError) -> Failure:

@@ -166,7 +166,7 @@ def label_units(
     begin = time.monotonic() if begin is None else begin
     for label_set in sets:
         label_set.missing(())
-    wanted, missing = _count(sets, todo)
+    wanted, missing = count_labels(sets, todo)
     run = _Run(views, sources, sets, todo, options, _Counter(progress, missing))
     if missing:
         run.finish(wait)
@@ -175,14 +175,17 @@ def label_units(
     return StageReport(list(sets), run.count.done, wanted - missing, names, seconds)
 
 
-def _count(sets: Sequence[LabelSet], todo: Sequence[Unit]) -> tuple[int, int]:
+def count_labels(
+    sets: Sequence[LabelSet], todo: Sequence[Unit], *, fresh: bool = False
+) -> tuple[int, int]:
+    """Labels of some units, and how many of them are missing (``fresh``: not from a listing)."""
     wanted = missing = 0
     for unit in todo:
         for label_set in (s for s in sets if s.rows == unit.rows):
             for shard in unit.shards:
                 rows = shard.stop - shard.start
                 wanted += rows
-                missing += 0 if label_set.has(shard) else rows
+                missing += 0 if label_set.has(shard, fresh=fresh) else rows
     return wanted, missing
 
 
@@ -261,7 +264,7 @@ class _Run:
     def _missing(self) -> bool:
         for label_set in self.sets:
             label_set.missing(())
-        return _count(self.sets, self.todo)[1] > 0
+        return count_labels(self.sets, self.todo)[1] > 0
 
     def claimed(self) -> Any:
         """Orders of the units that nobody is at, claimed when the loader comes to them."""
