@@ -24,7 +24,7 @@ from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 
-SIZE, BATCH, IMAGES, ROUNDS = 96, 64, 640, 6
+SIZE, BATCH, IMAGES, ROUNDS = 96, 64, 1280, 4
 
 
 def main() -> None:
