@@ -1,13 +1,28 @@
-"""Target networks and heads: the paper's sizes, option A, gradients everywhere."""
+"""Target networks and heads: the paper's sizes, golden values, shortcuts, stems, gradients."""
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from network_cases import CASES, SOURCES, Case, run
 
-from sskt.teacher_cache.errors import UnknownName
+from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.heads import SSKTNetwork, TransferModule
-from sskt.trainer.networks import BasicBlock, build_network, parameters_of
+from sskt.trainer.networks import (
+    NETWORKS,
+    TargetNetwork,
+    build_network,
+    is_three_dimensional,
+    parameters_of,
+)
+from sskt.trainer.resnets3d import PaddedShortcut
+from sskt.trainer.small_resnets import BasicBlock
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("networks.json").read_text())
 
 # He et al. 2016, table 6: 0.27M, 0.46M, 0.66M, 0.85M, 1.7M for CIFAR-10.
 SIZES = {
@@ -18,23 +33,102 @@ SIZES = {
     "resnet110": 1_727_962,
 }
 
+# Of a TM for 1000 and 365 classes: those of REFERENCE.md, and by its formula those it leaves out.
+TRANSFER = {
+    **dict.fromkeys(SIZES, (103_528, 62_253)),
+    **dict.fromkeys(("resnet18", "resnet34"), (12_505_000, 11_869_365)),
+    **dict.fromkeys(("resnet50", "resnet101", "resnet152"), (13_945_000, 13_309_365)),
+    "mobilenet_v2": (15_025_000, 14_389_365),
+    "densenet121": (13_433_000, 12_797_365),
+    "vgg16": (15_517_000, 14_881_365),
+    **dict.fromkeys(("resnet3d10", "resnet3d18", "resnet3d34"), (30_505_000, 29_869_365)),
+    "resnet3d50": (31_945_000, 31_309_365),
+}
+
+# With 1000 classes, as torchvision's table of weights says.
+PUBLISHED = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "mobilenet_v2": 3_504_872,
+    "densenet121": 7_978_856,
+    "vgg16": 138_365_992,
+}
+
+
+# Without numbers where drawing them takes longer than going without.
+BIG = ("resnet50", "resnet101", "resnet152", "vgg16", "resnet3d18", "resnet3d34", "resnet3d50")
+
+
+def shape_of(name: str, classes: int, **options: object) -> TargetNetwork:
+    """A network to look at the shapes of, not at the numbers."""
+    with torch.device("meta" if name in BIG else "cpu"):
+        return build_network(name, classes, **options)  # type: ignore[arg-type]
+
 
 @pytest.mark.parametrize(("name", "count"), SIZES.items())
 def test_parameters_of_the_small_resnets(name: str, count: int) -> None:
     assert parameters_of(build_network(name, 10)) == count
 
 
-@pytest.mark.parametrize(("classes", "count"), [(1000, 103_528), (365, 62_253)])
-def test_parameters_of_the_transfer_module(classes: int, count: int) -> None:
-    network = build_network("resnet20", 10)
-    module = TransferModule(network.stage_widths, network.transfer_width, classes)
-    assert parameters_of(module) == count
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_parameters_of_torchvisions_networks(name: str, count: int) -> None:
+    assert parameters_of(shape_of(name, 1000, stem="imagenet")) == count
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_of_the_transfer_module(name: str) -> None:
+    target = shape_of(name, 10, size=32)
+    with torch.device("meta"):
+        network = SSKTNetwork(target, {"i": 1000, "p": 365}, tm=True)
+    assert tuple(parameters_of(head) for head in network.heads) == TRANSFER[name]
+    assert is_three_dimensional(name) == (network.target.dimensions == 3)
 
 
 def test_parameters_of_heads_without_tm() -> None:
     network = SSKTNetwork(build_network("resnet20", 10), {"i": 1000, "p": 365}, tm=False)
     assert network.sources == ("i", "p")
     assert [parameters_of(head) for head in network.heads] == [64 * 1000 + 1000, 64 * 365 + 365]
+
+
+@pytest.mark.parametrize("tm", [False, True], ids=["linear", "tm"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_loss_and_gradients_are_golden(case: Case, tm: bool) -> None:
+    network = case.network(tm=tm)
+    found, wanted = run(network, case.batch()), GOLDEN[f"{case}-tm" if tm else str(case)]
+    assert found.keys() == wanted.keys()
+    for key, row in wanted.items():
+        # Another CPU adds up in another order, and 50 BatchNorms over 4 samples magnify that.
+        scale = max(map(abs, row)) if key != "gradients" else 0.0
+        assert found[key] == pytest.approx(row, rel=5e-3, abs=1e-3 * scale), key
+    for name, parameter in network.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        # A bias before BatchNorm has the gradient 0 by construction: only rounding is left.
+        assert gradient.any() or name.endswith("bias"), name
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet3d10"])
+def test_initialisation_comes_from_the_seed_alone(name: str) -> None:
+    states = []
+    for _ in range(2):
+        torch.rand(3)
+        torch.manual_seed(11)
+        states.append(SSKTNetwork(build_network(name, 4), SOURCES, tm=True).state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize(("name", "fan_out"), [("resnet20", False), ("mobilenet_v2", True)])
+def test_initialisation_of_the_transfer_module(name: str, fan_out: bool) -> None:
+    torch.manual_seed(0)
+    head = SSKTNetwork(build_network(name, 4), SOURCES, tm=True).heads[0]
+    weight = head.get_parameter("branches.0.3.weight")
+    middle = weight.shape[0]
+    # He's fan-out: a normal of std sqrt(2/(9 middle)); PyTorch's: uniform within 1/sqrt(9 middle).
+    std = (2 if fan_out else 1 / 3) ** 0.5 / (9 * middle) ** 0.5
+    assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
 
 
 def test_option_a_shortcut_takes_every_second_pixel_and_pads_with_zeros() -> None:
@@ -44,6 +138,36 @@ def test_option_a_shortcut_takes_every_second_pixel_and_pads_with_zeros() -> Non
     y = block(x)
     assert torch.equal(y[:, 2:6], x[:, :, ::2, ::2])
     assert not y[:, :2].any() and not y[:, 6:].any()
+
+
+def test_option_a_shortcut_of_clips_has_a_gradient() -> None:
+    x = torch.rand(2, 4, 3, 6, 6, requires_grad=True)
+    y = PaddedShortcut(2, 3)(x)
+    torch.testing.assert_close(y[:, :4], torch.nn.functional.avg_pool3d(x, 1, 2))
+    assert y.shape == (2, 7, 2, 3, 3) and not y[:, 4:].any()
+    torch.autograd.backward(y.sum())
+    assert x.grad is not None and float(x.grad.sum()) == 2 * 4 * 2 * 3 * 3
+
+
+@pytest.mark.parametrize(("shortcut", "count"), [("a", 0), ("b", 9)])
+def test_shortcuts_are_named_as_in_the_released_checkpoints(shortcut: str, count: int) -> None:
+    names = list(dict(shape_of("resnet3d18", 400, shortcut=shortcut).named_parameters()))
+    assert names[:2] == ["conv1.weight", "bn1.weight"] and names[-1] == "fc.bias"
+    found = [name for name in names if ".downsample." in name]
+    assert len(found) == count
+    assert found[:2] == ["layer2.0.downsample.0.weight", "layer2.0.downsample.1.weight"][:count]
+
+
+def test_clips_are_halved_as_published() -> None:
+    network = shape_of("resnet3d50", 400)
+    features = network.features(torch.zeros(1, 3, 16, 112, 112, device="meta"))
+    assert [tuple(s.shape[1:]) for s in features.stages] == [
+        (256, 8, 28, 28),
+        (512, 4, 14, 14),
+        (1024, 2, 7, 7),
+        (2048, 1, 4, 4),
+    ]
+    assert features.pooled.shape == (1, network.width)
 
 
 def test_stages_halve_the_picture() -> None:
@@ -82,12 +206,78 @@ def test_every_parameter_gets_a_gradient(tm: bool) -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_the_auxiliary_loss_reaches_the_target_network() -> None:
-    network = SSKTNetwork(build_network("resnet20", 10), {"imagenet": 20}, tm=True)
-    torch.autograd.backward(network(torch.rand(2, 3, 16, 16))[1]["imagenet"].square().sum())
-    assert network.target.fc.weight.grad is None
-    gradient = network.target.conv1.weight.grad
-    assert gradient is not None and gradient.abs().sum() > 0
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet3d10"])
+def test_the_auxiliary_loss_reaches_the_target_network(name: str) -> None:
+    network = SSKTNetwork(build_network(name, 10, size=32), {"imagenet": 20}, tm=True)
+    clip = (4,) if is_three_dimensional(name) else ()
+    torch.autograd.backward(network(torch.rand(2, 3, *clip, 32, 32))[1]["imagenet"].square().sum())
+    assert all(p.grad is None for p in network.target.fc.parameters())
+    first = next(network.target.parameters()).grad
+    assert first is not None and first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet3d10"])
+def test_a_copy_is_a_network_of_its_own(name: str) -> None:
+    network = SSKTNetwork(build_network(name, 3, size=32), {"imagenet": 4}, tm=True).eval()
+    clip = (4,) if is_three_dimensional(name) else ()
+    x = torch.rand(1, 3, *clip, 32, 32)
+    before = network(x)[1]["imagenet"]
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    assert not torch.allclose(twin(x)[1]["imagenet"], before)
+    assert torch.equal(network(x)[1]["imagenet"], before)
+    twin.load_state_dict(network.state_dict())
+    assert torch.equal(twin(x)[1]["imagenet"], before)
+
+
+# The sides of the stages of a picture of 32 and of 64 pixels, by the stem.
+STEMS = [
+    ("resnet18", "cifar", 32, [32, 16, 8, 4]),
+    ("resnet18", "imagenet", 64, [16, 8, 4, 2]),
+    ("mobilenet_v2", "cifar", 32, [32, 32, 16, 8, 4]),
+    ("mobilenet_v2", "imagenet", 64, [32, 16, 8, 4, 2]),
+    ("densenet121", "cifar", 32, [32, 16, 8, 4]),
+    ("densenet121", "imagenet", 64, [16, 8, 4, 2]),
+    ("vgg16", "cifar", 32, [32, 16, 8, 4, 2]),
+    ("vgg16", "imagenet", 64, [64, 32, 16, 8, 4]),
+]
+
+
+@pytest.mark.parametrize(("name", "stem", "size", "sides"), STEMS)
+def test_stems(name: str, stem: str, size: int, sides: list[int]) -> None:
+    network = shape_of(name, 10, stem=stem)
+    picture = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    features = network.features(picture)
+    assert [s.shape[2] for s in features.stages] == sides
+    assert tuple(s.shape[1] for s in features.stages) == network.stage_widths
+    assert features.pooled.shape == (1, network.width)
+    automatic = shape_of(name, 10, size=64 if stem == "cifar" else 65)
+    shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (network, automatic)]
+    assert shapes[0] == shapes[1]
+    assert [s.shape for s in automatic.features(picture).stages] == [
+        s.shape for s in features.stages
+    ]
+
+
+def test_vgg16_of_small_pictures_has_one_linear_layer() -> None:
+    network = shape_of("vgg16", 10, size=32)
+    assert network.width == 512
+    assert sum(isinstance(m, torch.nn.Linear) for m in network.modules()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet20", {"stem": "imagenet"}, "resnet20 has one stem only; leave --stem imagenet out"),
+        ("resnet3d18", {"stem": "cifar"}, "resnet3d18 has one stem only; leave --stem cifar out"),
+        ("resnet20", {"taps": ["stages.0"]}, "resnet20 has its stages already; leave --taps out"),
+    ],
+)
+def test_options_that_make_no_sense(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        shape_of(name, 2, **options)
 
 
 def test_unknown_network() -> None:

@@ -1,0 +1,135 @@
+"""Where a training starts: published weights, a run's own, and which stages stay as they are."""
+
+from __future__ import annotations
+
+import pickle
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
+from sskt.teacher_cache.weights import read_weights
+from sskt.trainer.heads import SSKTNetwork
+from sskt.trainer.networks import TargetNetwork
+
+IMAGENET = "imagenet"
+
+
+def load_initial(target: TargetNetwork, init: str, model: str) -> list[str]:
+    """Loads weights into ``target``; only a classifier of another shape may be left out.
+
+    ``init`` is ``imagenet`` (torchvision's weights of ``model``), a file of weights (.pth, .pt,
+    .safetensors; Hara's Kinetics checkpoints too) or a run's ``last.pt``, whose auxiliary heads
+    are passed over. ``model`` is the target's name. Returns the parameters that keep their fresh
+    values. Raises ``MissingData``, ``InputError`` (no such weights), ``BadCheckpoint`` naming the
+    first parameter that does not fit.
+    """
+    where = f"{IMAGENET} weights of {model}" if init == IMAGENET else init
+    own = None if init == IMAGENET else _of_a_run(Path(init))
+    if own is None:
+        found = _imagenet(model) if init == IMAGENET else read_weights(Path(init))
+        own = {target.own_key(key): value for key, value in found.items()}
+    state = own
+    wanted = target.state_dict()
+    classifier = {key for key in (*wanted, *state) if key.startswith("fc.")}
+    kept: list[str] = []
+    if {k: v.shape for k, v in state.items() if k in classifier} != {
+        k: v.shape for k, v in wanted.items() if k in classifier
+    }:
+        state = {key: value for key, value in state.items() if key not in classifier}
+        kept = [key for key in wanted if key in classifier]
+    _require_fit(state, wanted, kept, where, model)
+    target.load_state_dict(state, strict=False)
+    return kept
+
+
+def _require_fit(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], kept: list[str], where: str, model: str
+) -> None:
+    found = ""
+    for key, value in wanted.items():
+        if key in kept or (key not in state and key.endswith("num_batches_tracked")):
+            continue
+        if key not in state:
+            found = f"{key} is missing"
+        elif state[key].shape != value.shape:
+            found = f"{key} has shape {list(state[key].shape)}, expected {list(value.shape)}"
+        if found:
+            break
+    else:
+        odd = next((key for key in state if key not in wanted), "")
+        found = f"{odd} is not of it" if odd else ""
+    if found:
+        raise BadCheckpoint(
+            f"wrong checkpoint: {where} does not fit {model}: {found}; check --model, --stem and "
+            "--shortcut"
+        )
+
+
+def _imagenet(model: str) -> dict[str, Tensor]:
+    from torchvision import models
+
+    from sskt.trainer.tapped import torchvision_arch, torchvision_names
+
+    arch = torchvision_arch(model)
+    if arch not in torchvision_names():
+        raise InputError(f"torchvision has no ImageNet weights of {model}; give --init FILE")
+    known = models.get_model_weights(arch).__members__
+    weights = known.get("IMAGENET1K_V1") or next(iter(known.values()))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # torchvision's own loading: it maps the old names of some of its files.
+            network = models.get_model(arch, weights=weights)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", error)
+        raise MissingData(
+            f"cannot download the weights of {arch} from {weights.url} ({reason}); "
+            "give them with --init FILE"
+        ) from error
+    state: dict[str, Tensor] = network.state_dict()
+    return state
+
+
+def _of_a_run(path: Path) -> dict[str, Tensor] | None:
+    """The target network in a run's checkpoint; None if the file is something else."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = state["model"]
+        target = {k.removeprefix("target."): v for k, v in model.items() if k.startswith("target.")}
+    except (
+        *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile),
+        *(KeyError, TypeError, AttributeError, ValueError),
+    ):
+        return None  # read_weights says what is wrong with it, if anything is
+    return target or None
+
+
+def freeze_before(network: SSKTNetwork, stage: int) -> None:
+    """Freezes the stem and the stages before ``stage`` (1 is the first): fine-tuning.
+
+    Their parameters need no gradient and they stay in eval mode whatever ``network.train()`` is
+    called with. The rest trains: ``stage`` and later ones, the classifier, and the auxiliary
+    heads (the released code gives those a learning rate of 0, a bug). One past the last stage
+    leaves what follows the stages, and the heads. Call it before the optimizer is made.
+    Raises ``InputError`` for a network without stages, or another ``stage``.
+    """
+    last = len(network.target.stage_widths)
+    if not last:
+        raise InputError(
+            "--finetune-from needs stages: name the modules whose outputs they are with --taps, "
+            f"in order, e.g. of {', '.join(network.target.tappable())}"
+        )
+    if not 1 <= stage <= last + 1:
+        raise InputError(
+            f"--finetune-from {stage}: the network has stages 1 to {last} ({last + 1}: train what "
+            "follows them and the heads only)"
+        )
+    network.frozen = network.target.parts_before(stage)
+    for part in network.frozen:
+        part.requires_grad_(False)
+    network.train(network.training)
