@@ -1,28 +1,73 @@
 """Losses of SSKT, each with its divisor in its name or docstring.
 
-p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_t auxiliary logits ``[n, C]``.
+p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_t auxiliary logits ``[n, C]``. Everything is
+computed in float32, whatever the logits come in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sskt.teacher_cache.errors import UnknownName
+from sskt.teacher_cache.errors import InputError, UnknownName
 
-Auxiliary = Callable[[Tensor, Tensor, float], Tensor]
+Reduction = Literal["mean", "sum"]
+Auxiliary = Callable[[Tensor, Tensor, float, float], Tensor]
+"""(z_t, p_s, temperature, gamma) to a scalar; gamma has a meaning for ``focal`` only."""
 
 
-def soft_cross_entropy(z_t: Tensor, p_s: Tensor, temperature: float) -> Tensor:
+class Primary(Protocol):
+    """(logits, truth, gamma) to a scalar: the mean over the samples of a batch.
+
+    ``reduction="sum"`` is the sum over samples: added up over the batches and divided by the
+    number of samples it is the mean over a split. gamma has a meaning for ``focal`` only.
+    """
+
+    def __call__(
+        self, logits: Tensor, truth: Tensor, gamma: float, reduction: Reduction = "mean"
+    ) -> Tensor: ...
+
+
+def cross_entropy(
+    logits: Tensor, truth: Tensor, gamma: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """``ce``: -log softmax(logits)_y. logits ``[n, C]``, truth int64 ``[n]``."""
+    return F.cross_entropy(logits.float(), truth, reduction=reduction)
+
+
+def binary_cross_entropy(
+    logits: Tensor, truth: Tensor, gamma: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """``bce``: a sample's loss is the mean over its C classes. logits, truth ``[n, C]``.
+
+    Truth is 1 (positive), 0, or -1 (difficult). As in the released code, which knows positives
+    and all the rest, a difficult class is a negative one here.
+    """
+    wanted = (truth > 0).to(torch.float32)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction=reduction)
+    return loss / logits.shape[1] if reduction == "sum" else loss
+
+
+def focal(logits: Tensor, truth: Tensor, gamma: float, reduction: Reduction = "mean") -> Tensor:
+    """``focal`` of Lin et al.: -(1 - q_y)^gamma log q_y. logits ``[n, C]``, truth int64 ``[n]``."""
+    log_q = F.log_softmax(logits.float(), dim=1).gather(1, truth[:, None])[:, 0]
+    losses = -_modulation(log_q, gamma) * log_q
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def soft_cross_entropy(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0) -> Tensor:
     """``ce``, as released and as meant: T^2 * batch mean of -sum p_s log_softmax(z_t / T)."""
     log_q = F.log_softmax(z_t.float() / temperature, dim=1)
     return -(temperature**2) * (p_s * log_q).sum() / len(z_t)
 
 
-def kl_divergence(z_t: Tensor, p_s: Tensor, temperature: float) -> Tensor:
+def kl_divergence(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0) -> Tensor:
     """``kd``, as meant: T^2 * KL(p_s || softmax(z_t/T)), divided by the batch.
 
     Its gradient equals that of ``ce``; its value is lower by the entropy of p_s.
@@ -31,7 +76,9 @@ def kl_divergence(z_t: Tensor, p_s: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(log_q, p_s, reduction="batchmean")
 
 
-def kl_divergence_released(z_t: Tensor, p_s: Tensor, temperature: float) -> Tensor:
+def kl_divergence_released(
+    z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0
+) -> Tensor:
     """``kd-released``: the same divided by batch x classes (PyTorch's default reduction).
 
     Its gradient is that of ``ce`` with alpha / C: nearly no transfer (REFERENCE.md, Losses).
@@ -39,12 +86,34 @@ def kl_divergence_released(z_t: Tensor, p_s: Tensor, temperature: float) -> Tens
     return kl_divergence(z_t, p_s, temperature) / z_t.shape[1]
 
 
-PRIMARY = {"ce": F.cross_entropy}
+def soft_focal(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float) -> Tensor:
+    """``focal``: T^2 * batch mean of -sum p_s (1 - q)^gamma log q, q = softmax(z_t / T).
+
+    With a one-hot p_s and T = 1 it is the primary ``focal``, with gamma = 0 it is ``ce``.
+    """
+    log_q = F.log_softmax(z_t.float() / temperature, dim=1)
+    return -(temperature**2) * (p_s * _modulation(log_q, gamma) * log_q).sum() / len(z_t)
+
+
+def _modulation(log_q: Tensor, gamma: float) -> Tensor:
+    # Below gamma = 1 the slope of (1 - q)^gamma is infinite at q = 1, and 0 * inf is NaN.
+    smallest = torch.finfo(log_q.dtype).tiny
+    return torch.expm1(log_q).neg().clamp_min(smallest).pow(gamma)
+
+
+PRIMARY: dict[str, Primary] = {
+    "ce": cross_entropy,
+    "bce": binary_cross_entropy,
+    "focal": focal,
+}
 AUXILIARY: dict[str, Auxiliary] = {
     "ce": soft_cross_entropy,
     "kd": kl_divergence,
     "kd-released": kl_divergence_released,
+    "focal": soft_focal,
 }
+MULTI_LABEL = frozenset(("bce",))
+"""Primary losses for targets with several classes a sample; the others are for one class."""
 
 
 def parse_loss(text: str) -> tuple[str, str]:
@@ -58,8 +127,60 @@ def parse_loss(text: str) -> tuple[str, str]:
     return primary, auxiliary
 
 
-def total_loss(primary: Tensor, auxiliary: Mapping[str, Tensor], alpha: float) -> Tensor:
-    """Equation 1: L_prim + alpha * sum over sources of L_aux."""
+def resolve_loss(text: str, multi_label: bool) -> str:
+    """``PRIMARY+AUXILIARY`` with ``auto`` filled in: ``ce+ce``, or ``bce+ce`` if multi-label.
+
+    Raises ``UnknownName``, and ``InputError`` if the primary loss cannot read such labels.
+    """
+    if text == "auto":
+        return "bce+ce" if multi_label else "ce+ce"
+    primary, auxiliary = parse_loss(text)
+    if (primary in MULTI_LABEL) != multi_label:
+        labels = "several classes a sample" if multi_label else "one class a sample"
+        fitting = [f"{p}+{auxiliary}" for p in PRIMARY if (p in MULTI_LABEL) == multi_label]
+        raise InputError(
+            f"--loss {text}: primary loss {primary} does not fit a target with {labels}; "
+            f"use {' or '.join(fitting)}"
+        )
+    return f"{primary}+{auxiliary}"
+
+
+def parse_source_weights(texts: Iterable[str], names: Collection[str]) -> dict[str, float]:
+    """``["imagenet=0.5"]`` to ``{"imagenet": 0.5}``; a source that is not there weighs 1.
+
+    Raises ``UnknownName`` for a name that is not a source of the run, and ``InputError`` for
+    anything but a finite number of at least 0, or for two weights of one source.
+    """
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, given, number = text.rpartition("=")
+        if not given:
+            raise InputError(f"--source-weight must be NAME=W, e.g. imagenet=0.5, found '{text}'")
+        if not names:
+            raise InputError(f"--source-weight {text}: the run has no source; give --source")
+        if name not in names:
+            raise UnknownName("source in --source-weight", name, names)
+        if name in weights:
+            raise InputError(f"--source-weight gives {name} two weights; keep one of them")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 <= weights[name] < math.inf:
+            raise InputError(
+                f"--source-weight {name} must be a finite number of at least 0, found '{number}'"
+            )
+    return weights
+
+
+def total_loss(
+    primary: Tensor,
+    auxiliary: Mapping[str, Tensor],
+    alpha: float,
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> Tensor:
+    """Equation 1: L_prim + alpha * sum over sources of w * L_aux; w is 1 where none is given."""
     if not auxiliary:
         return primary
-    return primary + alpha * torch.stack(list(auxiliary.values())).sum()
+    parts = [weights[name] * part if name in weights else part for name, part in auxiliary.items()]
+    return primary + alpha * torch.stack(parts).sum()
