@@ -15,7 +15,7 @@ from torch import nn
 from sskt.teacher_cache.errors import MissingData, UnknownName
 from sskt.teacher_cache.source_names import SOURCES
 from sskt.teacher_cache.sources import Preprocessing, Triple
-from sskt.teacher_cache.weights import check_sha256, load_weights, read_weights
+from sskt.teacher_cache.weights import check_sha256, load_weights, new_name, read_weights
 
 CSAIL_URL = "http://places2.csail.mit.edu/models_places365/{arch}_places365.pth.tar"
 CSAIL_SHA256: dict[str, str | None] = {
@@ -61,13 +61,14 @@ def torchvision_network(arch: str, file: Path | None) -> Loaded:
         load_weights(network, read_weights(file), file)
     else:
         try:
-            network.load_state_dict(weights.get_state_dict(progress=True, check_hash=True))
+            state = weights.get_state_dict(progress=True, check_hash=True)
         except (urllib.error.URLError, OSError) as error:
             reason = getattr(error, "reason", error)
             raise MissingData(
                 f"cannot download the weights of {arch} from {weights.url} ({reason}); "
                 "give them with --weights FILE"
             ) from error
+        network.load_state_dict({new_name(key): value for key, value in state.items()})
     return network, torchvision_preprocessing(weights), tuple(weights.meta["categories"])
 
 

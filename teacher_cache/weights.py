@@ -33,10 +33,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise BadCheckpoint(f"wrong checkpoint {path}: it holds no state_dict")
-    return {_new_name(key.replace("module.", "")): value for key, value in state.items()}
+    return {new_name(key.replace("module.", "")): value for key, value in state.items()}
 
 
-def _new_name(key: str) -> str:
+def new_name(key: str) -> str:
+    """A parameter's name in torchvision's DenseNets of today; other names as they are."""
     if ".denselayer" not in key:
         return key
     for part in ("norm", "conv", "relu"):
