@@ -1,0 +1,284 @@
+"""What the rows of a table need: label sets in few passes, trainings, and their results on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.source_names import SOURCES
+from sskt.trainer.config import TrainConfig
+from sskt.trainer.tables import (
+    COLUMNS,
+    TRAINING_SAMPLES,
+    PaperTable,
+    Row,
+    markdown,
+    result_cells,
+    source_name,
+)
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.views import Views
+
+Bar = Callable[[str], Callable[[int, int], None]]
+RESULTS, RESULTS_TEXT = "results.json", "results.md"
+
+_VIEWS = (
+    "target",
+    "root",
+    "split",
+    "limit",
+    "partial",
+    "decoder",
+    "strict_fingerprint",
+    "policy",
+    "download",
+)
+"""Fields that decide what the sources see."""
+
+
+@dataclass(frozen=True)
+class LabelPass:
+    """One pass over a target: sources with names of their own, and how many view seeds."""
+
+    config: TrainConfig
+    sources: tuple[str, ...]
+    seeds: int
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the training split, without opening it; None if that is not known."""
+        whole = TRAINING_SAMPLES.get(self.config.target) if self.config.split == "train" else None
+        limit = self.config.limit
+        return min(whole, limit) if whole and limit else whole or limit
+
+
+def views_key(config: TrainConfig) -> tuple[Any, ...]:
+    """Equal for configurations that train on the same views."""
+    return tuple(getattr(config, name) for name in _VIEWS)
+
+
+def label_passes(configs: Sequence[TrainConfig]) -> list[LabelPass]:
+    """All label sets that the configurations train from, in as few passes as names allow."""
+    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
+    for config in configs:
+        if config.source and not config.live:
+            groups.setdefault(views_key(config), []).append(config)
+    passes = []
+    for members in groups.values():
+        seeds = max(view_seeds(c) for c in members)
+        shares: list[list[str]] = []
+        for text in dict.fromkeys(text for c in members for text in c.source):
+            name = source_name(text)
+            free = (s for s in shares if name not in map(source_name, s))
+            share = next(free, None)
+            if share is None:
+                shares.append([text])
+            else:
+                share.append(text)
+        passes += [LabelPass(members[0], tuple(share), seeds) for share in shares]
+    return passes
+
+
+def view_seeds(config: TrainConfig) -> int:
+    """View seeds that a training sees."""
+    return min(config.seeds or config.epochs, config.epochs)
+
+
+def label_bytes(text: str, samples: int | None, seeds: int, encoding: str) -> int | None:
+    """Bytes of a source's labels before compression; None where samples or classes are unknown."""
+    from sskt.teacher_cache.encodings import parse_encoding
+
+    how = parse_encoding(encoding)
+    name = source_name(text)
+    if "=" in text or name not in SOURCES or samples is None:
+        return None
+    return samples * seeds * how.bytes_per_label(SOURCES[name][0])
+
+
+def limited(config: TrainConfig, fraction: float, bar: Bar) -> TrainConfig:
+    """The configuration on a fraction of its training split. Raises what ``open_target`` does."""
+    from sskt.teacher_cache.targets import open_target
+
+    if config.limit is not None:
+        raise InputError("--fraction and --set limit=N both say how many samples to train on")
+    target = open_target(
+        config.target,
+        config.split,
+        root=config.root,
+        download=config.download,
+        partial=config.partial,
+        decoder=config.decoder,
+        progress=bar("reading files"),
+    )
+    return replace(config, limit=max(1, round(fraction * len(target))))
+
+
+def cache_labels(
+    wanted: LabelPass, cache: str, encoding: str, weights: Mapping[str, str], bar: Bar
+) -> dict[str, str]:
+    """Labels what a pass lacks; the digest of the label set of each source.
+
+    weights: file by source. Sources whose labels are all there are not opened, unless their
+    weights are given: then these decide which label set is theirs. Raises what
+    ``sskt cache-teachers`` raises.
+    """
+    from sskt.teacher_cache import stage
+    from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
+    from sskt.teacher_cache.places import open_cache
+
+    config = wanted.config
+    job = Job(
+        wanted.sources,
+        config.target,
+        cache,
+        split=config.split,
+        root=str(config.root) if config.root else None,
+        seeds=wanted.seeds,
+        policy=config.policy,
+        encoding=encoding,
+        limit=config.limit,
+        partial=config.partial,
+        decoder=config.decoder,
+        strict=config.strict_fingerprint,
+        download=config.download,
+        device=config.device,
+        workers=config.workers,
+        on_error=config.on_error,
+    )
+    open_cache(cache, make=True)
+    views = open_job_views(job, bar("reading files"))
+    there = {text: _stored(text, wanted.seeds, cache, views) for text in wanted.sources}
+    found = {t: digest for t, digest in there.items() if digest and t not in weights}
+    todo = tuple(text for text in wanted.sources if text not in found)
+    if todo:
+        files = tuple(f"{source_name(t)}={weights[t]}" for t in todo if t in weights)
+        job = replace(job, sources=todo, weights=files)
+        opened = open_job_sources(job)
+        sources, options = [one.source for one in opened], job.options(opened)
+        report = stage.cache_teachers(
+            views, sources, job.how, job.seeds, cache, options, bar("labels")
+        )
+        found |= {t: s.digest for t, s in zip(todo, report.label_sets, strict=True)}
+    return found
+
+
+def _stored(text: str, seeds: int, cache: str, views: Views) -> str | None:
+    from sskt.teacher_cache.catalog import find_label_set, require_seeds
+    from sskt.teacher_cache.zoo import parse_source
+
+    try:
+        label_set = find_label_set(cache, parse_source(text), views)
+        require_seeds(label_set, seeds)
+    except (MissingData, SpecMismatch, IncompleteLabels):
+        return None
+    return label_set.digest
+
+
+def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
+    """The configuration with each source's label set named by digest."""
+    source = [t if "#" in t else f"{t}#{digests[t][:12]}" for t in config.source]
+    return replace(config, source=source)
+
+
+def require_test_split(config: TrainConfig, bar: Bar) -> None:
+    """Raises ``MissingData`` before hours of labelling if the test split is not there."""
+    from sskt.teacher_cache.targets import evaluation_split, open_target
+
+    split = config.test_split
+    if split == "auto":
+        split = evaluation_split(config.target, config.split)
+    if split == "none":
+        raise InputError("a table needs a test split: leave --set test_split=none out")
+    open_target(
+        config.target,
+        split,
+        root=config.root,
+        download=config.download,
+        partial=config.partial,
+        decoder=config.decoder,
+        progress=bar("reading files"),
+    )
+
+
+class Results:
+    """What was measured of a table, in a folder: ``results.json`` and ``results.md``.
+
+    Rows measured earlier with the same settings are kept; other settings are refused.
+    """
+
+    def __init__(self, folder: Path, table: PaperTable, settings: Mapping[str, Any]) -> None:
+        self.folder, self.table = folder, table
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.measured: dict[str, dict[int, float]] = {}
+        path = folder / RESULTS
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            self._require_same(stored["settings"])
+            for row in stored["rows"]:
+                self.measured[row["name"]] = {int(k): float(v) for k, v in row["runs"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{path} is damaged; delete it (the runs stay): {error}") from error
+
+    def _require_same(self, stored: Mapping[str, Any]) -> None:
+        for key in sorted({*stored, *self.settings}):
+            before, now = (x.get(key, "the recipe's") for x in (stored, self.settings))
+            if before != now:
+                raise InputError(
+                    f"{self.folder} holds results with {key} = {before}, not {now}; "
+                    "choose another --out"
+                )
+
+    def add(self, row: Row, seed: int, value: float) -> None:
+        """A training's number in %; written at once, so that a cut run keeps it."""
+        self.measured.setdefault(row.name, {})[seed] = value
+        self.write()
+
+    def changes(self) -> list[str]:
+        """What was trained otherwise than the recipe says, a line each."""
+        lines = []
+        for key, value in self.settings.items():
+            pairs = value.items() if isinstance(value, dict) else [(key, value)]
+            lines += [f"not as in the recipe: {name} = {v}" for name, v in pairs]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """``results.json``: the settings, and every row of the table with what was measured."""
+        lines = result_cells(self.table.rows, self.measured)
+        rows = []
+        for row, line in zip(self.table.rows, lines, strict=True):
+            cells = dict(zip(COLUMNS, line, strict=True))
+            runs = {str(k): v for k, v in sorted(self.measured.get(row.name, {}).items())}
+            more = {"reported": row.reported, "reported_std": row.reported_std, "runs": runs}
+            rows.append(
+                {"name": row.name} | cells | {"number": row.number} | more | _mean(row, runs)
+            )
+        return {"table": self.table.name, "settings": self.settings, "rows": rows}
+
+    def write(self) -> None:
+        """Both files, each whole or not at all."""
+        from sskt.teacher_cache.durable import durable_write
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
+        durable_write(self.folder / RESULTS, text.encode())
+        lines = result_cells(self.table.rows, self.measured)
+        notes = ["accuracies in %, mean ± standard deviation over training seeds", *self.changes()]
+        title = f"{self.table.name}: {self.table.title}"
+        durable_write(self.folder / RESULTS_TEXT, markdown(title, lines, notes).encode())
+
+
+def _mean(row: Row, runs: Mapping[str, float]) -> dict[str, float | None]:
+    if not runs:
+        return {"mean": None, "std": None, "difference": None}
+    from sskt.trainer.summary import mean_std
+
+    mean, std = mean_std(list(runs.values()))
+    spread = std if len(runs) > 1 else None
+    return {"mean": mean, "std": spread, "difference": mean - row.reported}

@@ -1,0 +1,355 @@
+"""The paper's tables: recipes with a row for every row, and reported beside measured.
+
+A recipe ``tableN.toml`` has fields of ``TrainConfig`` that all rows share, ``on.TARGET`` with
+fields for the rows of one target, ``sources`` (the paper's letters to source names), ``needs``
+(files that only the user can give) and ``row``: ``sources`` by letter, ``reported`` and
+``reported-std`` in %, and any fields that are the row's own. No torch here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.resources
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.trainer.config import FIELDS, TrainConfig, make_config, typed
+
+TARGET_LETTERS = {
+    "cifar10": "C10",
+    "cifar100": "C100",
+    "stl10": "S10",
+    "voc2007": "VOC",
+    "voc2012": "VOC",
+    "imagenet": "I",
+    "places365": "P",
+    "places365-small": "P",
+    "ucf101": "U101",
+    "hmdb51": "H51",
+}
+MODEL_LETTERS = {"resnet3d": "3DR", "resnet": "R", "densenet": "D", "vgg": "V"}
+TRAINING_SAMPLES = {
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "stl10": 5_000,
+    "imagenet": 1_281_167,
+    "places365": 1_803_460,
+    "places365-small": 1_803_460,
+    "voc2012": 5_717,
+    "ucf101": 9_537,
+    "hmdb51": 3_570,
+    "shapes": 2_000,
+}
+"""Samples of the split ``train``, so that a dry run can count without the data."""
+
+_ROW_KEYS = ("sources", "reported", "reported_std", "name")
+_TABLE_KEYS = ("title", "sources", "needs", "on", "row")
+_OWN = {
+    "source": "--source LETTER=NAME",
+    "seed": "--runs N",
+    "out": "--out",
+    "cache": "--cache",
+    "root": "--root",
+    "weights": "--weights LETTER=FILE",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: letters of its sources, what the paper reports (%), and its own fields."""
+
+    number: int
+    sources: tuple[str, ...]
+    reported: float
+    reported_std: float | None
+    fields: Mapping[str, Any]
+    name: str = ""
+
+    @property
+    def method(self) -> str:
+        """As the paper calls it."""
+        if self.fields.get("method") == "maxl":
+            return f"MAXL ({self.fields['psi']})"
+        if self.sources:
+            return "SSKT"
+        return "ft" if self.fields.get("init") else "scratch"
+
+    @property
+    def loss(self) -> str:
+        """In the paper's letters; without sources the auxiliary loss plays no part."""
+        letters = (
+            self.fields.get("loss", "ce+ce").upper().replace("-RELEASED", "").replace("FOCAL", "F")
+        )
+        return letters if self.sources else str(letters).split("+")[0]
+
+    def cells(self) -> list[str]:
+        """T_s, T_t, model, method, TM, loss, as the paper's columns."""
+        target = str(self.fields["target"])
+        tm = ("o" if self.fields.get("tm") else "x") if self.sources else "-"
+        return [
+            "+".join(self.sources) or "-",
+            TARGET_LETTERS.get(target, target.rstrip("/").rsplit("/", 1)[-1]),
+            model_letters(self.fields.get("model", "resnet20")),
+            self.method,
+            tm,
+            self.loss,
+        ]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A recipe that was read; ``needs`` tells what to get for each letter that needs a file."""
+
+    name: str
+    title: str
+    sources: Mapping[str, Mapping[str, str]]
+    needs: Mapping[str, str]
+    rows: tuple[Row, ...] = ()
+
+    def source(self, row: Row, letter: str) -> str:
+        """The ``--source`` argument behind a letter of a row."""
+        return self.sources[str(row.fields["target"])][letter]
+
+    def letters(self) -> list[str]:
+        """All letters that have a source, in order."""
+        return list(dict.fromkeys(x for names in self.sources.values() for x in names))
+
+    def with_sources(self, given: Mapping[str, str]) -> PaperTable:
+        """Other sources: by letter, or by the name of the source for all letters that have it.
+
+        Raises ``UnknownName``.
+        """
+        known = {k: v for names in self.sources.values() for k, v in names.items()}
+        for key in given:
+            if key not in known and key not in map(source_name, known.values()):
+                raise UnknownName(f"source of {self.name}", key, known)
+        changed = {
+            target: {k: given.get(k, given.get(source_name(v), v)) for k, v in names.items()}
+            for target, names in self.sources.items()
+        }
+        return replace(self, sources=changed)
+
+
+def source_name(text: str) -> str:
+    """``imagenet`` of ``imagenet:resnet50@74``; ``tiny`` of ``tiny=FILE.py:build``."""
+    return re.split("[:=@#]", text, maxsplit=1)[0]
+
+
+def model_letters(model: str) -> str:
+    """``R20`` for ``resnet20``, ``MV2``, ``3DR18``; other names as they are."""
+    if model == "mobilenet_v2":
+        return "MV2"
+    match = re.fullmatch(r"([a-z]+(?:3d)?)(\d+)", model)
+    return f"{MODEL_LETTERS[match[1]]}{match[2]}" if match and match[1] in MODEL_LETTERS else model
+
+
+def table_names() -> list[str]:
+    """The tables that ship."""
+    folder = importlib.resources.files("sskt.recipes")
+    names = (p.name.removesuffix(".toml") for p in folder.iterdir())
+    return sorted(name for name in names if re.fullmatch(r"table\d+", name))
+
+
+def read_table(name: str) -> PaperTable:
+    """A table that ships, or a TOML file of the same form.
+
+    Raises ``UnknownName``, ``MissingData``, ``InputError`` (no TOML, wrong type, no rows).
+    """
+    if name in table_names():
+        text = importlib.resources.files("sskt.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+        return parse_table(name, text)
+    if not name.endswith(".toml"):
+        raise UnknownName("table", name, table_names(), "or a .toml file of the same form")
+    from pathlib import Path
+
+    try:
+        text = Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingData(f"cannot read table {name}: {error}") from error
+    return parse_table(Path(name).stem, text)
+
+
+def parse_table(name: str, text: str) -> PaperTable:
+    """The table that a recipe's text describes. Raises ``InputError``, ``UnknownName``."""
+    try:
+        read = {k.replace("-", "_"): v for k, v in tomllib.loads(text).items()}
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"table {name} is not TOML: {error}") from error
+    if not isinstance(read.get("row"), list) or not read["row"]:
+        raise InputError(f"table {name}: expected row = [...], one entry a row of the paper")
+    base = _fields({k: v for k, v in read.items() if k not in _TABLE_KEYS}, f"table {name}")
+    on = {target: dict(fields) for target, fields in read.get("on", {}).items()}
+    own_sources = {t: fields.pop("sources") for t, fields in on.items() if "sources" in fields}
+    shared = {t: _fields(f, f"table {name}, on.{t}") for t, f in on.items()}
+    rows = [
+        _row(i + 1, given, base, shared, f"table {name}, row {i + 1}")
+        for i, given in enumerate(read["row"])
+    ]
+    targets = dict.fromkeys(str(row.fields["target"]) for row in rows)
+    sources = {t: own_sources.get(t, read.get("sources", {})) for t in targets}
+    for row in rows:
+        for letter in row.sources:
+            if letter not in sources[str(row.fields["target"])]:
+                known = sources[str(row.fields["target"])]
+                raise UnknownName(f"source in table {name}, row {row.number}", letter, known)
+    several = len(targets) > 1
+    named = tuple(replace(row, name=row.name or _name(row, several)) for row in rows)
+    twice = sorted(r.name for r in named if sum(o.name == r.name for o in named) > 1)
+    if twice:
+        raise InputError(f"table {name}: two rows are called {twice[0]}; give them a name = ...")
+    return PaperTable(name, str(read.get("title", name)), sources, read.get("needs", {}), named)
+
+
+def _fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in FIELDS:
+            raise UnknownName(f"key in {where}", key, FIELDS)
+        values[name] = typed(name, value, where)
+    return values
+
+
+def _row(
+    number: int,
+    given: Mapping[str, Any],
+    base: Mapping[str, Any],
+    shared: Mapping[str, Mapping[str, Any]],
+    where: str,
+) -> Row:
+    own = {k.replace("-", "_"): v for k, v in given.items()}
+    fields = _fields({k: v for k, v in own.items() if k not in _ROW_KEYS}, where)
+    target = fields.get("target", base.get("target"))
+    if target is None or not isinstance(own.get("reported"), int | float):
+        raise InputError(f"{where}: expected a target and reported = a number in %")
+    fields = {**base, **shared.get(target, {}), **fields}
+    std = own.get("reported_std")
+    sources = tuple(own.get("sources", ()))
+    return Row(number, sources, float(own["reported"]), std, fields, own.get("name", ""))
+
+
+def _name(row: Row, several: bool) -> str:
+    sources, target, model, method, tm, loss = row.cells()
+    how = sources if row.sources else method.replace(" (", "-").rstrip(")")
+    parts = [target if several else "", model, how, "tm" if tm == "o" else "", loss]
+    return "-".join(filter(None, parts)).lower()
+
+
+def select_rows(table: PaperTable, selectors: Sequence[str]) -> list[Row]:
+    """Rows by number (``3``, ``2-5``) or name (with ``*``), in the table's order; all if none.
+
+    Raises ``UnknownName`` for a selector that chooses nothing.
+    """
+    chosen: set[int] = set()
+    for selector in selectors:
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
+        if span:
+            wanted = range(int(span[1]), int(span[2] or span[1]) + 1)
+            found = {r.number for r in table.rows if r.number in wanted}
+        else:
+            found = {r.number for r in table.rows if fnmatch.fnmatchcase(r.name, selector.lower())}
+        if not found:
+            names = [f"{r.number} {r.name}" for r in table.rows]
+            raise UnknownName(
+                f"row of {table.name}", selector, names, "or a pattern such as *-tm-*"
+            )
+        chosen |= found
+    return [r for r in table.rows if not selectors or r.number in chosen]
+
+
+def parse_settings(items: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as fields of ``TrainConfig``. Raises ``UnknownName``, ``InputError``."""
+    values: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        name = key.strip().replace("-", "_")
+        if not equals:
+            raise InputError(f"--set {item}: expected KEY=VALUE")
+        if name in _OWN:
+            raise InputError(f"--set {item}: {name} is set with {_OWN[name]}")
+        if name not in FIELDS:
+            raise UnknownName("field in --set", key, FIELDS)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        try:
+            values[name] = typed(name, value, "--set")
+        except InputError:
+            values[name] = typed(name, text, "--set")
+    return values
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user changes of a table, for all of its rows alike."""
+
+    epochs: int | None = None
+    seeds: int | None = None
+    kd: str = "released"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    roots: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, table: PaperTable, row: Row, **more: Any) -> TrainConfig:
+        """A row's configuration. Raises ``InputError``, ``MissingData`` for a file it needs."""
+        fields = dict(row.fields) | dict(self.settings)
+        for name in ("epochs", "seeds"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
+        if self.kd == "meant" and "loss" in fields:
+            fields["loss"] = fields["loss"].replace("kd-released", "kd")
+        fields["source"] = [table.source(row, letter) for letter in row.sources]
+        if not row.sources:
+            fields |= {"live": False, "tm": False}
+        letter = fields.get("init", "")
+        if letter in table.needs:
+            if letter not in self.files:
+                raise MissingData(
+                    f"row {row.number} ({row.name}) of {table.name} starts from {letter}: get "
+                    f"{table.needs[letter]} and give it with --weights {letter}=FILE"
+                )
+            fields["init"] = self.files[letter]
+        target = str(fields["target"])
+        fields["root"] = self.roots.get(target, self.roots.get(""))
+        return make_config(fields, more)
+
+
+def difference(measured: float, reported: float) -> str:
+    """Percentage points with sign."""
+    return f"{measured - reported:+.2f}"
+
+
+COLUMNS = ["row", "T_s", "T_t", "model", "method", "TM", "loss", "reported", "measured", "diff."]
+
+
+def result_cells(rows: Sequence[Row], measured: Mapping[str, Mapping[int, float]]) -> list[Any]:
+    """The lines of the printed table; ``measured``: % by row name and training seed."""
+    return [_result_line(row, measured.get(row.name, {})) for row in rows]
+
+
+def _result_line(row: Row, runs: Mapping[int, float]) -> list[str]:
+    reported = percent(row.reported, row.reported_std)
+    line = [str(row.number), *row.cells(), reported]
+    if not runs:
+        return [*line, "-", "-"]
+    from sskt.trainer.summary import mean_std
+
+    mean, std = mean_std(list(runs.values()))
+    return [*line, percent(mean, std if len(runs) > 1 else None), difference(mean, row.reported)]
+
+
+def percent(mean: float, std: float | None) -> str:
+    """``92.19 ± 0.09``; without a deviation, where there is one run, the mean alone."""
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def markdown(title: str, lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """``results.md``."""
+    table = [COLUMNS, ["---"] * len(COLUMNS), *lines]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    return f"# {title}\n\n{text}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
