@@ -31,8 +31,10 @@ from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.distributed import batches_of
 from sskt.trainer.labels import Labels, LiveLabels, NoLabels, StoredLabels, Window
-from sskt.trainer.loop import Trainer, make_plan
+from sskt.trainer.loop import Trainer
+from sskt.trainer.plan import make_plan
 
 EACH, BATCH, SEEDS, EPOCHS, LIVE_EPOCHS = 128, 128, 2, 10, 2
 TEMPERATURE = 3.0
@@ -82,7 +84,7 @@ def main() -> None:
     ways: dict[str, Labels] = {
         "cache": stored,
         "memory": InMemory([decoded(stored, views, seed) for seed in range(SEEDS)]),
-        "live": LiveLabels(sources),
+        "live": LiveLabels(sources, trainer.views),
     }
 
     fast = alternating(trainer, {w: ways[w] for w in ("cache", "memory")}, EPOCHS)
@@ -124,7 +126,8 @@ def alternating(trainer: Trainer, ways: dict[str, Labels], epochs: int) -> dict[
             labels.enter(window, following)
             seconds[name].waits.append(time.perf_counter() - begin)
         order = permutation(window.samples, 0, epoch)
-        for i, batch in enumerate(trainer.feed(order, window.seed)):
+        batches = batches_of(order, trainer.plan.config.batch_size)
+        for i, batch in enumerate(trainer.feed(batches, window.seed)):
             turn = list(ways) if (i + epoch) % 2 else list(reversed(ways))
             for name in turn:
                 trainer.labels = ways[name]

@@ -98,7 +98,9 @@ def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
     import shutil
 
     from sskt.cli.training import print_epoch
-    from sskt.trainer.loop import Hooks, Trainer, make_plan
+    from sskt.trainer.loop import Trainer
+    from sskt.trainer.plan import make_plan
+    from sskt.trainer.progress import Hooks
 
     click.echo(f"training into {out}", err=True)
     shutil.rmtree(out, ignore_errors=True)
@@ -112,13 +114,15 @@ def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
 
 def _time_live(config: TrainConfig, bar: Bar) -> float:
     """Seconds an image takes with the source run in the step, over a few steps after a first."""
-    from sskt.cli.training import _live_sources
-    from sskt.trainer.loop import Hooks, Trainer, make_plan
+    from sskt.trainer.loop import Trainer
+    from sskt.trainer.plan import make_plan
+    from sskt.trainer.progress import Hooks
+    from sskt.trainer.runs import open_live_sources
 
     live = dataclasses.replace(config, live=True)
     timing = bar("source in every step")
     hooks = Hooks(step=lambda epoch, done, total: timing(done, total))
-    trainer = Trainer(make_plan(live, _live_sources(live)), hooks)
+    trainer = Trainer(make_plan(live, open_live_sources(live)), hooks)
     trainer.train_epoch(max_steps=1)
     record = trainer.train_epoch(max_steps=LIVE_STEPS)
     return float(record["seconds"]) / int(record["images"])

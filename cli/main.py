@@ -17,6 +17,8 @@ COMMANDS = {
         "sskt.cli.training",
         "Train a target network from stored soft labels, or from scratch.",
     ),
+    "compare": ("sskt.cli.comparing", "Runs side by side: table, curves, what exceeds chance."),
+    "sweep": ("sskt.cli.sweeping", "Train over temperature and alpha, drawn as in figure 2."),
     "ls": ("sskt.cli.listing", "List the label sets of a cache."),
     "inspect": (
         "sskt.cli.inspecting",
@@ -28,6 +30,7 @@ COMMANDS = {
     "export": ("sskt.cli.manage", "Store a label set in a smaller encoding, without its source."),
     "datasets": ("sskt.cli.look", "List the known targets."),
     "sources": ("sskt.cli.look", "List the known sources."),
+    "reproduce": ("sskt.cli.reproducing", "A table of the paper: reported beside measured."),
     "demo": ("sskt.cli.demo", "Cache, train and compare on the embedded target, in minutes."),
 }
 INTERRUPTED = 130

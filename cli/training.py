@@ -15,7 +15,7 @@ from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
 
 if TYPE_CHECKING:
-    from sskt.trainer.loop import Hooks
+    from sskt.trainer.progress import Hooks
 
 Command = Callable[..., None]
 
@@ -76,9 +76,12 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         layers.append(read_config(options["out"] / "config.json"))
     config = make_config(*layers, options)
     with working("opening target and labels"):
-        from sskt.trainer.loop import Trainer, make_plan
+        from sskt.trainer.distributed import leave
+        from sskt.trainer.loop import Trainer
+        from sskt.trainer.plan import make_plan
+        from sskt.trainer.runs import open_live_sources
 
-        plan = make_plan(config, _live_sources(config))
+        plan = make_plan(config, open_live_sources(config))
     if dry_run:
         described = plan.describe()
         if as_json:
@@ -89,18 +92,29 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     out = config.out or Path("runs") / default_name(config)
     try:
         with progress() as bar:
-            records = Trainer(plan, _hooks(config, bar)).run(out, resume=resume)
+            hooks = _hooks(config, bar) if plan.ranks.first else None
+            records = Trainer(plan, hooks).run(out, resume=resume)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"finished epochs are kept; --resume --out {out} continues"
-        ) from None
+        kept = "finished epochs are kept"
+        if config.save_minutes:
+            kept += f", and what was saved within this one (every {config.save_minutes:g} minutes)"
+        raise KeyboardInterrupt(f"{kept}; --resume --out {out} continues") from None
+    leave()
+    if not plan.ranks.first:
+        return
     if as_json:
         print_json({"out": str(out), "epochs": records})
         return
-    last = records[-1]
-    accuracy = f"test top-1 {last['test_top1']:.2f} %, " if "test_top1" in last else ""
-    train_accuracy = f"train top-1 {last['train_top1']:.2f} %"
-    click.echo(f"{accuracy}{train_accuracy} after {len(records)} epochs; written to {out}")
+    click.echo(f"{_results(records[-1])} after {len(records)} epochs; written to {out}")
+
+
+def _results(record: dict[str, Any]) -> str:
+    """``test top-1 81.20 %, test top-5 98.10 %, train top-1 99.00 %``: what there is."""
+    from sskt.trainer.summary import METRICS
+
+    names = {key: f"test {name}" for key, name in METRICS.items()} | {"train_top1": "train top-1"}
+    parts = [f"{name} {record[key]:.2f} %" for key, name in names.items() if key in record]
+    return ", ".join(parts) or f"loss {record['loss']:.4f}"
 
 
 def default_name(config: TrainConfig) -> str:
@@ -108,23 +122,15 @@ def default_name(config: TrainConfig) -> str:
     sources = (
         "+".join(s.split(":")[0].split("=")[0].split("#")[0] for s in config.source) or "scratch"
     )
+    if config.method == "maxl":
+        sources = f"maxl{config.psi}"
+    model = Path(config.model.partition(":")[0]).stem
     tm = "-tm" if config.tm and config.source else ""
-    return f"{Path(config.target).name}-{config.model}-{sources}{tm}-{config.seed}"
-
-
-def _live_sources(config: TrainConfig) -> list[Any]:
-    if not (config.live and config.source):
-        return []
-    from sskt.teacher_cache.jobs import open_sources
-
-    opened = open_sources(
-        config.source, config.weights, config.preprocessing, "float32", config.device
-    )
-    return [one.source for one in opened]
+    return f"{Path(config.target).name}-{model}-{sources}{tm}-{config.seed}"
 
 
 def _hooks(config: TrainConfig, bar: Callable[[str], Callable[[int, int], None]]) -> Hooks:
-    from sskt.trainer.loop import Hooks
+    from sskt.trainer.progress import Hooks
 
     training, loading = bar("training"), bar("reading images")
 
@@ -140,9 +146,14 @@ def print_epoch(record: dict[str, Any]) -> None:
     parts += [
         f"{k.removeprefix('loss_')} {v:.4f}" for k, v in record.items() if k.startswith("loss_")
     ]
-    parts.append(f"train {record['train_top1']:.2f} %")
-    if "test_top1" in record:
-        parts.append(f"test {record['test_top1']:.2f} %")
+    shown = {
+        "train_top1": "train",
+        "test_video_top1": "test by video",
+        "test_ap": "test AP",
+        "test_map": "mAP",
+        "test_top1": "test",
+    }
+    parts += [f"{name} {record[key]:.2f} %" for key, name in shown.items() if key in record]
     parts.append(f"{record['images'] / record['seconds']:.0f} images/s")
     click.echo("  ".join(parts), err=True)
 

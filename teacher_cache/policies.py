@@ -50,14 +50,15 @@ class Policy:
         return f"{self.name}:{options}" if options else self.name
 
 
-def _crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
+def crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
+    """Top and left of ``pad-crop-flip``'s crops in the padded pictures, and flips: ``[n]`` each."""
     words = draw(samples, seed, policy.key)
     shifts = 2 * int(policy.parameters["padding"]) + 1
     return below(words[:, 0], shifts), below(words[:, 1], shifts), below(words[:, 2], 2) == 1
 
 
 def _pad_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    top, left, flip = (x[0] for x in _crop_words(policy, np.array([sample]), seed))
+    top, left, flip = (x[0] for x in crop_words(policy, np.array([sample]), seed))
     padding = int(policy.parameters["padding"])
     height, width = image.shape[:2]
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
@@ -66,7 +67,7 @@ def _pad_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt
 
 
 def _pad_crop_flip_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
-    tops, lefts, flips = _crop_words(policy, samples, seed)
+    tops, lefts, flips = crop_words(policy, samples, seed)
     padding = int(policy.parameters["padding"])
     _, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))

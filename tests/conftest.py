@@ -12,8 +12,14 @@ import pytest
 from helpers import TINY, write_images
 
 from sskt.cli.main import run
+from sskt.teacher_cache.encodings import parse_encoding
+from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.stage import StageOptions, cache_teachers
+from sskt.teacher_cache.targets import open_target
+from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
+from sskt.trainer.config import TrainConfig
 
 TRAIN_EACH, TEST_EACH = 200, 50
 
@@ -68,6 +74,32 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny() -> Source:
     """A small convolutional source with BatchNorm, 12 classes, always the same weights."""
     return open_source(parse_source(f"tiny={TINY}:build"))
+
+
+@pytest.fixture(scope="session")
+def label_cache(images: Path, tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels of the tiny source over the made images: f32, 3 view seeds, shards of 16 rows."""
+    folder = tmp_path_factory.mktemp("cache")
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    options = StageOptions(batch_size=8, workers=0, shard_rows=16)
+    cache_teachers(views, [tiny], parse_encoding("f32"), 3, folder, options)
+    return folder
+
+
+@pytest.fixture
+def config(images: Path, label_cache: Path) -> TrainConfig:
+    """A small training from those labels."""
+    return TrainConfig(
+        target=str(images),
+        policy="pad-crop-flip",
+        source=["tiny=" + f"{TINY}:build"],
+        tm=True,
+        epochs=4,
+        batch_size=16,
+        cache=label_cache,
+        device="cpu",
+        workers=0,
+    )
 
 
 @pytest.fixture

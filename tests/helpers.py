@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ def write_images(folder: Path, pictures: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{i:04d}.png")
+
+
+def write_frames(folder: Path, frames: Any) -> None:
+    """A folder of extracted frames. They are PNGs, so that the pixels are exactly these."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames, 1):
+        data = io.BytesIO()
+        Image.fromarray(frame).save(data, "PNG")
+        (folder / f"image_{i:05d}.jpg").write_bytes(data.getvalue())
 
 
 def tree(folder: Path) -> dict[str, str]:

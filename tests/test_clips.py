@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import TINY, write_frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import (
@@ -75,15 +74,6 @@ def pattern(frames: int, height: int, width: int) -> UInt8:
     return ((i * i * 7 + i // 5 * 13) % 251).astype(np.uint8).reshape(frames, height, width, 3)
 
 
-def write_clip(folder: Path, frames: UInt8) -> None:
-    """A folder of extracted frames. They are PNGs, so that the pixels are exactly these."""
-    folder.mkdir(parents=True)
-    for i, frame in enumerate(frames, 1):
-        data = io.BytesIO()
-        Image.fromarray(frame).save(data, "PNG")
-        (folder / f"image_{i:05d}.jpg").write_bytes(data.getvalue())
-
-
 COUNTS = (9, 3, 6, 12)
 
 
@@ -93,7 +83,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "clips"
     for i, count in enumerate(COUNTS):
         name = folder / "train" / ("run", "swim")[i // 2] / f"video {i}"
-        write_clip(name, pattern(100 + count, 24, 30)[100 - i :][:count])
+        write_frames(name, pattern(100 + count, 24, 30)[100 - i :][:count])
     return folder
 
 

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, tree, write_images
+from helpers import TINY, tree, write_frames, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_clips import SMALL, one_line, pattern, write_clip
+from test_clips import SMALL, one_line, pattern
 from torch import Tensor, nn
 
 from sskt.teacher_cache import images, reading, video
@@ -92,7 +92,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "clips"
     for i in range(8):
         frames = pattern(40, 24, 30)[3 * i :][: 3 + i]
-        write_clip(folder / "train" / ("run", "swim")[i % 2] / f"video {i}", frames)
+        write_frames(folder / "train" / ("run", "swim")[i % 2] / f"video {i}", frames)
     return folder
 
 

@@ -41,11 +41,32 @@ class TrainConfig:
     partial: bool = _option(False, "take what is there of an official list of files")
     decoder: str = _option("pyav", "of clips", ("pyav", "decord"))
     strict_fingerprint: bool = _option(False, "compare files by contents, not names and sizes")
+    eval_every: int = _option(1, "epochs between two evaluations; the last epoch has one always")
     policy: str = _option("auto", "view policy, NAME[:key=value,...]; auto: the target's own")
-    model: str = _option("resnet20", "target network: resnet20, 32, 44, 56, 110")
+    frame_sampling: str = _option("", "with --live: f_s, the stills that sources see of a clip")
+    model: str = _option(
+        "resnet20",
+        "target network: resnet20-110, resnet18-152, mobilenet_v2, densenet121, vgg16, "
+        "resnet3d10-50, another of torchvision's, FILE.py:factory",
+    )
+    stem: str = _option("auto", "cifar: for 32-pixel pictures", ("auto", "cifar", "imagenet"))
+    shortcut: str = _option("b", "of 3-D ResNets: a pads with zeros, b is 1x1x1", ("a", "b"))
+    taps: list[str] = _option([], "module whose output is a stage, for TM; repeat, in order")
+    init: str = _option("", "start from FILE, or imagenet (torchvision's weights of --model)")
+    finetune_from: int | None = _option(
+        None, "train the stages from this one on (1 = first) and the heads; freeze what is before"
+    )
+    method: str = _option("sskt", "maxl: the rival of table 9", ("sskt", "maxl"))
+    psi: int = _option(5, "MAXL: auxiliary classes for each class of the target")
     source: list[str] = _option([], "source whose labels to train from; repeat; none: scratch")
     tm: bool = _option(False, "transfer modules on every stage as auxiliary heads")
-    loss: str = _option("ce+ce", "PRIMARY+AUXILIARY; auxiliary: ce, kd, kd-released")
+    loss: str = _option(
+        "auto",
+        "PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal; auto: "
+        "ce+ce, with several classes a sample bce+ce",
+    )
+    focal_gamma: float = _option(2.0, "gamma of the focal losses")
+    source_weight: list[str] = _option([], "NAME=W, factor of one source's loss; repeat")
     alpha: float = _option(0.1, "weight of the auxiliary losses (alpha of equation 1)")
     temperature: float = _option(3.0, "temperature T of the soft labels")
     force_topk: bool = _option(False, "use top-k labels at T other than 1 all the same")
@@ -58,17 +79,30 @@ class TrainConfig:
     )
     seed: int = _option(0, "seed of initialisation and order")
     batch_size: int = _option(128, "images a step")
-    lr: float = _option(0.1, "learning rate of SGD")
+    accumulate: int = _option(1, "forward a batch in this many parts, then step once")
+    optimizer: str = _option("sgd", "rule of the steps", ("sgd", "adamw"))
+    lr: float = _option(0.1, "learning rate")
     momentum: float = _option(0.9, "momentum of SGD")
-    weight_decay: float = _option(5e-4, "L2 penalty")
+    weight_decay: float = _option(5e-4, "L2 penalty; of AdamW, decoupled")
+    schedule: str = _option(
+        "multistep", "of the learning rate", ("multistep", "cosine", "plateau", "constant")
+    )
+    warmup: float = _option(0.0, "epochs over which lr rises from 0")
     milestones: list[int] = _option(
         [], "epochs where lr is multiplied by gamma; default 30, 60, 80 % of the epochs"
     )
-    gamma: float = _option(0.2, "factor of lr at a milestone")
+    gamma: float = _option(0.2, "factor of lr at a milestone, or on a plateau")
+    patience: int = _option(10, "epochs without a better test loss that make a plateau")
+    clip_grad: float | None = _option(None, "largest norm of the gradient")
+    ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
+    early_stop: int | None = _option(None, "stop after this many epochs without a better result")
     cache: str | Path | None = _option(None, "folder or URL (s3://...) of the label sets")
     out: Path | None = _option(None, "folder of this run; default runs/NAME")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
     precision: str = _option("float32", "arithmetic of the target network", ("float32", "bfloat16"))
+    channels_last: bool = _option(True, "memory layout of pictures and convolutions")
+    compile: bool = _option(False, "torch.compile the step; minutes at the start")
+    save_minutes: float = _option(10.0, "also save within an epoch, this often; 0: never")
     workers: int | None = _option(None, "loader processes for image files; default: by cores")
     memory: float = _option(8.0, "GiB of RAM for labels, and for images kept decoded")
     on_error: str = _option("fail", "what an unreadable image does", ("fail", "skip"))
@@ -89,6 +123,17 @@ class TrainConfig:
             ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("gamma", self.gamma > 0, "above 0"),
+            ("eval_every", self.eval_every >= 1, "at least 1"),
+            ("psi", self.psi >= 1, "at least 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("finetune_from", (self.finetune_from or 1) >= 1, "at least 1"),
+            ("focal_gamma", self.focal_gamma >= 0, "at least 0"),
+            ("warmup", self.warmup >= 0, "at least 0"),
+            ("patience", self.patience >= 0, "at least 0"),
+            ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
+            ("ema", 0 <= self.ema < 1, "in 0 .. 1, below 1"),
+            ("early_stop", self.early_stop is None or self.early_stop >= 1, "at least 1"),
+            ("save_minutes", self.save_minutes >= 0, "at least 0"),
             ("milestones", all(m >= 1 for m in self.milestones), "at least 1 each"),
         ]
         for name, holds, want in rules:
@@ -114,7 +159,9 @@ class TrainConfig:
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
-INDIFFERENT = frozenset(("root", "cache", "out", "device", "workers", "memory", "download"))
+INDIFFERENT = frozenset(
+    ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes")
+)
 """Fields that may change between a run and its resumption."""
 
 
@@ -136,12 +183,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not TOML: {error}") from error
+    for key, command in (("row", "reproduce"), ("panel", "sweep")):
+        if key in table:
+            raise InputError(f"recipe {path} holds many trainings; use sskt {command} {path}")
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in FIELDS:
             raise UnknownName(f"key in recipe {path}", key, FIELDS)
-        values[name] = _typed(name, value, f"recipe {path}")
+        values[name] = typed(name, value, f"recipe {path}")
     return values
 
 
@@ -149,7 +199,8 @@ def _shipped_recipes() -> list[Traversable]:
     return list(importlib.resources.files("sskt.recipes").iterdir())
 
 
-def _typed(name: str, value: Any, where: str) -> Any:
+def typed(name: str, value: Any, where: str) -> Any:
+    """A field's value from a file, as the field's type. Raises ``InputError`` naming ``where``."""
     kind = TYPES[name]
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
@@ -176,12 +227,17 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     config = TrainConfig(**merged)
     if not config.target:
         raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
+    if config.eval_every > 1 and (config.schedule == "plateau" or config.early_stop):
+        raise InputError("a plateau and an early stop follow every epoch; leave --eval-every at 1")
+    if config.method == "maxl" and config.source:
+        raise InputError("--method maxl makes its own auxiliary labels; leave --source out")
     for name in ("live", "tm"):
         if getattr(config, name) and not config.source:
             raise InputError(f"--{name} needs --source")
-    for name in ("weights", "preprocessing"):
+    for name in ("weights", "preprocessing", "frame_sampling"):
         if getattr(config, name) and not config.live:
-            raise InputError(f"--{name} goes with --live; stored labels were made with their own")
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} goes with --live; stored labels were made with their own")
     if config.source and config.cache is None and not config.live:
         raise InputError("training from labels needs --cache DIR (or --live to run the sources)")
     return config
@@ -196,7 +252,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
     try:
         stored = json.loads(path.read_text())
-        return {k: _typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
+        return {k: typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
     except OSError as error:
         raise MissingData(f"no run to resume: cannot read {path}") from error
     except (ValueError, KeyError, AttributeError) as error:
@@ -207,6 +263,8 @@ def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) ->
     """Raises ``InputError`` naming the first field in which a resumed run would differ."""
     for name in FIELDS:
         if name in INDIFFERENT or name not in stored:
+            continue
+        if name == "seeds" and config.seeds is None:
             continue
         if stored[name] != getattr(config, name):
             now = getattr(config, name)

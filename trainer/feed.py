@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -39,7 +39,7 @@ class Batch:
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, views: Views, batches: list[Int64], seed: int) -> None:
+    def __init__(self, views: Views, batches: Sequence[Int64], seed: int) -> None:
         self._views, self._batches, self._seed = views, batches, seed
 
     def __len__(self) -> int:
@@ -62,17 +62,15 @@ class Feed:
     """Turns sample ids into batches of views, always in the order given."""
 
     views: Views
-    batch_size: int
     workers: int | None = None
     on_error: str = "fail"
     pin: bool = False
 
-    def __call__(self, order: Int64, seed: int) -> Iterator[Batch]:
-        """Batches of ``order`` under view seed ``seed``; empty ones only name what was skipped.
+    def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
+        """``batches`` under view seed ``seed``; empty ones only name what was skipped.
 
         Raises ``BadImage`` (unless it is to be skipped), ``InputError``.
         """
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         loader = DataLoader(
             _Batches(self.views, batches, seed),
             batch_size=None,
@@ -132,10 +130,10 @@ def in_memory(
 
 
 def normalise(views: Tensor) -> Tensor:
-    """What the target network sees: ImageNet mean and std, float32 ``[n, 3, H, W]``.
+    """What the target network sees: ImageNet mean and std, float32 ``[n, 3, (D,) H, W]``.
 
-    Channels-last in memory, as the uint8 views ``[n, H, W, 3]`` are.
+    Channels-last in memory, as the uint8 views ``[n, (D,) H, W, 3]`` are.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=views.device) * 255
     scale = 1 / (torch.tensor(IMAGENET_STD, device=views.device) * 255)
-    return ((views.float() - mean) * scale).permute(0, 3, 1, 2)
+    return ((views.float() - mean) * scale).movedim(-1, 1)

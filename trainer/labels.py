@@ -18,10 +18,12 @@ from sskt.teacher_cache.images import UInt8
 from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.store import LabelSet
-from sskt.teacher_cache.views import check_of
+from sskt.teacher_cache.views import Views, check_of
 
 Int64 = NDArray[np.int64]
 
+SHARE = 0.25
+"""Part of the device's free memory that labels may take."""
 CHECKED_ROWS = 4
 """Views of each batch that are compared with the checksums the teacher stage stored."""
 
@@ -84,11 +86,16 @@ def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
 class StoredLabels:
     """Slabs of several label sets over the same views, joined; the next one is read ahead.
 
-    Labels stay encoded in RAM and are decoded on the device a batch at a time.
+    Labels stay encoded, on the device where this slab and the next fit there, else in RAM, and
+    are decoded on the device a batch at a time.
     """
 
     def __init__(self, sets: Mapping[str, LabelSet], device: torch.device) -> None:
         self._sets, self._device = dict(sets), device
+        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets.values())
+        self._rows_there = 0
+        if device.type == "cuda":
+            self._rows_there = int(SHARE * torch.cuda.mem_get_info(device)[0] / 2 / row)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sskt-labels")
         self._ahead: tuple[Window, Future[_Slab]] | None = None
         self._window: Window | None = None
@@ -111,7 +118,10 @@ class StoredLabels:
                     "their views were seen; run sskt verify"
                 )
             skipped |= empty
-            encoded.append(as_tensors(rows))
+            tensors = as_tensors(rows)
+            if len(window.samples) <= self._rows_there:
+                tensors = {key: held.to(self._device) for key, held in tensors.items()}
+            encoded.append(tensors)
         checks = self._checks(window, skipped)
         place = np.full(sets[0].samples, -1, np.int64)
         place[window.samples] = np.arange(len(window.samples))
@@ -156,6 +166,8 @@ class StoredLabels:
         """See ``Labels``."""
         assert self._slab is not None
         rows = torch.from_numpy(self._slab.place[samples])
+        if len(self._slab.skipped) <= self._rows_there:
+            rows = rows.to(self._device, non_blocking=True)
         return {
             name: soft_labels(
                 label_set.encoding,
@@ -178,13 +190,14 @@ class StoredLabels:
 
 
 class LiveLabels:
-    """The paper's way: every source runs in every step."""
+    """The paper's way: every source runs in every step, of clips on the stills of f_s."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
+    def __init__(self, sources: Sequence[Source], views: Views) -> None:
+        self._sources, self._views, self._seed = sources, views, 0
 
     def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
         """See ``Labels``: nothing is left out."""
+        self._seed = window.seed
         return np.zeros(len(window.samples), bool)
 
     def check(self, samples: Int64, views: UInt8) -> int:
@@ -193,6 +206,9 @@ class LiveLabels:
 
     def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
         """See ``Labels``."""
+        if self._views.target.clips:
+            stills = self._views.stills(views.cpu().numpy(), samples, self._seed)
+            views = torch.from_numpy(stills).to(views.device)
         return {
             s.name: torch.softmax(s.log_probabilities(views).clone() / temperature, dim=1)
             for s in self._sources

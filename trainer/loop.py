@@ -3,188 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from sskt.teacher_cache.catalog import find_label_set, require_seeds
 from sskt.teacher_cache.durable import durable_write
-from sskt.teacher_cache.encodings import require_temperature
 from sskt.teacher_cache.errors import Diverged, InputError
 from sskt.teacher_cache.philox import permutation
-from sskt.teacher_cache.policies import evaluation_policy, parse_policy
-from sskt.teacher_cache.sources import Source, usable_device
-from sskt.teacher_cache.store import LabelSet
-from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
-from sskt.teacher_cache.views import Views, open_views
-from sskt.teacher_cache.zoo import parse_source
-from sskt.trainer import records
-from sskt.trainer.config import TrainConfig, config_json, read_config, require_same
-from sskt.trainer.feed import Feed, in_memory, normalise
+from sskt.teacher_cache.views import Views
+from sskt.trainer import checkpoints, records
+from sskt.trainer.config import config_json, read_config, require_same
+from sskt.trainer.distributed import batches_of
+from sskt.trainer.evaluate import evaluate
+from sskt.trainer.feed import Batch, Feed, in_memory, normalise
 from sskt.trainer.heads import SSKTNetwork
-from sskt.trainer.labels import Labels, LiveLabels, NoLabels, StoredLabels, Window, epoch_windows
-from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_loss, total_loss
-from sskt.trainer.networks import build_network, parameters_of
+from sskt.trainer.labels import CHECKED_ROWS, Labels, LiveLabels, NoLabels, StoredLabels, Window
+from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_source_weights, total_loss
+from sskt.trainer.maxl import SOURCE as MAXL
+from sskt.trainer.maxl_pass import MaxlLabels, build_maxl, meta_pass
+from sskt.trainer.optimisation import Average, EarlyStop, Schedule, build_optimizer
+from sskt.trainer.plan import Plan
+from sskt.trainer.progress import Hooks, Progress
+from sskt.trainer.resident import ResidentFeed, resident_feed
+from sskt.trainer.summary import main_metric
 
 Record = dict[str, Any]
-EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration with all that it names found: what ``--dry-run`` shows."""
-
-    config: TrainConfig
-    views: Views
-    test: Views | None
-    label_sets: dict[str, LabelSet]
-    live: list[Source]
-    seeds: int
-    device: torch.device
-
-    @property
-    def source_classes(self) -> dict[str, int]:
-        """Number of classes of each source."""
-        stored = {name: len(s.classes) for name, s in self.label_sets.items()}
-        return stored | {s.name: len(s.classes) for s in self.live}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        size = self.config.batch_size
-        return sum(-(-len(w.samples) // size) for w in self.windows(0))
-
-    def windows(self, epoch: int) -> list[Window]:
-        """The epoch's windows; one, unless a slab exceeds the memory budget."""
-        samples, view_seed = len(self.views.target), epoch % self.seeds
-        if not self.label_sets:
-            return [Window(view_seed, ((0, samples),))]
-        sets = list(self.label_sets.values())
-        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets)
-        rows = int(self.config.memory * 2**30 / 2 / row)
-        block = max(s.rows for s in sets)
-        return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
-
-    def build(self) -> SSKTNetwork:
-        """The network with fresh parameters, drawn from the run's seed."""
-        torch.manual_seed(self.config.seed)
-        target = build_network(self.config.model, len(self.views.target.classes))
-        return SSKTNetwork(target, self.source_classes, tm=self.config.tm)
-
-    def describe(self) -> Record:
-        """The resolved configuration, sizes of the networks, steps, label sets found."""
-        network = self.build()
-        resolved = self.config.as_dict() | {
-            "policy": str(self.views.policy),
-            "test_split": self.test.target.split if self.test else "none",
-            "milestones": self.config.resolved_milestones(),
-            "seeds": self.seeds,
-            "device": str(self.device),
-        }
-        return {
-            "config": resolved,
-            "parameters": {
-                "target": parameters_of(network.target),
-                "heads": {
-                    name: parameters_of(head)
-                    for name, head in zip(network.sources, network.heads, strict=True)
-                },
-            },
-            "samples": len(self.views.target),
-            "steps_per_epoch": self.steps_per_epoch,
-            "label_sets": {
-                name: {
-                    "name": s.name,
-                    "digest": s.digest,
-                    "encoding": str(s.encoding),
-                    "seeds": s.seeds,
-                }
-                for name, s in self.label_sets.items()
-            },
-        }
-
-
-def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
-    """Opens target and label sets and checks that they fit each other.
-
-    Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
-    """
-    parse_loss(config.loss)
-    build_network(config.model, 2)
-    target = open_target(
-        config.target,
-        config.split,
-        root=config.root,
-        limit=config.limit,
-        download=config.download,
-        **_opening(config),
-    )
-    if target.clips or target.multi_label:
-        what = "clips" if target.clips else "several classes a sample"
-        raise InputError(f"{config.target} has {what}; train takes pictures of one class each")
-    policy = parse_policy(
-        default_policy(config.target) if config.policy == "auto" else config.policy
-    )
-    views = open_views(target, policy)
-    if (target.labels < 0).any():
-        raise InputError(
-            f"{config.target} {config.split} has no labels to train the target task on"
-        )
-    names = [parse_source(text, stored=not config.live) for text in config.source]
-    if len({n.name for n in names}) < len(names):
-        raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
-    sets: dict[str, LabelSet] = {}
-    if not config.live:
-        assert config.cache is not None or not names
-        sets = {n.name: find_label_set(config.cache, n, views) for n in names if config.cache}
-    seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
-    for label_set in sets.values():
-        require_seeds(label_set, min(seeds, config.epochs))
-        require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
-    device = usable_device(config.device)
-    return Plan(config, views, _test_views(config, views), sets, list(live), seeds, device)
-
-
-def _opening(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "partial": config.partial,
-        "decoder": config.decoder,
-        "strict": config.strict_fingerprint,
-    }
-
-
-def _test_views(config: TrainConfig, views: Views) -> Views | None:
-    if config.test_split == "none":
-        return None
-    split = config.test_split
-    if split == "auto":
-        split = evaluation_split(config.target, config.split)
-    test = open_target(
-        config.target, split, root=config.root, download=config.download, **_opening(config)
-    )
-    if test.classes != views.target.classes:
-        odd = sorted(set(test.classes) ^ set(views.target.classes))
-        raise InputError(
-            f"{config.target}: splits {config.split} and {split} differ in class {odd[0]}"
-        )
-    return open_views(test, evaluation_policy(views.policy))
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """How a caller follows a run: steps of an epoch, images loaded, an epoch's record."""
-
-    step: Callable[[int, int, int], None] = lambda epoch, done, total: None
-    load: Callable[[int, int], None] = lambda done, total: None
-    epoch: Callable[[Record], None] = lambda record: None
+Int64 = NDArray[np.int64]
+ASKED_EVERY = 50
+"""Steps after which several processes agree whether it is time to save."""
+CHECKED_EVERY = 16
+"""Steps between two comparisons of views that are made on the device."""
 
 
 class Trainer:
@@ -193,200 +52,322 @@ class Trainer:
     def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
         config = plan.config
         self.plan, self.hooks = plan, hooks or Hooks()
-        budget = config.memory * 2**30 / 4
-        self.views = Views(in_memory(plan.views.target, budget, self.hooks.load), plan.views.policy)
-        self.test = plan.test
-        if plan.test:
-            self.test = Views(
-                in_memory(plan.test.target, budget, self.hooks.load), plan.test.policy
-            )
-        self.network = plan.build().to(plan.device).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.scheduler = MultiStepLR(self.optimizer, config.resolved_milestones(), config.gamma)
+        budget = config.memory * 2**30 / 4 / plan.ranks.local
+        self.views = self._held(plan.views, budget)
+        self.test = self._held(plan.test, budget) if plan.test else None
+        self.network = plan.build().to(plan.device)
+        self.truth = torch.from_numpy(self.views.target.labels).to(plan.device)
+        self.maxl = build_maxl(plan, self.network) if config.method == MAXL else None
+        if config.channels_last:
+            self.network = _channels_last(self.network)
+        self.optimizer = build_optimizer(config, self.network.parameters())
+        self.schedule = Schedule(config, self.optimizer, plan.steps_per_epoch)
+        self.average = Average(self.network, config.ema) if config.ema else None
+        self.early = EarlyStop(config.early_stop)
         self.labels: Labels = NoLabels()
         if plan.live:
-            self.labels = LiveLabels(plan.live)
+            self.labels = LiveLabels(plan.live, self.views)
+        elif self.maxl:
+            self.labels = MaxlLabels(self.maxl, self.truth)
         elif plan.label_sets:
             self.labels = StoredLabels(plan.label_sets, plan.device)
-        pin = plan.device.type == "cuda"
-        self.feed = Feed(self.views, config.batch_size, config.workers, config.on_error, pin)
+        self.feed = self._feed(self.views)
+        self._test_feed: Feed | ResidentFeed | None = None
+        self._shape: tuple[int, ...] | None = None
+        self._out: Path | None = None
         self.epoch = 0
+        self.progress = Progress()
         self.records: list[Record] = []
-        primary, auxiliary = parse_loss(config.loss)
-        self._primary, self._auxiliary = PRIMARY[primary], AUXILIARY[auxiliary]
-        self._truth = torch.from_numpy(self.views.target.labels).to(plan.device)
+        primary, auxiliary = plan.loss
+        self._primary = partial(PRIMARY[primary], gamma=config.focal_gamma)
+        self._auxiliary = AUXILIARY[auxiliary]
+        self._temperature = 1.0 if self.maxl else config.temperature
+        self._weights = parse_source_weights(config.source_weight, list(self.network.sources))
+        self._forward: Any = self.network
+        if plan.ranks.world > 1:
+            devices = [plan.device] if plan.device.type == "cuda" else None
+            self._forward = DistributedDataParallel(self.network, devices)
+        if config.compile:
+            self._forward = torch.compile(self._forward)
 
-    def losses(self, samples: np.ndarray[Any, Any], views: Tensor) -> tuple[Tensor, Record]:
+    def _held(self, views: Views, budget: float) -> Views:
+        target = in_memory(views.target, budget, self.hooks.load)
+        return dataclasses.replace(views, target=target)
+
+    def _feed(self, views: Views) -> Feed | ResidentFeed:
+        config, device = self.plan.config, self.plan.device
+        there = resident_feed(views, device) if device.type == "cuda" else None
+        return there or Feed(views, config.workers, config.on_error, device.type == "cuda")
+
+    def _autocast(self) -> torch.autocast:
+        half = self.plan.config.precision == "bfloat16"
+        return torch.autocast(self.plan.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def losses(self, samples: Int64, views: Tensor) -> tuple[Tensor, Record]:
         """Equation 1 on a batch of uint8 views on the device: the loss, and its parts."""
         config = self.plan.config
-        soft = self.labels.soft(samples, views, config.temperature)
-        half = config.precision == "bfloat16"
-        with torch.autocast(self.plan.device.type, dtype=torch.bfloat16, enabled=half):
-            logits, auxiliary = self.network(normalise(views))
-        truth = self._truth[torch.from_numpy(samples).to(self.plan.device)]
+        soft = self.labels.soft(samples, views, self._temperature)
+        x = normalise(views)
+        with self._autocast():
+            logits, auxiliary = self._forward(x if config.channels_last else x.contiguous())
+        truth = self.truth[torch.from_numpy(samples).to(self.plan.device)]
         primary = self._primary(logits.float(), truth)
         parts = {
-            name: self._auxiliary(auxiliary[name], soft[name], config.temperature) for name in soft
+            name: self._auxiliary(
+                auxiliary[name], soft[name], self._temperature, config.focal_gamma
+            )
+            for name in soft
         }
-        loss = total_loss(primary, parts, config.alpha)
-        right = (logits.argmax(1) == truth).sum()
-        scalars = {"loss": loss, "loss_primary": primary, "right": right}
-        return loss, scalars | {f"loss_{name}": part for name, part in parts.items()}
+        loss = total_loss(primary, parts, config.alpha, self._weights)
+        scalars = {"loss": loss, "loss_primary": primary}
+        scalars |= {f"loss_{name}": part for name, part in parts.items()}
+        if truth.ndim == 1:
+            scalars["right"] = (logits.argmax(1) == truth).sum()
+        return loss, scalars
 
-    def step(self, samples: np.ndarray[Any, Any], views: Tensor) -> Record:
-        """One optimizer step on a batch; the parts of its loss, detached."""
+    def step(self, samples: Int64, views: Tensor, whole: int | None = None) -> Record:
+        """One optimizer step on this process's part of a batch of ``whole`` samples.
+
+        The parts of its loss, detached.
+        """
         self.network.train()
-        loss, parts = self.losses(samples, views)
+        config, ranks = self.plan.config, self.plan.ranks
+        count = max(1, min(config.accumulate, len(samples) // 2))
+        pieces = np.array_split(np.arange(len(samples)), count)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        return {name: value.detach() for name, value in parts.items()}
+        found: Record = {}
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            with nullcontext() if last or ranks.world == 1 else self._forward.no_sync():
+                rows = slice(piece[0], piece[-1] + 1)
+                loss, parts = self.losses(samples[rows], views[rows])
+                weight = len(piece) * ranks.world / (whole or len(samples))
+                torch.autograd.backward(loss if weight == 1 else loss * weight)
+            share = len(piece) / len(samples)
+            for name, value in parts.items():
+                part = value.detach() * share if name.startswith("loss") else value.detach()
+                found[name] = found[name] + part if name in found else part
+        self._update()
+        return found
 
-    def train_epoch(self, max_steps: int | None = None) -> Record:
-        """One pass under view seed e mod S. Raises ``ViewMismatch`` if a view was not replayed."""
-        config, epoch, begin = self.plan.config, self.epoch, time.perf_counter()
-        windows = self.plan.windows(epoch)
+    def _idle_step(self) -> None:
+        """Takes part in a step of the others: no picture of one's own part could be read."""
+        if self._shape is None:
+            raise InputError("no picture of this process's first batch can be read")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.eval()  # a blank picture must not reach BatchNorm
+        blank = torch.zeros((1, *self._shape), dtype=torch.uint8, device=self.plan.device)
+        logits, auxiliary = self._forward(normalise(blank))
+        torch.autograd.backward(0 * sum((x.sum() for x in auxiliary.values()), logits.sum()))
+        self._update()
+
+    def _update(self) -> None:
+        if self.plan.config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.config.clip_grad)
+        self.optimizer.step()
+        if self.average:
+            self.average.update(self.network)
+
+    def _batches(self, windows: list[Window]) -> Iterator[tuple[int, int, int, Batch]]:
+        """Window, batch in it, size of the whole batch, and this process's part of it."""
+        config, epoch, ranks = self.plan.config, self.epoch, self.plan.ranks
         following = [*windows[1:], *self.plan.windows(epoch + 1)[:1]]
         if epoch + 1 == config.epochs:
             following[-1:] = []
-        planned = sum(-(-len(w.samples) // config.batch_size) for w in windows)
-        steps = planned if max_steps is None else min(max_steps, planned)
-        totals: dict[str, Tensor] = {}
-        images = checked = done = unreadable = 0
-        waited = 0.0
+        begin = (self.progress.window, self.progress.batch)
         for i, window in enumerate(windows):
+            if i < begin[0]:
+                continue
             entered = time.perf_counter()
             skipped = self.labels.enter(window, following[i] if i < len(following) else None)
-            waited += time.perf_counter() - entered
+            self.progress.waited += time.perf_counter() - entered
             order = permutation(window.samples[~skipped], config.seed, epoch)
-            for batch in self.feed(order, window.seed):
-                if done == steps:
-                    break
-                unreadable += len(batch.bad)
-                if not len(batch.samples):
-                    continue
-                checked += self.labels.check(batch.samples, batch.views.numpy())
+            batches = batches_of(order, config.batch_size, ranks.world)
+            first = begin[1] if i == begin[0] else 0
+            parts = [ranks.part(batch) for batch in batches[first:]]
+            for j, batch in enumerate(self.feed(parts, window.seed), first):
+                yield i, j, len(batches[j]), batch
+
+    def train_epoch(self, max_steps: int | None = None) -> Record:
+        """One pass under view seed e mod S, from where ``progress`` is.
+
+        Raises ``ViewMismatch`` if a view was not replayed, ``Diverged``.
+        """
+        epoch, state, begin = self.epoch, self.progress, time.perf_counter()
+        saved = begin
+        windows = self.plan.windows(epoch)
+        planned = sum(self.plan.steps_of(w) for w in windows)
+        steps = planned if max_steps is None else min(max_steps, planned)
+        for i, j, whole, batch in self._batches(windows):
+            if state.steps == steps:
+                break
+            self.seed_step(i, j)
+            self.schedule.step(state.steps / planned)
+            counts = {"images": len(batch.samples), "unreadable": len(batch.bad), "checked": 0}
+            found: Record = {}
+            state.window, state.batch = i, j + 1
+            if len(batch.samples):
+                counts["checked"] = self._check(batch)
                 views = batch.views.to(self.plan.device, non_blocking=True)
-                n = len(batch.samples)
-                for name, value in self.step(batch.samples, views).items():
-                    weight = 1 if name == "right" else n
-                    totals[name] = (
-                        totals.get(name, torch.zeros((), device=value.device)) + weight * value
-                    )
-                images += n
-                done += 1
-                self.hooks.step(epoch, done, steps)
+                self._shape = tuple(views.shape[1:])
+                found = self.step(batch.samples, views, whole)
+            elif self.plan.ranks.world > 1:
+                self._idle_step()
+            state.add(found, counts)
+            if len(batch.samples) or self.plan.ranks.world > 1:
+                state.steps += 1
+                self.hooks.step(epoch, state.steps, steps)
+            if self._out and self._time_to_save(saved):
+                state.seconds += time.perf_counter() - begin
+                checkpoints.save(self, self._out)
+                begin = saved = time.perf_counter()
+        meta: Record = {}
+        if self.maxl and max_steps is None:
+            hook = self.hooks.step
+            meta = meta_pass(self, self.maxl, lambda done, total: hook(epoch, steps, steps))
+        state.seconds += time.perf_counter() - begin
+        record = self._record(windows, max_steps) | meta
+        self.progress = Progress()
+        return record
+
+    def _record(self, windows: list[Window], max_steps: int | None) -> Record:
+        config, state = self.plan.config, self.progress
+        sums = state.summed(self.plan.ranks, self.plan.device)
+        totals = {name: float(total) for name, total in sums.items()}
+        images, unreadable, checked = (
+            int(totals.pop(name, 0)) for name in ("images", "unreadable", "checked")
+        )
         if not images:
             raise InputError(f"no readable sample in {config.target} {config.split}")
-        means = {name: float(total) / images for name, total in totals.items()}
-        seconds = time.perf_counter() - begin
-        right = means.pop("right")
+        means = {name: total / images for name, total in totals.items()}
         if not all(map(math.isfinite, means.values())):
             raise Diverged(
-                f"the loss is not finite in epoch {epoch + 1} ({means['loss']}); lower --lr, "
+                f"the loss is not finite in epoch {self.epoch + 1} ({means['loss']}); lower --lr, "
                 "or train with --precision float32"
             )
+        if "right" in means:
+            means["train_top1"] = 100 * means.pop("right")
         return {
-            "epoch": epoch,
+            "epoch": self.epoch,
             "view_seed": windows[0].seed,
             "lr": self.optimizer.param_groups[0]["lr"],
             **means,
-            "train_top1": 100 * right,
             "images": images,
             "skipped": len(self.views.target) - images if max_steps is None else unreadable,
             "views_checked": checked,
-            "seconds": seconds,
-            "label_wait_seconds": waited,
+            "seconds": state.seconds,
+            "label_wait_seconds": state.waited,
         }
 
-    @torch.inference_mode()
-    def evaluate(self, network: nn.Module | None = None) -> Record:
-        """Top-1 accuracy (%) and mean loss on the test split; empty without one."""
+    def seed_step(self, *place: object) -> None:
+        """Dropout is a function of the place in the run, so that resuming needs no generator."""
+        path = (self.plan.config.seed, self.epoch, *place, self.plan.ranks.rank)
+        text = "/".join(map(str, path)).encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
+
+    def _check(self, batch: Batch) -> int:
+        """Compares views with the stored checks; on a GPU, which would be waited for, a few."""
+        if batch.views.device.type == "cpu":
+            return self.labels.check(batch.samples, batch.views.numpy())
+        if self.progress.steps % CHECKED_EVERY:
+            return 0
+        few = batch.views[:CHECKED_ROWS].cpu().numpy()
+        return self.labels.check(batch.samples[:CHECKED_ROWS], few)
+
+    def evaluate(self) -> Record:
+        """Mean loss and metrics (%) on the test split; empty without one."""
         if self.test is None:
             return {}
-        network = network or self.network
-        network.eval()
-        config, device = self.plan.config, self.plan.device
-        feed = Feed(self.test, EVALUATION_BATCH, config.workers, config.on_error)
-        labels = torch.from_numpy(self.test.target.labels)
-        loss = right = torch.zeros((), device=device)
-        count = 0
-        half = config.precision == "bfloat16"
-        for batch in feed(np.arange(len(self.test.target)), 0):
-            if not len(batch.samples):
-                continue
-            truth = labels[torch.from_numpy(batch.samples)].to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                logits = network(normalise(batch.views.to(device)))[0].float()
-            loss = loss + self._primary(logits, truth, reduction="sum")
-            right = right + (logits.argmax(1) == truth).sum()
-            count += len(batch.samples)
-        return {"test_loss": float(loss) / count, "test_top1": 100 * float(right) / count}
+        network = self.average.network if self.average else self.network
+        if not self._test_feed:
+            self._test_feed = self._feed(self.test)
+
+        def forward(x: Tensor) -> Tensor:
+            with self._autocast():
+                logits: Tensor = network(x)[0]
+            return logits
+
+        plan = self.plan
+        return evaluate(
+            forward, network, self.test, self._test_feed, self._primary, plan.device, plan.ranks
+        )
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:
         """Trains to the last epoch, leaving metrics, events, checkpoints and a plot in ``out``."""
+        first = self.plan.ranks.first
         config = dataclasses.replace(self.plan.config, out=out, seeds=self.plan.seeds)
-        records.prepare_folder(out, resume=resume)
+        if first:
+            records.prepare_folder(out, resume=resume)
+        self.plan.ranks.wait()
         if resume:
             require_same(read_config(out / records.CONFIG), config, out)
-            self._restore(out)
-            records.write_metrics(out, self.records)
-        durable_write(out / records.CONFIG, config_json(config))
-        events = records.Events(out, self.epoch)
-        try:
-            while self.epoch < config.epochs:
-                record = self.train_epoch() | self.evaluate()
-                self.scheduler.step()
-                self.epoch += 1
-                self.records.append(record)
-                records.save_checkpoint(out, self._state())
+            checkpoints.restore(self, out)
+        if first:
+            if resume:
                 records.write_metrics(out, self.records)
-                events.add(record)
-                self.hooks.epoch(record)
+            durable_write(out / records.CONFIG, config_json(config))
+        self._out = out
+        events = records.Events(out, self.epoch) if first else None
+        try:
+            while not records.is_finished(self.records, config.epochs):
+                self._add_epoch(out, events)
         finally:
-            events.close()
+            if events:
+                events.close()
             if isinstance(self.labels, StoredLabels):
                 self.labels.close()
-        records.plot_runs({out.name: self.records}, out / records.PLOT)
+        if first:
+            records.plot_runs({out.name: self.records}, out / records.PLOT)
+        self.plan.ranks.wait()
         return self.records
 
-    def _digests(self) -> dict[str, str]:
-        return {name: s.digest for name, s in self.plan.label_sets.items()}
+    def _add_epoch(self, out: Path, events: records.Events | None) -> None:
+        record = self.train_epoch()
+        done, config = self.epoch + 1, self.plan.config
+        if done == config.epochs or done % config.eval_every == 0:
+            record |= self.evaluate()
+        if not math.isfinite(record.get("test_loss", 0.0)):
+            raise Diverged(
+                f"the test loss is not finite in epoch {done}; lower --lr, or train with "
+                "--precision float32"
+            )
+        name = main_metric([record])
+        better = name is not None and self.early.better(record[name])
+        record |= {"stopped_early": True} if self.early.stop else {}
+        self.schedule.end_epoch(record.get("test_loss"))
+        self.epoch += 1
+        self.records.append(record)
+        checkpoints.save(self, out, better=better)
+        if events:
+            records.write_metrics(out, self.records)
+            events.add(record)
+            self.hooks.epoch(record)
 
-    def _state(self) -> Record:
-        return {
-            "epoch": self.epoch,
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "digests": self._digests(),
-            "target": self.plan.views.target.identity(),
-            "seeds": self.plan.seeds,
-            "records": self.records,
+    def _time_to_save(self, saved: float) -> bool:
+        minutes, ranks = self.plan.config.save_minutes, self.plan.ranks
+        if not minutes:
+            return False
+        due = time.perf_counter() - saved > 60 * minutes
+        if ranks.world == 1:
+            return due
+        return self.progress.steps % ASKED_EVERY == 0 and ranks.agree(due)
+
+    def stateful(self) -> dict[str, Any]:
+        """What has a state that the next step depends on, by its name in a checkpoint."""
+        found: dict[str, Any] = {
+            "model": self.network,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "early": self.early,
         }
+        found |= {"average": self.average} if self.average else {}
+        return found | ({"maxl": self.maxl} if self.maxl else {})
 
-    def _restore(self, out: Path) -> None:
-        state = records.load_checkpoint(out)
-        if state is None:
-            return
-        for key, now in (
-            ("digests", self._digests()),
-            ("target", self.plan.views.target.identity()),
-            ("seeds", self.plan.seeds),
-        ):
-            if state[key] != now:
-                raise InputError(
-                    f"{out} was trained with {key} {state[key]}, now found {now}; "
-                    "resume it with the same labels and data, or choose another --out"
-                )
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        self.epoch, self.records = state["epoch"], state["records"]
+
+def _channels_last(network: SSKTNetwork) -> SSKTNetwork:
+    if network.target.dimensions == 2:
+        return network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+    return network

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sskt.teacher_cache.durable import durable_write
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
+from sskt.trainer.summary import METRICS as METRIC_NAMES
+from sskt.trainer.summary import main_metric
 
-METRICS, CONFIG, CHECKPOINT, PLOT = "metrics.jsonl", "config.json", "last.pt", "curves.png"
+METRICS, CONFIG, PLOT = "metrics.jsonl", "config.json", "curves.png"
+CHECKPOINT, BEST = "last.pt", "best.pt"
 
 Record = dict[str, Any]
 
@@ -51,15 +52,26 @@ def write_metrics(folder: Path, records: Sequence[Record]) -> None:
     )
 
 
-def save_checkpoint(folder: Path, state: Record) -> None:
-    """``last.pt``, whole or not at all."""
+def is_finished(records: Sequence[Record], epochs: int) -> bool:
+    """Whether a run with these records has nothing left to do."""
+    return bool(records) and (
+        records[-1]["epoch"] + 1 >= epochs or bool(records[-1].get("stopped_early"))
+    )
+
+
+def save_checkpoint(folder: Path, state: Record, name: str = CHECKPOINT) -> None:
+    """``last.pt`` or ``best.pt``, whole or not at all."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    durable_write(folder / CHECKPOINT, buffer.getbuffer())
+    durable_write(folder / name, buffer.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> Record | None:
     """The last checkpoint, None if the run never finished an epoch. Raises ``BadCheckpoint``."""
+    import torch
+
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -101,21 +113,25 @@ def plot_runs(runs: dict[str, list[Record]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)
+    judged = "top-1"
     for i, (name, records) in enumerate(runs.items()):
         epochs = [r["epoch"] + 1 for r in records]
         style = {"color": f"C{i}", "marker": "o" if len(epochs) < 20 else None, "markersize": 3}
         losses.plot(epochs, [r["loss_primary"] for r in records], label=name, **style)
-        if records and "test_top1" in records[0]:
-            accuracies.plot(
-                epochs, [r["test_top1"] for r in records], label=f"{name}, test", **style
-            )
+        result = main_metric(records)
+        if result:
+            judged = METRIC_NAMES[result]
+            tested = [(r["epoch"] + 1, r[result]) for r in records if result in r]
+            accuracies.plot(*zip(*tested, strict=True), label=f"{name}, test", **style)
         style["marker"] = None
-        train = [r["train_top1"] for r in records]
-        accuracies.plot(epochs, train, label=f"{name}, train", linestyle=":", **style)
+        if records and "train_top1" in records[0]:
+            train = [r["train_top1"] for r in records]
+            accuracies.plot(epochs, train, label=f"{name}, train", linestyle=":", **style)
     losses.set(xlabel="epoch", ylabel="primary loss (train)", title="Loss")
-    accuracies.set(xlabel="epoch", ylabel="top-1 accuracy, %", title="Accuracy")
+    accuracies.set(xlabel="epoch", ylabel=f"{judged}, %", title="Accuracy")
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
     figure.savefig(path)

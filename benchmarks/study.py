@@ -1,0 +1,228 @@
+"""The study of docs/results.md: scratch against SSKT on real images, three seeds each.
+
+    python benchmarks/study.py --data ../shared/data --out runs/study [--part 0/2] [--only cifar]
+
+Real CIFAR-10 (as JPEGs) and MiniPlaces, real ImageNet and Places365 sources, ResNet-20. Labels
+are cached first, then every row is trained; a run that is there is kept, one that was cut goes on.
+``--write FILE`` writes the tables and curves from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
+from sskt.teacher_cache.stage import cache_teachers
+from sskt.trainer import records
+from sskt.trainer.config import TrainConfig
+from sskt.trainer.runs import run_training
+from sskt.trainer.summary import mean_std, result_of
+
+RUNS = 3
+VIEW_SEEDS = 8
+IN, P = "imagenet", "places365"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows of one target that share everything but what is named in a row."""
+
+    title: str
+    target: str
+    base: dict[str, Any]
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    size: int = 74
+
+
+def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
+    return {"source": list(sources), **fields}
+
+
+STUDIES = {
+    "cifar": Study(
+        "CIFAR-10, 1,000 images (100 a class), 30 epochs",
+        "cifar10",
+        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 30, "batch_size": 64, "lr": 0.05},
+        {
+            "scratch": {},
+            "I": sskt(IN),
+            "I, TM": sskt(IN, tm=True),
+            "P": sskt(P),
+            "P, TM": sskt(P, tm=True),
+            "P+I": sskt(P, IN),
+            "P+I, TM": sskt(P, IN, tm=True),
+            "P+I, CE+KD as meant": sskt(P, IN, loss="ce+kd"),
+            "P+I, CE+KD as released": sskt(P, IN, loss="ce+kd-released"),
+            "I, alpha 0.03": sskt(IN, alpha=0.03),
+            "I, alpha 0.3": sskt(IN, alpha=0.3),
+            "I, alpha 1": sskt(IN, alpha=1.0),
+            "I, T 1": sskt(IN, temperature=1.0),
+        },
+    ),
+    "places": Study(
+        "MiniPlaces, 2,000 images (20 a class, 100 classes), views of 48 pixels, 30 epochs",
+        "miniplaces",
+        {
+            "policy": "random-resized-crop-flip:size=48,scale_min=0.3",
+            "epochs": 30,
+            "batch_size": 64,
+            "lr": 0.05,
+        },
+        {
+            "scratch": {},
+            "P": sskt(P),
+            "P, TM": sskt(P, tm=True),
+            "P, alpha 1": sskt(P, alpha=1.0),
+            "P, TM, alpha 1": sskt(P, tm=True, alpha=1.0),
+            "I": sskt(IN),
+            "I, TM": sskt(IN, tm=True),
+            "P+I, TM": sskt(P, IN, tm=True),
+        },
+        96,
+    ),
+    "cifar5000": Study(
+        "CIFAR-10, 5,000 images (500 a class), 20 epochs",
+        "cifar10",
+        {"policy": "pad-crop-flip", "limit": 5000, "epochs": 20, "batch_size": 128, "lr": 0.1},
+        {"scratch": {}, "I": sskt(IN), "P+I, TM": sskt(P, IN, tm=True)},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--only", default="", help="names of studies, by commas")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th run from the I-th")
+    parser.add_argument("--write", type=Path, help="write results to FILE, train nothing")
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args()
+    chosen = asked.only.split(",") if asked.only else list(STUDIES)
+    if asked.write:
+        write({name: STUDIES[name] for name in chosen}, asked.out, asked.write)
+        return
+    part, parts = map(int, asked.part.split("/"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // parts))
+    for name in chosen:
+        study = STUDIES[name]
+        target = unpacked(asked.data, asked.out, study.target)
+        cache = asked.out / "labels" / name
+        label(study, target, asked.data, cache, asked.device)
+        for i, config in enumerate(configs(name, study, target, cache, asked.out, asked.device)):
+            if i % parts == part:
+                last = run_training(config)[-1]
+                print(f"{config.out}: {last['test_top1']:.2f} %", flush=True)
+
+
+def unpacked(data: Path, out: Path, target: str) -> Path:
+    """The target as a folder of class folders, or MiniPlaces as a manifest."""
+    folder = out / "targets" / target
+    if target == "cifar10" and not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(data / "cifar10-jpeg.tar.gz") as archive:
+            archive.extractall(folder.parent / "part", filter="data")
+        inner = folder.parent / "part"
+        while not (inner / "train").is_dir():
+            (inner,) = [p for p in inner.iterdir() if p.is_dir()]
+        inner.rename(folder)
+    if target == "miniplaces":
+        return manifest(data / "miniplaces", out / "targets" / "miniplaces.csv")
+    return folder
+
+
+def manifest(data: Path, path: Path) -> Path:
+    """MiniPlaces as ``path,label,split``: its class names are those of Places365."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        categories = {}
+        for line in (data / "devkit/categories.txt").read_text().split("\n"):
+            name, _, number = line.rpartition(" ")
+            if name:
+                categories[int(number)] = name[3:]  # "/a/abbey"
+        rows = [f"{p.resolve()},{'/'.join(p.parent.relative_to(folder).parts[1:])},train"
+                for folder in [data / "images/train"]
+                for p in sorted(folder.rglob("*.jpg"))]  # fmt: skip
+        for line in (data / "val_subset.txt").read_text().split("\n"):
+            if line:
+                file, number = line.split()
+                rows.append(f"{(data / 'images' / file).resolve()},"
+                            f"{categories[int(number)]},val")  # fmt: skip
+        path.write_text("\n".join(["path,label,split", *rows]) + "\n")
+    return path
+
+
+def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> None:
+    sources = (
+        f"{IN}:efficientnet_lite0@{study.size}",
+        f"{P}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
+    )
+    job = Job(sources, str(target), str(cache), policy=study.base["policy"],
+              limit=study.base.get("limit"), device=device)  # fmt: skip
+    opened = open_job_sources(job)
+    views = open_job_views(job)
+    report = cache_teachers(views, [o.source for o in opened], job.how, VIEW_SEEDS, job.cache,
+                            job.options(opened))  # fmt: skip
+    print(f"{cache}: {report.written} labels written, {report.reused} were there", flush=True)
+
+
+def configs(
+    name: str, study: Study, target: Path, cache: Path, out: Path, device: str
+) -> Iterator[TrainConfig]:
+    """Seed by seed, so that an unfinished study has some of every row."""
+    for seed in range(RUNS):
+        for row, fields in study.rows.items():
+            place = out / name / row.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+            yield TrainConfig(
+                target=str(target),
+                seed=seed,
+                out=place,
+                cache=cache if fields.get("source") else None,
+                seeds=VIEW_SEEDS,
+                eval_every=15,
+                save_minutes=0,
+                device=device,
+                **study.base,
+                **fields,
+            )
+
+
+def write(studies: dict[str, Study], out: Path, path: Path) -> None:
+    """A table and curves for each study, from the runs that are there."""
+    lines: list[str] = []
+    for name, study in studies.items():
+        results: dict[str, list[float]] = {}
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for row in study.rows:
+            folder = out / name / row.replace(", ", "-").replace(" ", "-")
+            for run in sorted(folder.glob("seed-*")):
+                found = records.read_metrics(run) if (run / records.METRICS).exists() else []
+                if records.is_finished(found, study.base["epochs"]):
+                    results.setdefault(row, []).append(result_of(found))
+                    curves.setdefault(row, found)
+        if not results:
+            continue
+        base = results.get("scratch", [])
+        lines += [f"### {study.title}", "", "| row | test top-1, % | against scratch | runs |",
+                  "|---|---|---|---|"]  # fmt: skip
+        for row, values in results.items():
+            mean, std = mean_std(values)
+            gain = f"{mean - mean_std(base)[0]:+.2f}" if base and row != "scratch" else ""
+            lines.append(f"| {row} | {mean:.2f} ± {std:.2f} | {gain} | {len(values)} |")
+        image = path.with_name(f"results-{name}.png")
+        records.plot_runs(curves, image)
+        lines += ["", f"![{study.title}]({image.name})", ""]
+        (out / f"{name}.json").write_text(json.dumps(results, indent=1))
+    path.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What a checkpoint of a run holds: all that its next step depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sskt.teacher_cache.errors import BadCheckpoint, InputError
+from sskt.trainer import records
+from sskt.trainer.progress import Progress
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop import Trainer
+    from sskt.trainer.plan import Plan
+
+Record = dict[str, Any]
+
+
+def identity(plan: Plan) -> Record:
+    """What must be the same when a run is resumed, beside its configuration."""
+    return {
+        "digests": {name: s.digest for name, s in plan.label_sets.items()},
+        "target": plan.views.target.identity(),
+        "seeds": plan.seeds,
+        "processes": plan.ranks.world,
+    }
+
+
+def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
+    """Writes ``last.pt``, and ``best.pt`` where the epoch before is the best so far.
+
+    Every process has to call it; the first one writes.
+    """
+    plan, progress = trainer.plan, trainer.progress
+    place = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
+    place["totals"] = progress.summed(plan.ranks, plan.device)
+    if not plan.ranks.first:
+        return
+    parts = {name: part.state_dict() for name, part in trainer.stateful().items()}
+    state = identity(plan) | parts | {"epoch": trainer.epoch, "progress": place}
+    records.save_checkpoint(out, state | {"records": trainer.records})
+    if better:
+        network = trainer.average.network if trainer.average else trainer.network
+        best = {"epoch": trainer.epoch - 1, "model": network.state_dict()}
+        records.save_checkpoint(out, best, records.BEST)
+
+
+def restore(trainer: Trainer, out: Path) -> None:
+    """Puts the trainer where ``last.pt`` was written; where there is none, it is at the beginning.
+
+    Raises ``InputError`` if labels, data or processes are not those of the run, ``BadCheckpoint``.
+    """
+    state = records.load_checkpoint(out)
+    if state is None:
+        return
+    for key, now in identity(trainer.plan).items():
+        if state.get(key) != now:
+            raise InputError(
+                f"{out} was trained with {key} {state.get(key)}, now found {now}; "
+                "resume it with the same labels and data, or choose another --out"
+            )
+    try:
+        for name, part in trainer.stateful().items():
+            part.load_state_dict(state[name])
+        trainer.epoch, trainer.records = state["epoch"], state["records"]
+        place = dict(state["progress"])
+        totals = place.pop("totals")
+        counts = {name: float(totals.pop(name)) for name in place.pop("counts")}
+    except (KeyError, RuntimeError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise BadCheckpoint(
+            f"{out / records.CHECKPOINT} is not a checkpoint of this run ({what}); delete it to "
+            "start the run anew"
+        ) from error
+    if not trainer.plan.ranks.first:  # what was summed over the processes is the first one's now
+        totals, counts = {}, {}
+    there = {name: total.to(trainer.plan.device) for name, total in totals.items()}
+    trainer.progress = Progress(**place, totals=there, counts=counts)

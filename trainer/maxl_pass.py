@@ -1,0 +1,79 @@
+"""MAXL inside the loop: its labels beside the batches, and the second pass of an epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.philox import permutation
+from sskt.trainer.distributed import batches_of
+from sskt.trainer.feed import normalise
+from sskt.trainer.heads import SSKTNetwork
+from sskt.trainer.labels import NoLabels
+from sskt.trainer.maxl import SOURCE, AuxiliaryLabels, Maxl
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop import Trainer
+    from sskt.trainer.plan import Plan
+
+Int64 = NDArray[np.int64]
+
+
+class MaxlLabels(NoLabels):
+    """``Labels`` from the label generator; they are for temperature 1 only."""
+
+    def __init__(self, maxl: Maxl, truth: Tensor) -> None:
+        self._maxl, self._truth = maxl, truth
+
+    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
+        """See ``Labels``: float32 ``[n, classes * psi]``."""
+        truth = self._truth[torch.from_numpy(samples).to(self._truth.device)]
+        return {SOURCE: self._maxl.labels(normalise(views), truth)}
+
+
+def build_maxl(plan: Plan, network: SSKTNetwork) -> Maxl:
+    """MAXL over a network that was just built; the generator's parameters follow its own.
+
+    Raises ``InputError`` with several processes: theta_2's step sees the whole batch.
+    """
+    if plan.ranks.world > 1:
+        raise InputError("--method maxl trains in one process; start it without torchrun")
+    classes, psi = len(plan.views.target.classes), plan.config.psi
+    generator = AuxiliaryLabels(plan.build_target(classes * psi), classes, psi).to(plan.device)
+    # Its losses carry no temperature.
+    return Maxl(dataclasses.replace(plan.config, temperature=1.0), network, generator)
+
+
+def meta_pass(trainer: Trainer, maxl: Maxl, step: Callable[[int, int], None]) -> dict[str, Any]:
+    """Pass 2 of the trainer's epoch, in another order under another view seed than pass 1.
+
+    ``step`` is told (done, total). Returns ``meta_loss`` and ``meta_entropy``, means over the
+    samples.
+    """
+    config, plan = trainer.plan.config, trainer.plan
+    maxl.start_epoch(trainer.epoch)
+    other = config.epochs + trainer.epoch
+    order = permutation(np.arange(len(trainer.views.target)), config.seed, other)
+    batches = batches_of(order, config.batch_size)
+    lr = float(trainer.optimizer.param_groups[0]["lr"])
+    totals: dict[str, Tensor] = {}
+    images = 0
+    for done, batch in enumerate(trainer.feed(batches, other), 1):
+        if not len(batch.samples):
+            continue
+        trainer.seed_step("meta", done)
+        x = normalise(batch.views.to(plan.device, non_blocking=True))
+        truth = trainer.truth[torch.from_numpy(batch.samples).to(plan.device)]
+        for name, value in maxl.meta_step(x, truth, lr).items():
+            scaled = len(batch.samples) * value
+            totals[name] = totals[name] + scaled if name in totals else scaled
+        images += len(batch.samples)
+        step(done, len(batches))
+    return {name: float(total) / images for name, total in totals.items()}

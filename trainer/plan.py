@@ -1,0 +1,222 @@
+"""What a configuration names, found and checked: the plan of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sskt.teacher_cache.catalog import find_label_set, require_seeds
+from sskt.teacher_cache.encodings import require_temperature
+from sskt.teacher_cache.errors import BadImage, InputError, MissingData
+from sskt.teacher_cache.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.policies import evaluation_policy, parse_policy
+from sskt.teacher_cache.sources import Source
+from sskt.teacher_cache.store import LabelSet
+from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
+from sskt.teacher_cache.views import Views, open_views
+from sskt.teacher_cache.zoo import parse_source
+from sskt.trainer.config import TrainConfig
+from sskt.trainer.distributed import Ranks, batch_count, join
+from sskt.trainer.heads import SSKTNetwork
+from sskt.trainer.initial import freeze_before, load_initial
+from sskt.trainer.labels import Window, epoch_windows
+from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
+from sskt.trainer.maxl import SOURCE as MAXL
+from sskt.trainer.networks import (
+    TargetNetwork,
+    build_network,
+    is_three_dimensional,
+    parameters_of,
+)
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with all that it names found: what ``--dry-run`` shows."""
+
+    config: TrainConfig
+    views: Views
+    test: Views | None
+    label_sets: dict[str, LabelSet]
+    live: list[Source]
+    seeds: int
+    device: torch.device
+    loss: tuple[str, str]
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def source_classes(self) -> dict[str, int]:
+        """Number of classes of each auxiliary head: of the sources, or MAXL's own."""
+        if self.config.method == MAXL:
+            return {MAXL: len(self.views.target.classes) * self.config.psi}
+        stored = {name: len(s.classes) for name, s in self.label_sets.items()}
+        return stored | {s.name: len(s.classes) for s in self.live}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return sum(self.steps_of(w) for w in self.windows(0))
+
+    def steps_of(self, window: Window) -> int:
+        """Optimizer steps of a window, if none of its samples is skipped."""
+        return batch_count(len(window.samples), self.config.batch_size, self.ranks.world)
+
+    def windows(self, epoch: int) -> list[Window]:
+        """The epoch's windows; one, unless a slab exceeds the memory budget."""
+        samples, view_seed = len(self.views.target), epoch % self.seeds
+        if not self.label_sets:
+            return [Window(view_seed, ((0, samples),))]
+        sets = list(self.label_sets.values())
+        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets)
+        rows = int(self.config.memory * 2**30 / self.ranks.local / 2 / row)
+        block = max(s.rows for s in sets)
+        return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
+
+    def build_target(self, classes: int) -> TargetNetwork:
+        """A target network with fresh parameters, drawn from torch's generator."""
+        config = self.config
+        return build_network(
+            config.model,
+            classes,
+            stem=config.stem,
+            shortcut=config.shortcut,
+            taps=tuple(config.taps),
+            size=_view_size(self.views),
+        )
+
+    def build(self) -> SSKTNetwork:
+        """The network with fresh parameters, drawn from the run's seed; or with initial ones."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        target = self.build_target(len(self.views.target.classes))
+        network = SSKTNetwork(target, self.source_classes, tm=config.tm)
+        if config.init:
+            load_initial(target, config.init, config.model)
+        if config.finetune_from is not None:
+            freeze_before(network, config.finetune_from)
+        return network
+
+    def describe(self) -> Record:
+        """The resolved configuration, sizes of the networks, steps, label sets found."""
+        network = self.build()
+        resolved = self.config.as_dict() | {
+            "policy": str(self.views.policy),
+            "test_split": self.test.target.split if self.test else "none",
+            "milestones": self.config.resolved_milestones(),
+            "seeds": self.seeds,
+            "loss": "+".join(self.loss) if self.source_classes else self.loss[0],
+            "device": str(self.device),
+        }
+        return {
+            "config": resolved,
+            "parameters": {
+                "target": parameters_of(network.target),
+                "heads": {
+                    name: parameters_of(head)
+                    for name, head in zip(network.sources, network.heads, strict=True)
+                },
+            },
+            "samples": len(self.views.target),
+            "steps_per_epoch": self.steps_per_epoch,
+            "label_sets": {
+                name: {
+                    "name": s.name,
+                    "digest": s.digest,
+                    "encoding": str(s.encoding),
+                    "seeds": s.seeds,
+                }
+                for name, s in self.label_sets.items()
+            },
+        }
+
+
+def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
+    """Opens target and label sets and checks that they fit each other.
+
+    Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
+    """
+    target = open_target(
+        config.target,
+        config.split,
+        root=config.root,
+        limit=config.limit,
+        download=config.download,
+        **_opening(config),
+    )
+    loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
+    if is_three_dimensional(config.model) != target.clips:
+        what, other = ("clips", "a 3-D") if target.clips else ("pictures", "a 2-D")
+        raise InputError(
+            f"{config.target} has {what}: --model {config.model} is not made for them; choose "
+            f"{other} network"
+        )
+    chosen = config.policy
+    if chosen == "auto":
+        chosen = default_policy(config.target, clips=target.clips)
+    f_s = parse_frame_sampling(config.frame_sampling) if config.frame_sampling else None
+    views = open_views(target, parse_policy(chosen), f_s)
+    if not target.multi_label and (target.labels < 0).any():
+        raise InputError(
+            f"{config.target} {config.split} has no labels to train the target task on"
+        )
+    names = [parse_source(text, stored=not config.live) for text in config.source]
+    if len({n.name for n in names}) < len(names):
+        raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
+    parse_source_weights(config.source_weight, [n.name for n in names])
+    sets: dict[str, LabelSet] = {}
+    if not config.live:
+        assert config.cache is not None or not names
+        sets = {n.name: find_label_set(config.cache, n, views) for n in names if config.cache}
+    seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
+    for label_set in sets.values():
+        require_seeds(label_set, min(seeds, config.epochs))
+        require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
+    ranks, device = join(config.device)
+    test = _test_views(config, views)
+    return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
+
+
+def _opening(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "partial": config.partial,
+        "decoder": config.decoder,
+        "strict": config.strict_fingerprint,
+    }
+
+
+def _test_views(config: TrainConfig, views: Views) -> Views | None:
+    if config.test_split == "none":
+        return None
+    split = config.test_split
+    if split == "auto":
+        split = evaluation_split(config.target, config.split)
+    test = open_target(
+        config.target, split, root=config.root, download=config.download, **_opening(config)
+    )
+    if test.classes != views.target.classes:
+        odd = sorted(set(test.classes) ^ set(views.target.classes))
+        raise InputError(
+            f"{config.target}: splits {config.split} and {split} differ in class {odd[0]}"
+        )
+    if not test.multi_label and (test.labels < 0).any():
+        raise InputError(
+            f"{config.target} {split} has samples without a known class: no accuracy can be "
+            "measured on it; choose another --test-split, or none"
+        )
+    return open_views(test, evaluation_policy(views.policy))
+
+
+def _view_size(views: Views) -> int | None:
+    """Pixels of a view's shorter side; None if that depends on a file that cannot be read."""
+    if "size" in views.policy.parameters:
+        return int(views.policy.parameters["size"])
+    try:
+        height, width, _ = views.target.read(0).shape
+        return int(min(height, width))
+    except (BadImage, MissingData):
+        return None

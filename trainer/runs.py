@@ -1,0 +1,49 @@
+"""One training in its folder, whatever became of an earlier attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.sources import Source
+from sskt.trainer import records
+from sskt.trainer.config import TrainConfig, read_config, require_same
+from sskt.trainer.loop import Trainer
+from sskt.trainer.plan import make_plan
+from sskt.trainer.progress import Hooks
+
+Record = dict[str, Any]
+
+
+def run_training(
+    config: TrainConfig, hooks: Hooks | None = None, live: Sequence[Source] = ()
+) -> list[Record]:
+    """Trains into ``config.out``: a finished run is returned as it is, one that was cut goes on.
+
+    Raises ``InputError`` for a folder that holds a run of another configuration, and all that
+    ``make_plan`` and ``Trainer.run`` raise.
+    """
+    if config.out is None:
+        raise InputError("a run needs a folder: --out")
+    out = Path(config.out)
+    begun = (out / records.CONFIG).exists()
+    if begun:
+        require_same(read_config(out / records.CONFIG), config, out)
+        done = records.read_metrics(out) if (out / records.METRICS).exists() else []
+        if records.is_finished(done, config.epochs):
+            return done
+    return Trainer(make_plan(config, live), hooks).run(out, resume=begun)
+
+
+def open_live_sources(config: TrainConfig) -> list[Source]:
+    """The sources that a configuration runs in every step; none without ``live``."""
+    if not (config.live and config.source):
+        return []
+    from sskt.teacher_cache.jobs import open_sources
+
+    opened = open_sources(
+        config.source, config.weights, config.preprocessing, "float32", config.device
+    )
+    return [one.source for one in opened]
