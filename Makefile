@@ -24,6 +24,8 @@ lint: $(READY)
 benchmarks: $(READY)
 	$(VENV)/bin/python benchmarks/label_delivery.py
 	$(VENV)/bin/python benchmarks/teacher_stage.py
+	$(VENV)/bin/python benchmarks/step.py
+	$(VENV)/bin/python benchmarks/pictures.py
 	$(VENV)/bin/python benchmarks/memory.py
 
 dist: $(READY)
