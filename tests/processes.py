@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ try:
 except ImportError:
     obstore = None
 
-def arm(step):
-    # SIGKILL to this process just before its step-th rename, removal, or request that changes.
+def arm(step, names):
+    # SIGKILL to this process just before its step-th call of one of them, in os or obstore.
     left = [step]
     def dying(call):
         def instead(*arguments, **named):
@@ -34,10 +34,10 @@ def arm(step):
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **named)
         return instead
-    for name in ("rename", "replace", "unlink", "rmdir"):
-        setattr(os, name, dying(getattr(os, name)))
-    for name in ("put", "delete") if obstore else ():
-        setattr(obstore, name, dying(getattr(obstore, name)))
+    for name in names:
+        owner = obstore if name in ("put", "delete") else os
+        if owner:
+            setattr(owner, name, dying(getattr(owner, name)))
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -54,7 +54,7 @@ for line in sys.stdin:
                 flags = os.O_RDONLY if name == "in" else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                 os.dup2(os.open(order[name], flags), number)
             if order["die_at"]:
-                arm(order["die_at"])
+                arm(order["die_at"], order["steps"])
             status = main.run(order["arguments"])
             sys.stdout.flush()
             sys.stderr.flush()
@@ -63,11 +63,18 @@ for line in sys.stdin:
 """
 
 
-class Launcher:
-    """A Python that has imported sskt and forks a process for each command line."""
+CHANGES = ("rename", "replace", "unlink", "rmdir", "put", "delete")
+"""Calls that change what is stored."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, 0
+
+class Launcher:
+    """A Python that has imported sskt and forks a process for each command line.
+
+    A process told to ``die_at`` N is killed just before its N-th call of ``steps``.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[str] = CHANGES) -> None:
+        self.folder, self._steps, self._count = folder, list(steps), 0
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", LAUNCHER]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
@@ -85,7 +92,9 @@ class Launcher:
         files = {"in": os.devnull, "out": str(out), "err": str(err)}
         cloud = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
         texts = [str(a) for a in arguments]
-        child = self._ask(arguments=texts, die_at=die_at, environment=cloud, **files)
+        child = self._ask(
+            arguments=texts, die_at=die_at, steps=self._steps, environment=cloud, **files
+        )
         return Run(self, child, out, err)
 
     def wait(self, child: int) -> int:
@@ -113,9 +122,9 @@ class Run:
 
 
 @contextmanager
-def launched(folder: Path) -> Iterator[Launcher]:
+def launched(folder: Path, steps: Sequence[str] = CHANGES) -> Iterator[Launcher]:
     """A launcher for the time of a test module."""
-    launcher = Launcher(folder)
+    launcher = Launcher(folder, steps)
     try:
         yield launcher
     finally:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TINY, tree, write_images
+from processes import Launcher, launched
 
 from sskt.teacher_cache import shares, stage
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
@@ -54,98 +55,10 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-# --- real processes, started without paying for the imports each time -------------------------
-
-LAUNCHER = """
-import json, os, signal, sys
-import torch, torchvision
-from sskt.cli import inspecting, listing, look, main, teachers
-from sskt.teacher_cache import catalog, durable, jobs, stage, verify
-
-def arm(step):
-    # SIGKILL to this process just before its step-th sync or rename.
-    left = [step]
-    def dying(call):
-        def instead(*arguments):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments)
-        return instead
-    os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
-
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-    else:
-        answer = os.fork()
-        if not answer:
-            os.setsid()
-            signal.alarm(60)  # one that hangs fails
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            if order["die_at"]:
-                arm(order["die_at"])
-            status = main.run(order["arguments"])
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    print(answer, flush=True)
-"""
-
-
-class Launcher:
-    """A Python that has imported sskt and forks a process for each command line."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-c", LAUNCHER]
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-    def _ask(self, **order: Any) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def start(self, arguments: Arguments, die_at: int = 0) -> Run:
-        self._count += 1
-        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
-        child = self._ask(arguments=arguments, out=str(out), err=str(err), die_at=die_at)
-        return Run(self, child, out, err)
-
-    def wait(self, child: int) -> int:
-        return self._ask(wait=child)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-
-
-class Run:
-    """One process of a launcher."""
-
-    def __init__(self, launcher: Launcher, child: int, out: Path, err: Path) -> None:
-        self._launcher, self.child, self._out, self._err = launcher, child, out, err
-
-    def kill(self) -> None:
-        os.kill(self.child, signal.SIGKILL)
-
-    def wait(self) -> tuple[int, str, str]:
-        status = self._launcher.wait(self.child)
-        return status, self._out.read_text(), self._err.read_text()
-
-
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    started = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield started
-    started.close()
+    with launched(tmp_path_factory.mktemp("launcher"), ("fsync", "rename", "replace")) as started:
+        yield started
 
 
 def wait_for_shards(cache: Path, count: int, alive: Callable[[], bool] = lambda: True) -> None:
@@ -178,7 +91,7 @@ def test_twenty_kills_lose_nothing(images: Path, tmp_path: Path, launcher: Launc
         killed += 1
     while killed < KILLS:
         before = stored_shards(tmp_path / "killed")
-        run = launcher.start(arguments)
+        run = launcher.start(*arguments)
         if killed < KILLS // 3:
             time.sleep(rng.uniform(0, 0.3))
         else:
@@ -190,9 +103,9 @@ def test_twenty_kills_lose_nothing(images: Path, tmp_path: Path, launcher: Launc
         seen.add(stored_shards(tmp_path / "killed"))
     assert killed == KILLS and len(seen) >= KILLS // 2, sorted(seen)
     assert stored_shards(tmp_path / "killed") < 30 * 12
-    status, _, err = launcher.start(arguments).wait()
+    status, _, err = launcher.start(*arguments).wait()
     assert status == 0, err
-    status, _, err = launcher.start(stage_arguments(images, tmp_path / "whole", *many)).wait()
+    status, _, err = launcher.start(*stage_arguments(images, tmp_path / "whole", *many)).wait()
     assert status == 0, err
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.partial"))
@@ -205,21 +118,21 @@ def die_at_every_step(
     arguments: Callable[[Path], Arguments],
 ) -> int:
     """Kills a run before each of its syncs and renames in turn; resumes; compares. Steps tried."""
-    folder = launcher._folder / f"steps-{time.monotonic_ns()}"
+    folder = launcher.folder / f"steps-{time.monotonic_ns()}"
     begin(folder / "whole")
     assert sskt(*arguments(folder / "whole"))[0] == 0
     expected = contents(folder / "whole")
     for step in range(1, 200):
         cache = folder / str(step)
         begin(cache)
-        status, _, err = launcher.start(arguments(cache), die_at=step).wait()
+        status, _, err = launcher.start(*arguments(cache), die_at=step).wait()
         if status == 0:
             return step - 1
         assert status == -signal.SIGKILL, err
         if cache.is_dir():
             for label_set in list_label_sets(cache):
                 label_set.coverage()
-        status, _, err = launcher.start(arguments(cache)).wait()
+        status, _, err = launcher.start(*arguments(cache)).wait()
         assert status == 0, f"step {step}: {status} {err}"
         assert contents(cache) == expected, f"step {step}"
         assert not list(cache.rglob("*.partial")), f"step {step}"
@@ -261,7 +174,7 @@ def test_ctrl_c(images: Path, tmp_path: Path, launcher: Launcher, sskt: Sskt, wo
     """As a terminal sends it: to the process and its loader processes."""
     arguments = stage_arguments(images, tmp_path / "a", "--seeds", 12, "--shard-rows", 5)
     arguments[arguments.index("--workers") + 1] = str(workers)
-    run = launcher.start(arguments)
+    run = launcher.start(*arguments)
     wait_for_shards(tmp_path / "a", 3)
     os.killpg(run.child, signal.SIGINT)
     status, _, err = run.wait()
@@ -285,7 +198,7 @@ def test_processes_share_the_work(
 ) -> None:
     more = ("--seeds", 12, "--shard-rows", 2, "--json")
     runs = [
-        launcher.start(stage_arguments(images, tmp_path / "shared", *more))
+        launcher.start(*stage_arguments(images, tmp_path / "shared", *more))
         for _ in range(processes)
     ]
     written = []
@@ -307,7 +220,7 @@ def test_processes_that_ask_for_different_seeds(
     def arguments(cache: Path, seeds: int) -> Arguments:
         return stage_arguments(images, cache, "--seeds", seeds, "--shard-rows", 5, "--json")
 
-    runs = [launcher.start(arguments(tmp_path / "shared", seeds)) for seeds in (2, 9, 5)]
+    runs = [launcher.start(*arguments(tmp_path / "shared", seeds)) for seeds in (2, 9, 5)]
     ended = [run.wait() for run in runs]
     assert [status for status, _, _ in ended] == [0, 0, 0], [err for _, _, err in ended]
     assert sum(json.loads(out)["written"] for _, out, _ in ended) == 60 * 9
