@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,9 @@ def _write(
         if plain:
             durable_write(plain, (json.dumps(as_dict(comparison), indent=2) + "\n").encode())
     except OSError as error:
-        raise InputError(f"cannot write {error.filename}: {error.strerror}") from error
+        # Files are written beside themselves first: that name is no use to anyone.
+        place = re.sub(r"\.[0-9a-f]{32}\.partial$", "", str(error.filename))
+        raise InputError(f"cannot write {place}: {error.strerror}; choose another place") from error
     return [path for path in (png, html, plain) if path]
 
 

@@ -49,7 +49,9 @@ _OPTIONS = (
         "FILE.py:function.",
     ),
     click.option("--encoding", default="f16", show_default=True, help="f16, u8, topk-K or f32."),
-    click.option("--limit", type=click.IntRange(1), help="Only this many samples, evenly spread."),
+    click.option(
+        "--limit", type=click.IntRange(1), help="Only this many samples, all classes alike."
+    ),
     click.option(
         "--partial", is_flag=True, help="Take what is there of an official list of files."
     ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import INDIFFERENT
 from sskt.trainer.tables import (
     COLUMNS,
@@ -93,6 +93,7 @@ class _Training:
 @click.option(
     "--root", "roots", multiple=True, metavar="[TARGET=]DIR", help="Where a target's data lives."
 )
+@click.option("--download", is_flag=True, help="Let torchvision download the targets.")
 @click.option("--cache", help="Label sets: a folder or URL; default: OUT/cache.")
 @click.option("--encoding", default="f16", show_default=True, help="Of labels not yet cached.")
 @click.option(
@@ -117,6 +118,7 @@ def reproduce(
     weights: tuple[str, ...],
     given_settings: tuple[str, ...],
     roots: tuple[str, ...],
+    download: bool,
     cache: str | None,
     encoding: str,
     out: Path,
@@ -134,7 +136,7 @@ def reproduce(
     rows = select_rows(paper, selectors)
     files = _files(paper, _pairs(weights, "--weights"))
     fraction = None if fraction == 1 else fraction
-    settings = parse_settings(given_settings)
+    settings = parse_settings(given_settings) | ({"download": True} if download else {})
     needed = _placeholders(paper) if dry_run else {}
     choices = Choices(epochs, seeds, kd, settings, _roots(roots), needed | files)
     cache = cache or str(out / "cache")
@@ -171,11 +173,13 @@ def reproduce(
 
 
 def _pairs(items: Sequence[str], option: str) -> dict[str, str]:
-    pairs = {}
+    pairs: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key or not value:
             raise InputError(f"{option} {item}: expected LETTER=...")
+        if key in pairs:
+            raise InputError(f"{option} gives {key} twice: {pairs[key]} and {value}; keep one")
         pairs[key] = value
     return pairs
 
@@ -186,6 +190,8 @@ def _roots(items: Sequence[str]) -> dict[str, Path]:
     roots = {}
     for item in items:
         target, equals, folder = item.partition("=")
+        if equals and "/" not in target and target not in TARGETS and not Path(item).exists():
+            raise UnknownName("target in --root", target, TARGETS, "a folder alone is for all")
         roots[target if equals and target in TARGETS else ""] = Path(
             folder if equals and target in TARGETS else item
         )
@@ -242,6 +248,7 @@ def _run(
             configs = _limited(configs, fraction, bar)
         for config in {(c.target, c.root): c for c in configs}.values():
             table_runs.require_test_split(config, bar)
+        table_runs.require_networks(configs)
         digests: dict[tuple[Any, ...], dict[str, str]] = {}
         for wanted in table_runs.label_passes(configs):
             click.echo(f"labels: {_pass_text(wanted)}", err=True)

@@ -125,7 +125,7 @@ for _parameter in sweep.params:
 
 
 def _check(planned: Sweep) -> None:
-    """Opens target and labels of every panel now: what is missing must not show after a night."""
+    """Opens every panel's target, labels and network: what is wrong must not show after a night."""
     from sskt.trainer.plan import make_plan
 
     for i, panel in enumerate(planned.panels):
@@ -133,10 +133,10 @@ def _check(planned: Sweep) -> None:
         hottest = max(
             (t for t in planned.trainings if t.panel == i), key=lambda t: t.temperature or 0
         )
-        if hottest.config.live:
-            continue
         try:
-            make_plan(hottest.config)
+            plan = make_plan(hottest.config)
+            if not hottest.config.live:
+                plan.build()
         except InputError as error:
             raise InputError(f"{panel.title}: {error}") from error
 

@@ -200,12 +200,18 @@ class Target:
         return ", ".join(marks[mark].format(name) for name, mark in row if mark) or None
 
     def limited(self, limit: int | None) -> Target:
-        """At most ``limit`` samples, evenly spread over the order (so over sorted classes too)."""
+        """At most ``limit`` samples, evenly spread over the classes, and over the order in each.
+
+        Samples of several classes are evenly spread over the order.
+        """
         if limit is None or limit >= len(self):
             return self
         if limit < 1:
             raise InputError(f"--limit must be at least 1, found {limit}")
-        return self.chosen(np.arange(limit, dtype=np.int64) * len(self) // limit)
+        rows = np.arange(limit, dtype=np.int64) * len(self) // limit
+        if not self.multi_label:
+            rows = np.sort(np.argsort(self.labels, kind="stable")[rows])
+        return self.chosen(rows)
 
     def chosen(self, rows: Int64) -> Target:
         """The samples ``rows`` in that order, as a target of its own."""

@@ -198,6 +198,13 @@ def test_the_first_run_named_is_the_one_to_compare_with(sskt: Call, study: Path)
     assert "single run" in found["differences"][0]["verdict"]
 
 
+def test_a_seed_that_was_run_twice_counts_once(study: Path) -> None:
+    write_run(study / "again", dataclasses.replace(SCRATCH, device="cpu"), [10.0, 51.0, 50.0])
+    compared = compare(find_runs([study])[0])
+    assert compared.rows[0].last["test_top1"] == Spread(51.0, 1.0, 3)
+    assert compared.warnings == ["scratch: seed 0 in more than one run; one run a seed counts"]
+
+
 def test_unfinished_runs_are_shown_as_such_and_left_out(sskt: Call, study: Path) -> None:
     cut = dataclasses.replace(SCRATCH, seed=7)
     write_run(study / "b-scratch" / "7", cut, [10.0])

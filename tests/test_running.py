@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.trainer import records
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import TrainConfig, make_config
 from sskt.trainer.distributed import Ranks, batch_count, batches_of
 from sskt.trainer.loop import Trainer
 from sskt.trainer.plan import make_plan
@@ -98,6 +99,47 @@ def test_every_process_has_a_part_of_every_batch(n: int, size: int, world: int) 
         parts = [Ranks(rank, world).part(batch) for rank in range(world)]
         assert np.array_equal(np.concatenate(parts), batch)
         assert min(map(len, parts)) >= min(2, size // world) or len(batches) == 1
+
+
+TOGETHER = """
+import os, sys, torch
+from sskt.trainer.distributed import join, leave
+from sskt.trainer.progress import Progress
+os.environ["RANK"] = sys.argv[1]
+ranks, device = join("cpu")
+batchnorm = torch.nn.BatchNorm1d(2)
+batchnorm.running_mean.fill_(ranks.rank + 1)
+ranks.share_buffers(batchnorm)
+progress = Progress()
+if ranks.first:
+    progress.add({"loss": torch.tensor(3.0), "right": torch.tensor(1)}, {"images": 2})
+sums = progress.summed(ranks, device)
+print(batchnorm.running_mean.tolist(), {name: float(sums[name]) for name in sorted(sums)})
+leave()
+"""
+
+
+def test_a_process_without_a_batch_of_its_own_takes_part_in_what_all_do() -> None:
+    """As one that was resumed after the epoch's last batch, or could read none of its pictures."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    setting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(rank)],
+            env=os.environ | setting,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [child.communicate(timeout=120)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert said == ["[1.0, 1.0] {'images': 2.0, 'loss': 6.0, 'right': 1.0}\n"] * 2
 
 
 def test_fewer_samples_than_processes() -> None:
@@ -183,6 +225,48 @@ def test_a_finished_run_is_kept_a_cut_one_goes_on_another_is_refused(
         run_training(dataclasses.replace(config, alpha=0.5))
 
 
+def test_a_run_cut_within_its_first_epoch_is_neither_overwritten_nor_continued_otherwise(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = 2 * 16 * 12 * 4 / 2**30  # windows of 16 samples
+    config = dataclasses.replace(
+        config, epochs=3, memory=memory, test_split="none", out=tmp_path / "run"
+    )
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if done == 3:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "_time_to_save", lambda trainer, saved: True)
+        run_training(dataclasses.replace(config, seeds=2), Hooks(step=stop))
+    with pytest.raises(InputError, match="already holds a run"):
+        Trainer(make_plan(config)).run(tmp_path / "run")
+    with pytest.raises(InputError, match="rows of labels at a time 16, now found 60"):
+        run_training(dataclasses.replace(config, memory=8))
+    # Three seeds are stored; the run goes on with the two that it began with.
+    assert [r["view_seed"] for r in run_training(config)] == [0, 1, 0]
+
+
+def test_the_best_weights_are_there_if_the_run_is_killed_between_two_writes(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, epochs=1, out=tmp_path / "run")
+    save = records.save_checkpoint
+
+    def killed(*arguments: Any) -> None:
+        save(*arguments)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "save_checkpoint", killed)
+        with pytest.raises(Stopped):
+            run_training(config)
+    run_training(config)
+    last, best = (torch.load(tmp_path / "run" / f"{n}.pt")["model"] for n in ("last", "best"))
+    assert all(torch.equal(last[key], best[key]) for key in last)
+
+
 def test_early_stop_ends_the_run_and_the_best_weights_are_kept(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -266,6 +350,11 @@ def test_options_that_cannot_go_together(config: TrainConfig, tmp_path: Path) ->
     ):
         with pytest.raises(InputError, match=message):
             Trainer(make_plan(dataclasses.replace(config, **fields)))
+
+
+def test_options_that_no_target_is_needed_for_to_refuse() -> None:
+    with pytest.raises(InputError, match="--early-stop follows the test result"):
+        make_config({"target": "shapes", "early_stop": 3, "test_split": "none"})
 
 
 def test_other_processes_than_before_are_refused(config: TrainConfig, tmp_path: Path) -> None:

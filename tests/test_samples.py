@@ -171,7 +171,16 @@ def test_a_limit_is_the_rule_of_the_format(total: int, limit: int) -> None:
     if limit >= total:
         assert some is whole
     else:
-        assert list(some.ids) == [whole.ids[i * total // limit] for i in range(limit)]
+        order = sorted(range(total), key=lambda i: int(whole.labels[i]))
+        rows = sorted(order[i * total // limit] for i in range(limit))
+        assert list(some.ids) == [whole.ids[row] for row in rows]
+
+
+def test_a_limit_takes_all_classes_alike_also_where_they_take_turns() -> None:
+    from sskt.teacher_cache.targets import open_target
+
+    some = open_target("shapes", limit=200)
+    assert np.bincount(some.labels).tolist() == [20] * 10
 
 
 def test_limits_that_are_none_and_that_are_refused() -> None:

@@ -16,7 +16,7 @@ from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import TrainConfig, config_json
 from sskt.trainer.drawing import Graph, Line, draw_sweep
 from sskt.trainer.summary import load_run, mean_std, result_of
-from sskt.trainer.sweeping import plan_sweep, read_figure
+from sskt.trainer.sweeping import Figure, plan_sweep, read_figure
 
 Call = Callable[..., tuple[int, str, str]]
 OVERFLOWS = "1e39"  # in float32 alpha times any loss is infinite
@@ -84,6 +84,13 @@ def test_a_recipe_gives_panels_over_a_base(tmp_path: Path) -> None:
             assert config.tm
     only = plan_sweep(figure, {}, tmp_path, only=[2])
     assert [p.title for p in only.panels] == ["voc (resnet18 + TM, tiny, KD)"]
+
+
+def test_a_panel_s_folder_does_not_depend_on_which_are_trained(tmp_path: Path) -> None:
+    base = {"target": "shapes", "source": ["tiny"], "cache": "labels"}
+    figure = Figure(base, panels=(("a", {"lr": 0.1}), ("b", {"lr": 0.2})))
+    both = [p.folder for p in plan_sweep(figure, {}, tmp_path).panels]
+    assert [p.folder for p in plan_sweep(figure, {}, tmp_path, only=[2]).panels] == both[1:]
 
 
 def test_the_shipped_figure_2_is_a_sweep(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def test_every_row_can_be_trained(name: str) -> None:
     for row in table.rows:
         config = choices.config(table, row, cache="cache")
         assert config.model in NETWORKS
-        assert config.resolved_milestones() == [60, 120, 160]
+        maxl = config.method == "maxl"
+        assert config.resolved_milestones() == ([50, 100, 150] if maxl else [60, 120, 160])
         assert config.seeds == 10
         parse_loss(config.loss)
         assert (config.loss.split("+")[0] == "bce") == config.target.startswith("voc")
@@ -224,6 +225,7 @@ def test_settings_are_fields_of_a_training() -> None:
         "alpha=x": "alpha must be float, found 'x'",
         "seed=3": "seed is set with --runs N",
         "source=imagenet": "source is set with --source LETTER=NAME",
+        "device=cpu": "device is set with --device",
     }.items():
         with pytest.raises(InputError, match=message):
             parse_settings([text])
@@ -247,6 +249,16 @@ GOOD = '{ sources = ["T"], reported = 1 }'
         (table_of(GOOD, '{ sources = ["Q"], reported = 1 }'), "in table mini, row 2 'Q'; known: T"),
         (table_of(GOOD, GOOD), "two rows are called r20-t-ce"),
         (table_of(GOOD, more="on.shapes.lr = true"), "table mini, on.shapes: lr must be float"),
+        (table_of("1"), r"expected row = \[...\], one"),
+        (table_of(GOOD, more="on = 3"), "on must be a table, found 3"),
+        (table_of(GOOD, more="on.shapes = 3"), "on.shapes must be a table, found 3"),
+        (table_of(GOOD, more="on.shapes.sources.T = 1"), "on.shapes.sources must be a table of te"),
+        (table_of(GOOD, more='needs = "K"'), "needs must be a table, found 'K'"),
+        (table_of('{ reported = 1, sources = "T" }'), "row 1: sources must be a list of letters"),
+        (table_of('{ reported = 1, reported-std = "2" }'), "row 1: reported-std must be a number"),
+        (table_of("{ reported = 1, name = 5 }"), "row 1: name must be .* found 5"),
+        (table_of('{ reported = 1, name = "a/b" }'), "row 1: name must be .* found 'a/b'"),
+        ("panel = []", "is a sweep's recipe; use sskt sweep"),
     ],
 )
 def test_bad_tables_are_named(text: str, message: str) -> None:
@@ -258,6 +270,39 @@ def test_a_row_wins_over_its_target_and_that_over_the_table() -> None:
     more = "alpha = 0.5\nlr = 0.5\ngamma = 0.5\non.shapes = { lr = 0.25, gamma = 0.25 }"
     row = parse_table("mini", table_of("{ reported = 1, gamma = 0.125 }", more=more)).rows[0]
     assert [row.fields[k] for k in ("alpha", "lr", "gamma")] == [0.5, 0.25, 0.125]
+
+
+def test_a_model_of_one_s_own_names_its_rows_without_its_folder() -> None:
+    text = table_of('{ reported = 1, model = "/nets/own.py:net" }')
+    assert parse_table("mini", text).rows[0].name == "own.py:net-scratch-ce"
+
+
+def test_maxl_is_trained_as_its_authors_did() -> None:
+    table = read_table("table9")
+    rows = [r for r in table.rows if r.fields.get("method") == "maxl"]
+    assert [r.fields["psi"] for r in rows] == [2, 3, 5, 10] * 2
+    for row in rows:
+        config = Choices().config(table, row)
+        assert (config.optimizer, config.lr, config.alpha) == ("sgd", 0.01, 1.0)
+        assert (config.momentum, config.weight_decay, config.batch_size) == (0.0, 0.0, 100)
+        assert (config.schedule, config.gamma, config.epochs) == ("multistep", 0.5, 200)
+        assert config.resolved_milestones() == [50, 100, 150]
+        short = Choices(epochs=20).config(table, row)
+        assert short.resolved_milestones() == [5, 10, 15]
+        own = Choices(epochs=20, settings={"milestones": [7]}).config(table, row)
+        assert own.resolved_milestones() == [7]
+
+
+def test_settings_of_sources_pass_over_rows_without_them() -> None:
+    table = read_table("table1")
+    scratch, places, both = (table.rows[i] for i in (0, 1, 9))
+    settings = {"source_weight": ["imagenet=0.5"], "live": True, "preprocessing": ["size=64"]}
+    choices = Choices(settings=settings)
+    found = [choices.config(table, row) for row in (scratch, places, both)]
+    assert [c.source_weight for c in found] == [[], [], ["imagenet=0.5"]]
+    assert [c.preprocessing for c in found] == [[], ["size=64"], ["size=64"]]
+    with pytest.raises(UnknownName, match="source in source_weight = imagnet=1 'imagnet'; known"):
+        Choices(settings={"source_weight": ["imagnet=1"]}).config(table, both, cache="c")
 
 
 def mini() -> PaperTable:

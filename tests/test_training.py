@@ -230,6 +230,15 @@ def test_windows_of_shards_cover_every_sample_once() -> None:
     assert epoch_windows(100, 7, 40, 16, 3, 5) != epoch_windows(100, 7, 40, 16, 3, 6)
 
 
+def test_a_stub_of_a_block_is_no_window_of_its_own() -> None:
+    for samples in (3 * 8192 + 10, 8192 + 10):
+        for epoch in range(8):
+            windows = epoch_windows(samples, 0, 8192, 8192, 0, epoch)
+            together = np.sort(np.concatenate([w.samples for w in windows]))
+            assert np.array_equal(together, np.arange(samples))
+            assert min(len(w.samples) for w in windows) >= 8192
+
+
 def test_labels_read_by_windows_are_those_of_the_slab(config: TrainConfig) -> None:
     sets = make_plan(config).label_sets
     whole, parts = (StoredLabels(sets, torch.device("cpu")) for _ in range(2))

@@ -24,13 +24,15 @@ def identity(plan: Plan) -> Record:
         "target": plan.views.target.identity(),
         "seeds": plan.seeds,
         "processes": plan.ranks.world,
+        "rows of labels at a time": len(plan.windows(0)[0].samples),
     }
 
 
 def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
     """Writes ``last.pt``, and ``best.pt`` where the epoch before is the best so far.
 
-    Every process has to call it; the first one writes.
+    Every process has to call it; the first one writes. ``best.pt`` comes first: a run that is
+    killed between the two trains the epoch again, and would else never write it.
     """
     plan, progress = trainer.plan, trainer.progress
     place = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
@@ -39,26 +41,28 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
         return
     parts = {name: part.state_dict() for name, part in trainer.stateful().items()}
     state = identity(plan) | parts | {"epoch": trainer.epoch, "progress": place}
-    records.save_checkpoint(out, state | {"records": trainer.records})
     if better:
         network = trainer.average.network if trainer.average else trainer.network
         best = {"epoch": trainer.epoch - 1, "model": network.state_dict()}
         records.save_checkpoint(out, best, records.BEST)
+    records.save_checkpoint(out, state | {"records": trainer.records})
 
 
 def restore(trainer: Trainer, out: Path) -> None:
     """Puts the trainer where ``last.pt`` was written; where there is none, it is at the beginning.
 
-    Raises ``InputError`` if labels, data or processes are not those of the run, ``BadCheckpoint``.
+    Raises ``InputError`` if labels, data, processes or windows are not those of the run,
+    ``BadCheckpoint``.
     """
     state = records.load_checkpoint(out)
     if state is None:
         return
     for key, now in identity(trainer.plan).items():
-        if state.get(key) != now:
+        if state.get(key, now) != now:
             raise InputError(
                 f"{out} was trained with {key} {state.get(key)}, now found {now}; "
-                "resume it with the same labels and data, or choose another --out"
+                "resume it with the same labels, data, processes and --memory, or choose another "
+                "--out"
             )
     try:
         for name, part in trainer.stateful().items():

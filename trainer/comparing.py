@@ -125,7 +125,8 @@ def find_runs(places: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _search(place: Path, file: str) -> list[Path]:
     if not place.is_dir():
-        raise MissingData(f"no run at {place}: there is no such folder")
+        why = "it is no folder" if place.exists() else "there is no such folder"
+        raise MissingData(f"no run at {place}: {why}")
     found = sorted(path.parent for path in place.rglob(file))
     if not found:
         raise MissingData(f"no run in {place}: no {file} there or in a folder below")
@@ -234,6 +235,12 @@ def _warnings(groups: Sequence[Group], rows: Sequence[Row], metric: str | None) 
         found.append(f"different test splits ({', '.join(splits)}): not the same test data")
     if metric is None:
         found.append("the runs share no test metric: no differences are judged")
+    for group in groups:
+        given = [run.config["seed"] for run in group.runs]
+        twice = sorted({seed for seed in given if given.count(seed) > 1})
+        if twice:
+            said = ", ".join(map(str, twice))
+            found.append(f"{group.name}: seed {said} in more than one run; one run a seed counts")
     for row in rows:
         if row.unfinished == row.runs:
             found.append(f"{row.name}: unfinished, {row.epochs} epochs; compare it with care")

@@ -37,7 +37,7 @@ class TrainConfig:
     root: Path | None = _option(None, "where the target's data lives")
     split: str = _option("train", "split to train on")
     test_split: str = _option("auto", "split to measure accuracy on; 'none' for no evaluation")
-    limit: int | None = _option(None, "use only this many training samples, evenly spread")
+    limit: int | None = _option(None, "use only this many training samples, all classes alike")
     partial: bool = _option(False, "take what is there of an official list of files")
     decoder: str = _option("pyav", "of clips", ("pyav", "decord"))
     strict_fingerprint: bool = _option(False, "compare files by contents, not names and sizes")
@@ -229,6 +229,10 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
     if config.eval_every > 1 and (config.schedule == "plateau" or config.early_stop):
         raise InputError("a plateau and an early stop follow every epoch; leave --eval-every at 1")
+    if config.early_stop and config.test_split == "none":
+        raise InputError("--early-stop follows the test result; give a --test-split")
+    if config.schedule == "plateau" and config.test_split == "none":
+        raise InputError("--schedule plateau follows the test loss; give a --test-split")
     if config.method == "maxl" and config.source:
         raise InputError("--method maxl makes its own auxiliary labels; leave --source out")
     for name in ("live", "tm"):

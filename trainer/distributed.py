@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.sources import usable_device
@@ -57,6 +57,11 @@ class Ranks:
         dist.all_reduce(together)
         return dict(zip(values, together.unbind(), strict=True))
 
+    def share_buffers(self, network: nn.Module) -> None:
+        """Gives all the first one's buffers: BatchNorm saw other pictures in each process."""
+        for buffer in network.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)
+
     def gathered(self, part: Any) -> list[Any]:
         """Every process's plain object, in order of rank."""
         if self.world == 1:
@@ -69,10 +74,10 @@ class Ranks:
 def batches_of(order: Int64, size: int, world: int = 1) -> list[Int64]:
     """An order cut into batches of all processes; a rest too small for them joins the last one.
 
-    Too small: less than two samples each, which BatchNorm over 1x1 maps needs. Raises
-    ``InputError`` for fewer samples than processes.
+    Too small: less than two samples each, which BatchNorm over 1x1 maps needs. No samples make no
+    batch. Raises ``InputError`` for fewer samples than processes.
     """
-    if len(order) < world:
+    if 0 < len(order) < world:
         raise InputError(
             f"{len(order)} samples for {world} processes; start no more processes than samples"
         )
@@ -100,9 +105,11 @@ def join(device: str) -> tuple[Ranks, torch.device]:
     if not started_by_torchrun():
         return Ranks(), usable_device(device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number < torch.cuda.device_count():
+        torch.cuda.set_device(number)  # so that no process opens another one's GPU
     where = usable_device(device)
     if where.type == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", "0"))
         if number >= torch.cuda.device_count():
             raise InputError(
                 f"{local} processes on this machine, but {torch.cuda.device_count()} GPUs; start "

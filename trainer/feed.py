@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,13 @@ def normalise(views: Tensor) -> Tensor:
 
     Channels-last in memory, as the uint8 views ``[n, (D,) H, W, 3]`` are.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=views.device) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=views.device) * 255)
+    mean, scale = _mean_and_scale(views.device)
     return ((views.float() - mean) * scale).movedim(-1, 1)
+
+
+@functools.cache
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept: a copy to a GPU in every step would wait for the step before."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
+        return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)

@@ -24,6 +24,8 @@ Int64 = NDArray[np.int64]
 
 SHARE = 0.25
 """Part of the device's free memory that labels may take."""
+STUB = 128
+"""A last block of less than this part of a whole one (8,192 samples: 64) joins the one before."""
 CHECKED_ROWS = 4
 """Views of each batch that are compared with the checksums the teacher stage stored."""
 
@@ -45,14 +47,20 @@ def epoch_windows(
     samples: int, view_seed: int, rows: int, block: int, seed: int, epoch: int
 ) -> list[Window]:
     """The whole epoch if ``rows`` allow it, else shuffled blocks in groups of about ``rows``."""
-    if rows >= samples:
+    stub = samples % block if samples % block < block // STUB else 0
+    if rows >= samples or samples - stub <= block:
         return [Window(view_seed, ((0, samples),))]
-    blocks = permutation(np.arange(-(-samples // block)), seed, epoch)
+    # A stub of a block could make a window of its own, too small for a batch.
+    count = -(-samples // block) - (stub > 0)
+    blocks = permutation(np.arange(count), seed, epoch)
     together = max(1, rows // block)
     groups = [blocks[i : i + together] for i in range(0, len(blocks), together)]
     return [
         Window(
-            view_seed, tuple((int(b) * block, min((int(b) + 1) * block, samples)) for b in group)
+            view_seed,
+            tuple(
+                (int(b) * block, samples if b == count - 1 else (int(b) + 1) * block) for b in group
+            ),
         )
         for group in groups
     ]

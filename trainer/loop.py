@@ -110,7 +110,7 @@ class Trainer:
         x = normalise(views)
         with self._autocast():
             logits, auxiliary = self._forward(x if config.channels_last else x.contiguous())
-        truth = self.truth[torch.from_numpy(samples).to(self.plan.device)]
+        truth = self.truth[torch.from_numpy(samples).to(self.plan.device, non_blocking=True)]
         primary = self._primary(logits.float(), truth)
         parts = {
             name: self._auxiliary(
@@ -281,6 +281,7 @@ class Trainer:
         network = self.average.network if self.average else self.network
         if not self._test_feed:
             self._test_feed = self._feed(self.test)
+        self.plan.ranks.share_buffers(network)
 
         def forward(x: Tensor) -> Tensor:
             with self._autocast():
@@ -326,9 +327,9 @@ class Trainer:
         done, config = self.epoch + 1, self.plan.config
         if done == config.epochs or done % config.eval_every == 0:
             record |= self.evaluate()
-        if not math.isfinite(record.get("test_loss", 0.0)):
+        if odd := [k for k, v in record.items() if not math.isfinite(v)]:
             raise Diverged(
-                f"the test loss is not finite in epoch {done}; lower --lr, or train with "
+                f"{odd[0]} is not finite in epoch {done}; lower --lr, or train with "
                 "--precision float32"
             )
         name = main_metric([record])

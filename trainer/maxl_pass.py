@@ -34,7 +34,7 @@ class MaxlLabels(NoLabels):
 
     def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
         """See ``Labels``: float32 ``[n, classes * psi]``."""
-        truth = self._truth[torch.from_numpy(samples).to(self._truth.device)]
+        truth = self._truth[torch.from_numpy(samples).to(self._truth.device, non_blocking=True)]
         return {SOURCE: self._maxl.labels(normalise(views), truth)}
 
 
@@ -70,7 +70,7 @@ def meta_pass(trainer: Trainer, maxl: Maxl, step: Callable[[int, int], None]) ->
             continue
         trainer.seed_step("meta", done)
         x = normalise(batch.views.to(plan.device, non_blocking=True))
-        truth = trainer.truth[torch.from_numpy(batch.samples).to(plan.device)]
+        truth = trainer.truth[torch.from_numpy(batch.samples).to(plan.device, non_blocking=True)]
         for name, value in maxl.meta_step(x, truth, lr).items():
             scaled = len(batch.samples) * value
             totals[name] = totals[name] + scaled if name in totals else scaled

@@ -24,6 +24,7 @@ from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.initial import freeze_before, load_initial
 from sskt.trainer.labels import Window, epoch_windows
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
+from sskt.trainer.maxl import LOSSES
 from sskt.trainer.maxl import SOURCE as MAXL
 from sskt.trainer.networks import (
     TargetNetwork,
@@ -140,12 +141,15 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
 
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
+    ranks, device = join(config.device)
+    if config.download and not ranks.first:
+        ranks.wait()  # the first process downloads
     target = open_target(
         config.target,
         config.split,
         root=config.root,
         limit=config.limit,
-        download=config.download,
+        download=config.download and ranks.first,
         **_opening(config),
     )
     loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
@@ -167,7 +171,13 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     names = [parse_source(text, stored=not config.live) for text in config.source]
     if len({n.name for n in names}) < len(names):
         raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
-    parse_source_weights(config.source_weight, [n.name for n in names])
+    heads = [MAXL] if config.method == MAXL else [n.name for n in names]
+    parse_source_weights(config.source_weight, heads)
+    if config.method == MAXL and (target.multi_label or loss[1] not in LOSSES):
+        raise InputError(
+            f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
+            f"found --loss {'+'.join(loss)} over {config.target}"
+        )
     sets: dict[str, LabelSet] = {}
     if not config.live:
         assert config.cache is not None or not names
@@ -176,8 +186,14 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs))
         require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
-    ranks, device = join(config.device)
-    test = _test_views(config, views)
+    if config.batch_size < ranks.world:
+        raise InputError(
+            f"--batch-size {config.batch_size} is that of all {ranks.world} processes together; "
+            f"give at least {2 * ranks.world}"
+        )
+    test = _test_views(config, views, download=config.download and ranks.first)
+    if config.download and ranks.first:
+        ranks.wait()
     return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
 
 
@@ -189,14 +205,14 @@ def _opening(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _test_views(config: TrainConfig, views: Views) -> Views | None:
+def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views | None:
     if config.test_split == "none":
         return None
     split = config.test_split
     if split == "auto":
         split = evaluation_split(config.target, config.split)
     test = open_target(
-        config.target, split, root=config.root, download=config.download, **_opening(config)
+        config.target, split, root=config.root, download=download, **_opening(config)
     )
     if test.classes != views.target.classes:
         odd = sorted(set(test.classes) ^ set(views.target.classes))

@@ -48,5 +48,8 @@ class Progress:
 
     def summed(self, ranks: Ranks, device: torch.device) -> dict[str, Tensor]:
         """Totals and counts of all processes, float64."""
-        counted = {k: torch.tensor(float(v), device=device) for k, v in self.counts.items()}
-        return ranks.summed(self.totals | counted)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        mine = self.totals | {name: zero + count for name, count in self.counts.items()}
+        # A process that was just resumed, or could read no picture yet, has not all of them.
+        names = dict.fromkeys(name for part in ranks.gathered(list(mine)) for name in part)
+        return ranks.summed({name: mine.get(name, zero) for name in names})

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 def prepare_folder(folder: Path, *, resume: bool) -> None:
     """Makes the run's folder. Raises ``InputError`` if a run is there and not to be resumed."""
-    if not resume and (folder / METRICS).exists():
+    if not resume and any((folder / name).exists() for name in (METRICS, CHECKPOINT)):
         raise InputError(
             f"{folder} already holds a run; continue it with --resume, or choose another --out"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.sources import Source
 from sskt.trainer import records
 from sskt.trainer.config import TrainConfig, read_config, require_same
+from sskt.trainer.distributed import join
 from sskt.trainer.loop import Trainer
 from sskt.trainer.plan import make_plan
 from sskt.trainer.progress import Hooks
@@ -30,7 +32,10 @@ def run_training(
     out = Path(config.out)
     begun = (out / records.CONFIG).exists()
     if begun:
-        require_same(read_config(out / records.CONFIG), config, out)
+        stored = read_config(out / records.CONFIG)
+        require_same(stored, config, out)
+        # More may have been cached since; the run cycles through those that it began with.
+        config = dataclasses.replace(config, seeds=config.seeds or stored.get("seeds"))
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):
             return done
@@ -38,12 +43,14 @@ def run_training(
 
 
 def open_live_sources(config: TrainConfig) -> list[Source]:
-    """The sources that a configuration runs in every step; none without ``live``."""
+    """The sources that a configuration runs in every step; none without ``live``.
+
+    With ``torchrun`` each process has them on its own device.
+    """
     if not (config.live and config.source):
         return []
     from sskt.teacher_cache.jobs import open_sources
 
-    opened = open_sources(
-        config.source, config.weights, config.preprocessing, "float32", config.device
-    )
+    device = str(join(config.device)[1])
+    opened = open_sources(config.source, config.weights, config.preprocessing, "float32", device)
     return [one.source for one in opened]

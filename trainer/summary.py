@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.trainer.config import FIELDS, INDIFFERENT, TrainConfig, read_config
+from sskt.trainer.tables import source_name
 
 Record = dict[str, Any]
 
@@ -35,6 +36,7 @@ AUXILIARY_ONLY = frozenset(
         "live",
         "weights",
         "preprocessing",
+        "frame_sampling",
         "seeds",
         "source_weight",
         "psi",
@@ -99,8 +101,14 @@ class Group:
 
     @property
     def counted(self) -> list[Run]:
-        """The runs that are summarised: the finished ones, if there are any."""
-        return [r for r in self.runs if r.finished] or self.runs
+        """The runs that are summarised: the finished ones, if there are any; one for each seed.
+
+        A seed that was run twice gives the same numbers twice, which would pass for a small spread.
+        """
+        seeds: dict[int, Run] = {}
+        for run in [r for r in self.runs if r.finished] or self.runs:
+            seeds.setdefault(run.config["seed"], run)
+        return list(seeds.values())
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
@@ -121,6 +129,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
         if not _is_record(record, i):
             said = json.dumps(record)[:60]
             raise InputError(f"{path} is damaged: line {i + 1} is no record of epoch {i}: {said}")
+    if not (folder / files.CONFIG).is_file():
+        raise MissingData(f"{folder} is no whole run: {files.CONFIG} is missing beside {path.name}")
     return _defaults() | read_config(folder / files.CONFIG), records
 
 
@@ -215,11 +225,6 @@ def method_name(config: Mapping[str, Any], *, whole: bool = False) -> str:
         return "MAXL"
     sources = config["source"]
     return "+".join(s if whole else source_name(s) for s in sources) or "scratch"
-
-
-def source_name(source: str) -> str:
-    """``imagenet`` of ``imagenet:resnet50@74``, ``mine`` of ``mine=FILE.py:build``."""
-    return source.split(":")[0].split("=")[0].split("#")[0]
 
 
 def _ambiguous_sources(configs: Sequence[Mapping[str, Any]]) -> bool:

@@ -146,15 +146,18 @@ def plan_sweep(
             raise InputError(f"panel {number}: the recipe has panels 1 to {len(figure.panels)}")
     panels: list[Panel] = []
     trainings: list[Training] = []
+    slugs: list[str] = []
     for number, (name, own) in enumerate(figure.panels, 1):
+        config = make_config(figure.base, own, options)
+        # A panel's folder does not depend on which panels are trained this time.
+        slugs.append(_slug(config, slugs))
         if only and number not in only:
             continue
-        config = make_config(figure.base, own, options)
         if not config.source:
             raise InputError("a sweep over temperature and alpha needs --source")
         if config.test_split == "none":
             raise InputError("a sweep compares test metrics: leave --test-split none out")
-        folder = out / _slug(config, [panel.folder.name for panel in panels])
+        folder = out / slugs[-1]
         panels.append(Panel(name or panel_title(config), folder, config))
         for seed in range(config.seed, config.seed + runs):
             if scratch:

@@ -105,7 +105,10 @@ def limited(config: TrainConfig, fraction: float, bar: Bar) -> TrainConfig:
     from sskt.teacher_cache.targets import open_target
 
     if config.limit is not None:
-        raise InputError("--fraction and --set limit=N both say how many samples to train on")
+        raise InputError(
+            f"--fraction and limit = {config.limit} (--set, or the recipe's) both say how many "
+            "samples to train on; leave one out"
+        )
     target = open_target(
         config.target,
         config.split,
@@ -203,6 +206,17 @@ def require_test_split(config: TrainConfig, bar: Bar) -> None:
         decoder=config.decoder,
         progress=bar("reading files"),
     )
+
+
+def require_networks(configs: Sequence[TrainConfig]) -> None:
+    """Raises before hours of labelling what building the networks would: weights, taps, stages."""
+    from sskt.trainer.plan import make_plan
+    from sskt.trainer.sweeping import without_sources
+
+    fields = ("target", "root", "model", "stem", "shortcut", "taps", "init", "finetune_from")
+    for config in {str([getattr(c, f) for f in fields]): c for c in configs}.values():
+        if config.init or config.taps or config.finetune_from is not None:
+            make_plan(without_sources(config)).build()
 
 
 class Results:

@@ -18,6 +18,7 @@ from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.trainer.config import FIELDS, TrainConfig, make_config, typed
+from sskt.trainer.table_form import require_form
 
 TARGET_LETTERS = {
     "cifar10": "C10",
@@ -55,6 +56,7 @@ _OWN = {
     "cache": "--cache",
     "root": "--root",
     "weights": "--weights LETTER=FILE",
+    "device": "--device",
 }
 
 
@@ -140,11 +142,13 @@ def source_name(text: str) -> str:
 
 
 def model_letters(model: str) -> str:
-    """``R20`` for ``resnet20``, ``MV2``, ``3DR18``; other names as they are."""
+    """``R20`` for ``resnet20``, ``MV2``, ``3DR18``; other names without their folder."""
     if model == "mobilenet_v2":
         return "MV2"
     match = re.fullmatch(r"([a-z]+(?:3d)?)(\d+)", model)
-    return f"{MODEL_LETTERS[match[1]]}{match[2]}" if match and match[1] in MODEL_LETTERS else model
+    if match and match[1] in MODEL_LETTERS:
+        return f"{MODEL_LETTERS[match[1]]}{match[2]}"
+    return model.rsplit("/", 1)[-1]
 
 
 def table_names() -> list[str]:
@@ -163,7 +167,8 @@ def read_table(name: str) -> PaperTable:
         text = importlib.resources.files("sskt.recipes").joinpath(f"{name}.toml").read_text("utf-8")
         return parse_table(name, text)
     if not name.endswith(".toml"):
-        raise UnknownName("table", name, table_names(), "or a .toml file of the same form")
+        hint = "or a .toml file of the same form; figure 2 is sskt sweep figure2"
+        raise UnknownName("table", name, table_names(), hint)
     from pathlib import Path
 
     try:
@@ -179,8 +184,7 @@ def parse_table(name: str, text: str) -> PaperTable:
         read = {k.replace("-", "_"): v for k, v in tomllib.loads(text).items()}
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"table {name} is not TOML: {error}") from error
-    if not isinstance(read.get("row"), list) or not read["row"]:
-        raise InputError(f"table {name}: expected row = [...], one entry a row of the paper")
+    require_form(read, f"table {name}")
     base = _fields({k: v for k, v in read.items() if k not in _TABLE_KEYS}, f"table {name}")
     on = {target: dict(fields) for target, fields in read.get("on", {}).items()}
     own_sources = {t: fields.pop("sources") for t, fields in on.items() if "sources" in fields}
@@ -224,11 +228,10 @@ def _row(
     own = {k.replace("-", "_"): v for k, v in given.items()}
     fields = _fields({k: v for k, v in own.items() if k not in _ROW_KEYS}, where)
     target = fields.get("target", base.get("target"))
-    if target is None or not isinstance(own.get("reported"), int | float):
+    if target is None:
         raise InputError(f"{where}: expected a target and reported = a number in %")
     fields = {**base, **shared.get(target, {}), **fields}
-    std = own.get("reported_std")
-    sources = tuple(own.get("sources", ()))
+    std, sources = own.get("reported_std"), tuple(own.get("sources", ()))
     return Row(number, sources, float(own["reported"]), std, fields, own.get("name", ""))
 
 
@@ -251,7 +254,8 @@ def select_rows(table: PaperTable, selectors: Sequence[str]) -> list[Row]:
             wanted = range(int(span[1]), int(span[2] or span[1]) + 1)
             found = {r.number for r in table.rows if r.number in wanted}
         else:
-            found = {r.number for r in table.rows if fnmatch.fnmatchcase(r.name, selector.lower())}
+            pattern = selector.lower()
+            found = {r.number for r in table.rows if fnmatch.fnmatchcase(r.name.lower(), pattern)}
         if not found:
             names = [f"{r.number} {r.name}" for r in table.rows]
             raise UnknownName(
@@ -305,7 +309,13 @@ class Choices:
             fields["loss"] = fields["loss"].replace("kd-released", "kd")
         fields["source"] = [table.source(row, letter) for letter in row.sources]
         if not row.sources:
-            fields |= {"live": False, "tm": False}
+            fields |= {"live": False, "tm": False, "preprocessing": [], "frame_sampling": ""}
+        fields["source_weight"] = _own_weights(table, row, fields)
+        if "milestones" in row.fields and "milestones" not in self.settings:
+            whole = row.fields.get("epochs", FIELDS["epochs"].default)
+            part = fields.get("epochs", whole) / whole
+            scaled = {max(1, round(m * part)) for m in row.fields["milestones"]}
+            fields["milestones"] = sorted(scaled)
         letter = fields.get("init", "")
         if letter in table.needs:
             if letter not in self.files:
@@ -317,6 +327,19 @@ class Choices:
         target = str(fields["target"])
         fields["root"] = self.roots.get(target, self.roots.get(""))
         return make_config(fields, more)
+
+
+def _own_weights(table: PaperTable, row: Row, fields: Mapping[str, Any]) -> list[str]:
+    """The source weights of the sources that the row has; those of the table's others go."""
+    known = {source_name(s) for s in table.sources[str(row.fields["target"])].values()}
+    kept = []
+    for text in fields.get("source_weight", []):
+        name = text.rpartition("=")[0]
+        if name not in known:
+            raise UnknownName(f"source in source_weight = {text}", name, sorted(known))
+        if name in map(source_name, fields["source"]):
+            kept.append(text)
+    return kept
 
 
 def difference(measured: float, reported: float) -> str:
