@@ -10,7 +10,7 @@ are cached first, then every row is trained; a run that is there is kept, one th
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 
+from sskt.teacher_cache.durable import durable_write
 from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.stage import cache_teachers
 from sskt.trainer import records
+from sskt.trainer.comparing import compare, find_runs
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.drawing import draw_curves
 from sskt.trainer.runs import run_training
 from sskt.trainer.summary import mean_std, result_of
 
@@ -177,7 +180,7 @@ def configs(
         for row, fields in study.rows.items():
             if seed and row in study.once:
                 continue
-            place = out / name / row.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+            place = out / name / folder_of(row) / f"seed-{seed}"
             yield TrainConfig(
                 target=str(target),
                 seed=seed,
@@ -193,32 +196,51 @@ def configs(
 
 
 def write(studies: dict[str, Study], out: Path, path: Path) -> None:
-    """A table and curves for each study, from the runs that are there."""
+    """A table and curves for each study, from the runs that are there.
+
+    A seed's target network begins alike in all rows and sees the same views in the same order,
+    so rows are compared with scratch seed by seed: mean and standard error of the
+    differences.
+    """
     lines: list[str] = []
     for name, study in studies.items():
-        results: dict[str, list[float]] = {}
-        curves: dict[str, list[dict[str, Any]]] = {}
+        results: dict[str, dict[str, float]] = {}
+        several: list[Path] = []
         for row in study.rows:
-            folder = out / name / row.replace(", ", "-").replace(" ", "-")
-            for run in sorted(folder.glob("seed-*")):
+            for run in sorted((out / name / folder_of(row)).glob("seed-*")):
                 found = records.read_metrics(run) if (run / records.METRICS).exists() else []
                 if records.is_finished(found, study.base["epochs"]):
-                    results.setdefault(row, []).append(result_of(found))
-                    curves.setdefault(row, found)
-        if not results:
-            continue
-        base = results.get("scratch", [])
-        lines += [f"### {study.title}", "", "| row | test top-1, % | against scratch | runs |",
+                    results.setdefault(row, {})[run.name] = result_of(found)
+            if len(results.get(row, {})) > 1:
+                several.append(out / name / folder_of(row))
+        base = results.get("scratch", {})
+        lines += [f"### {study.title}", "", "| row | by seed | mean ± std, % | against scratch |",
                   "|---|---|---|---|"]  # fmt: skip
         for row, values in results.items():
-            mean, std = mean_std(values)
-            gain = f"{mean - mean_std(base)[0]:+.2f}" if base and row != "scratch" else ""
-            lines.append(f"| {row} | {mean:.2f} ± {std:.2f} | {gain} | {len(values)} |")
+            mean, std = mean_std(list(values.values()))
+            gains = [values[s] - base[s] for s in values if s in base]
+            cells = [
+                row,
+                ", ".join(f"{v:.2f}" for v in values.values()),
+                f"{mean:.2f} ± {std:.2f}" if len(values) > 1 else "",
+                difference(gains) if row != "scratch" else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         image = path.with_name(f"results-{name}.png")
-        records.plot_runs(curves, image)
+        draw_curves(compare(find_runs(several)[0]), image)
         lines += ["", f"![{study.title}]({image.name})", ""]
-        (out / f"{name}.json").write_text(json.dumps(results, indent=1))
-    path.write_text("\n".join(lines))
+    durable_write(path, "\n".join(lines).encode())
+
+
+def folder_of(row: str) -> str:
+    return row.replace(", ", "-").replace(" ", "-")
+
+
+def difference(gains: list[float]) -> str:
+    mean, std = mean_std(gains)
+    if len(gains) < 2:
+        return f"{mean:+.2f} (one seed)"
+    return f"{mean:+.2f} ± {std / math.sqrt(len(gains)):.2f}"
 
 
 if __name__ == "__main__":
