@@ -53,6 +53,7 @@ def options(config: TrainConfig) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_on_the_halves_of_each_batch(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ leave()
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_of_its_own_takes_part_in_what_all_do() -> None:
     """As one that was resumed after the epoch's last batch, or could read none of its pictures."""
     with socket.socket() as free:
@@ -156,6 +158,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet20", "mobilenet_v2"])
 def test_a_run_killed_within_an_epoch_ends_with_the_numbers_of_an_uninterrupted_one(
     config: TrainConfig, tmp_path: Path, model: str
@@ -366,6 +369,7 @@ def test_other_processes_than_before_are_refused(config: TrainConfig, tmp_path: 
         Trainer(make_plan(config)).run(tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_maxl_trains_both_networks_and_resumes_exactly(config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(
         config, method="maxl", psi=2, source=[], tm=False, cache=None, alpha=1.0, epochs=2,
@@ -392,6 +396,7 @@ def test_maxl_trains_both_networks_and_resumes_exactly(config: TrainConfig, tmp_
     assert numbers(run_training(config)) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_clips_are_trained_on_and_judged_by_video(tmp_path: Path, sskt: Any, tiny: Any) -> None:
     """Two classes of made clips, labels of the centre frame; a 3D-ResNet-10 with TM."""
     rng = np.random.default_rng(0)
