@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import SAFELY
 
 from sskt.teacher_cache.durable import durable_write
 from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
@@ -127,7 +128,7 @@ def unpacked(data: Path, out: Path, target: str) -> Path:
     if target == "cifar10" and not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(data / "cifar10-jpeg.tar.gz") as archive:
-            archive.extractall(folder.parent / "part", filter="data")
+            archive.extractall(folder.parent / "part", **SAFELY)
         inner = folder.parent / "part"
         while not (inner / "train").is_dir():
             (inner,) = [p for p in inner.iterdir() if p.is_dir()]

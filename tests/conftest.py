@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
 
 TRAIN_EACH, TEST_EACH = 200, 50
+# Python has the filter since 3.11.4, and asks for it since 3.12.
+SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 @pytest.fixture(scope="session", autouse=True)
