@@ -135,13 +135,16 @@ def normalise(views: Tensor) -> Tensor:
 
     Channels-last in memory, as the uint8 views ``[n, (D,) H, W, 3]`` are.
     """
-    mean, scale = _mean_and_scale(views.device)
-    return ((views.float() - mean) * scale).movedim(-1, 1)
+    # Whole rows of pixels at a time, in place: loops of three channels are ten times as slow.
+    mean, scale = _mean_and_scale(views.device, views.shape[-2])
+    rows = views.reshape(*views.shape[:-2], -1).float()
+    return rows.sub_(mean).mul_(scale).view(views.shape).movedim(-1, 1)
 
 
-@functools.cache
-def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept: a copy to a GPU in every step would wait for the step before."""
+@functools.lru_cache(64)
+def _mean_and_scale(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """For rows of ``width`` pixels; kept, as a copy to a GPU would wait for the step before."""
     with torch.inference_mode(False):
         mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
-        return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
+        scale = 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
+        return mean.repeat(width), scale.repeat(width)
