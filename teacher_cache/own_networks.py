@@ -32,7 +32,7 @@ def own_network(wanted: SourceName, preprocessing: str) -> tuple[Loaded, Path]:
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            module = _from_file(wanted) if wanted.file is not None else _imported(wanted)
+            module = load_module(str(wanted.file or wanted.module), f"source {wanted.name}")
             path = _file_of(wanted, module)
             place = wanted.file or wanted.module
             if not hasattr(module, wanted.factory):
@@ -58,29 +58,30 @@ def own_network(wanted: SourceName, preprocessing: str) -> tuple[Loaded, Path]:
     return (network, how, classes), path
 
 
-def _from_file(wanted: SourceName) -> ModuleType:
-    path = wanted.file
-    assert path is not None
+def load_module(place: str, what: str) -> ModuleType:
+    """The module of ``FILE.py`` or ``package.module``; ``what`` begins each message.
+
+    Raises ``MissingData`` if there is none, and whatever the code itself raises.
+    """
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not f"{place}.".startswith(f"{error.name}."):
+                raise
+            raise MissingData(
+                f"{what}: no module {place}; install it or put its folder on PYTHONPATH "
+                "(a file is named with its .py: FILE.py:factory)"
+            ) from error
+    path = Path(place)
     if not path.is_file():
-        raise MissingData(f"source {wanted.name}: no file {path}")
-    module = ModuleType(f"sskt_source_{path.stem}")
+        raise MissingData(f"{what}: no file {path}")
+    module = ModuleType(f"sskt_own_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     # Compiled here: Python's cache of compiled files may hold an older text of the same second.
     exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
-
-
-def _imported(wanted: SourceName) -> ModuleType:
-    try:
-        return importlib.import_module(wanted.module)
-    except ModuleNotFoundError as error:
-        if not f"{wanted.module}.".startswith(f"{error.name}."):
-            raise
-        raise MissingData(
-            f"source {wanted.name}: no module {wanted.module}; install it or put its folder on "
-            "PYTHONPATH (a file is named with its .py: NAME=FILE.py:factory)"
-        ) from error
 
 
 def _file_of(wanted: SourceName, module: ModuleType) -> Path:

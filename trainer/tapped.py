@@ -8,20 +8,17 @@ network with branches in its ``forward``.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.own_networks import load_module
 from sskt.trainer.networks import KNOWN_TAPS, Features, TargetNetwork
 
 PROBE = 32
@@ -300,7 +297,7 @@ def user_network(
         raise InputError(f"{name} has the stem that it was written with; leave --stem out")
     place, _, factory = name.rpartition(":")
     try:
-        module = _module(name, place)
+        module = load_module(place, f"model {name}")
         build = getattr(module, factory, None)
         if not callable(build):
             raise InputError(f"model {name}: {place} has no function '{factory}'")
@@ -314,28 +311,6 @@ def user_network(
         kind = type(network).__name__
         raise InputError(f"model {name}: {factory}() gave {kind}, not a torch Module")
     return TappedNetwork(name, network, classes, taps, size or USUAL)
-
-
-def _module(name: str, place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if not f"{place}.".startswith(f"{error.name}."):
-                raise
-            raise MissingData(
-                f"model {name}: no module {place}; install it or put its folder on PYTHONPATH "
-                "(a file is named with its .py: FILE.py:factory)"
-            ) from error
-    path = Path(place)
-    if not path.is_file():
-        raise MissingData(f"model {name}: no file {path}")
-    module = ModuleType(f"sskt_model_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
-    # Compiled here: Python's cache of compiled files may hold an older text of the same second.
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    return module
 
 
 def _arguments(build: Callable[..., Any], classes: int) -> dict[str, int]:
