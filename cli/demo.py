@@ -97,19 +97,14 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
     import shutil
 
-    from sskt.cli.training import print_epoch
+    from sskt.cli.training import hooks_of
     from sskt.trainer.loop import Trainer
     from sskt.trainer.plan import make_plan
-    from sskt.trainer.progress import Hooks
 
     click.echo(f"training into {out}", err=True)
     shutil.rmtree(out, ignore_errors=True)
-    training = bar(out.name)
-
-    def step(epoch: int, done: int, total: int) -> None:
-        training(epoch * total + done, config.epochs * total)
-
-    return Trainer(make_plan(config), Hooks(step=step, epoch=print_epoch)).run(out)
+    hooks = hooks_of(config.epochs, bar(out.name), bar("reading images"))
+    return Trainer(make_plan(config), hooks).run(out)
 
 
 def _time_live(config: TrainConfig, bar: Bar) -> float:

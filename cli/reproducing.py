@@ -278,18 +278,12 @@ def _limited(configs: Sequence[TrainConfig], fraction: float, bar: Bar) -> list[
 
 def _train(row: Row, config: TrainConfig) -> float:
     with working("loading"):
-        from sskt.cli.training import print_epoch
-        from sskt.trainer.progress import Hooks
+        from sskt.cli.training import hooks_of
         from sskt.trainer.runs import open_live_sources, run_training
         from sskt.trainer.summary import result_of
     click.echo(f"row {row.number}, {row.name}: {config.out}", err=True)
     with progress() as bar:
-        training = bar(row.name)
-
-        def step(epoch: int, done: int, total: int) -> None:
-            training(epoch * total + done, config.epochs * total)
-
-        hooks = Hooks(step=step, load=bar("reading images"), epoch=print_epoch)
+        hooks = hooks_of(config.epochs, bar(row.name), bar("reading images"))
         return result_of(run_training(config, hooks, open_live_sources(config)))
 
 

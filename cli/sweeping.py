@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress, working
-from sskt.cli.training import _all_options
+from sskt.cli.training import _all_options, hooks_of
 from sskt.teacher_cache.errors import InputError, SsktError
 
 if TYPE_CHECKING:
@@ -186,14 +186,7 @@ def _hooks(bar: Any) -> Any:
     training_bar, loading = bar("this training"), bar("reading images")
 
     def hooks(training: Training) -> Hooks:
-        from sskt.trainer.progress import Hooks
-
-        epochs = training.config.epochs
-
-        def step(epoch: int, done: int, total: int) -> None:
-            training_bar(epoch * total + done, epochs * total)
-
-        return Hooks(step=step, load=loading)
+        return hooks_of(training.config.epochs, training_bar, loading, quiet=True)
 
     return hooks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sskt.trainer.progress import Hooks
 
 Command = Callable[..., None]
+Bar = Callable[[int, int], None]
 
 
 def _option(name: str) -> Callable[[Command], Command]:
@@ -92,8 +94,8 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     out = config.out or Path("runs") / default_name(config)
     try:
         with progress() as bar:
-            hooks = _hooks(config, bar) if plan.ranks.first else None
-            records = Trainer(plan, hooks).run(out, resume=resume)
+            hooks = hooks_of(config.epochs, bar("training"), bar("reading images"))
+            records = Trainer(plan, hooks if plan.ranks.first else None).run(out, resume=resume)
     except KeyboardInterrupt:
         kept = "finished epochs are kept"
         if config.save_minutes:
@@ -129,15 +131,15 @@ def default_name(config: TrainConfig) -> str:
     return f"{Path(config.target).name}-{model}-{sources}{tm}-{config.seed}"
 
 
-def _hooks(config: TrainConfig, bar: Callable[[str], Callable[[int, int], None]]) -> Hooks:
+def hooks_of(epochs: int, training: Bar, loading: Bar, *, quiet: bool = False) -> Hooks:
+    """A run followed by two bars and, unless ``quiet``, a line an epoch."""
     from sskt.trainer.progress import Hooks
 
-    training, loading = bar("training"), bar("reading images")
-
     def step(epoch: int, done: int, total: int) -> None:
-        training(epoch * total + done, config.epochs * total)
+        training(epoch * total + done, epochs * total)
 
-    return Hooks(step=step, load=loading, epoch=print_epoch)
+    bars = Hooks(step=step, load=loading)
+    return bars if quiet else dataclasses.replace(bars, epoch=print_epoch)
 
 
 def print_epoch(record: dict[str, Any]) -> None:

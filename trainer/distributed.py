@@ -116,7 +116,6 @@ def join(device: str) -> tuple[Ranks, torch.device]:
                 "one process a GPU"
             )
         where = torch.device("cuda", number)
-        torch.cuda.set_device(where)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), local), where
