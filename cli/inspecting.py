@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="View seed.")
 @click.option(
-    "--png", type=click.Path(path_type=Path), help="Write what the sources saw: view, or stills."
+    "--png",
+    type=click.Path(path_type=Path),
+    help="Write what the sources saw: view, or stills (a row for each f_s).",
 )
 @click.option(
     "--clip", type=click.Path(path_type=Path), help="Write all frames of a clip's view, as one PNG."
@@ -78,11 +81,17 @@ def inspect(
         "seed": seed,
         "specs": {s.name: s.spec for s in chosen},
     }
-    skipped = stored_probabilities(first, sample, seed) is None
-    if (live or png or clip) and not skipped:
+    seen = [s for s in chosen if stored_probabilities(s, sample, seed) is not None]
+    if (png or clip) and not seen:
+        raise InputError(
+            f"sample {sample} could not be read when it was labelled under seed {seed}: there is "
+            f"no view for --{'png' if png else 'clip'}; choose another --sample"
+        )
+    if (live or png or clip) and seen:
+        by_f_s = {s.spec["views"].get("f_s", ""): s for s in reversed(seen)}
         with working("opening the target"):
-            views = reopen_views(first, instead)
-        stored = int(first.read_checks(seed, sample, sample + 1)[0])
+            views = {f_s: reopen_views(by_f_s[f_s], instead) for f_s in sorted(by_f_s)}
+        stored = int(seen[0].read_checks(seed, sample, sample + 1)[0])
         shown |= _view_of(views, sample, seed, stored, png, clip)
     with working("recomputing" if live else "reading"):
         shown["sources"] = [_labels_of(s, sample, seed, instead if live else None) for s in chosen]
@@ -93,13 +102,22 @@ def inspect(
 
 
 def _view_of(
-    views: Views, sample: int, seed: int, stored: int, png: Path | None, clip: Path | None
+    by_f_s: dict[str, Views],
+    sample: int,
+    seed: int,
+    stored: int,
+    png: Path | None,
+    clip: Path | None,
 ) -> dict[str, Any]:
-    """The view of a sample, its check against the stored one, and pictures of it."""
+    """The view of a sample, its check against the stored one, and pictures of it.
+
+    by_f_s: the same views, of clips under every f_s that a source saw them by.
+    """
     import numpy as np
 
     from sskt.teacher_cache.views import check_of
 
+    views = next(iter(by_f_s.values()))
     target = views.target
     if clip and not target.clips:
         raise InputError(f"--clip: target {target.name} has pictures; use --png")
@@ -111,15 +129,26 @@ def _view_of(
         "view_matches": stored == check_of(view),
     }
     if target.clips:
-        shown["stills"] = views.f_s.frames(len(view), sample, seed).tolist()
+        shown["stills"] = {
+            f_s: v.f_s.frames(len(view), sample, seed).tolist() for f_s, v in by_f_s.items()
+        }
     if png:
-        stills = views.stills(view[None], np.array([sample]), seed)[0]
-        _write_png(np.concatenate(list(stills), axis=1) if target.clips else stills, png)
+        stills = [v.stills(view[None], np.array([sample]), seed)[0] for v in by_f_s.values()]
+        _write_png(_rows(stills) if target.clips else stills[0], png)
         shown["png"] = str(png)
     if clip:
         _write_png(_sheet(view), clip)
         shown["clip"] = str(clip)
     return shown
+
+
+def _rows(stills: Sequence[UInt8]) -> UInt8:
+    """Stills ``[K, H, W, 3]`` side by side, a row for each f_s; shorter rows end in black."""
+    import numpy as np
+
+    rows = [np.concatenate(list(some), axis=1) for some in stills]
+    widest = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(r, ((0, 0), (0, widest - r.shape[1]), (0, 0))) for r in rows])
 
 
 def _sheet(clip: UInt8) -> UInt8:
@@ -187,9 +216,9 @@ def _print_inspected(shown: dict[str, Any]) -> None:
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))
         sample = f"{shown['sample']} = {shown['id']} (label: {shown['label']})"
         click.echo(f"sample   {sample}, seed {shown['seed']}: {size}, {state}")
-    if "stills" in shown:
-        numbers = ", ".join(map(str, shown["stills"]))
-        click.echo(f"stills   f_s = {views['f_s'].split('@')[0]}: frame {numbers} of the clip")
+    for f_s, frames in shown.get("stills", {}).items():
+        numbers = ", ".join(map(str, frames))
+        click.echo(f"stills   f_s = {f_s.split('@')[0]}: frame {numbers} of the clip")
     for key in ("png", "clip"):
         if key in shown:
             click.echo(f"written  {shown[key]}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.look import cache_option, root_option, sets_argument, target_option
+from sskt.cli.look import root_option, sets_argument, target_option
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress
 from sskt.cli.teachers import error_text
-from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.errors import InputError, SsktError
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.store import LabelSet
@@ -42,7 +43,7 @@ AUDIT = (
 
 
 @click.command("ls")
-@cache_option
+@click.option("--cache", help="Folder or URL (s3://..., http://HOST:PORT) of the label sets.")
 @sets_argument
 @click.option(
     "-v",
@@ -55,18 +56,26 @@ AUDIT = (
 @target_option
 @as_json
 def ls(
-    cache: str,
+    cache: str | None,
     sets: tuple[str, ...],
     audited: bool,
     root: Path | None,
     target: str | None,
     as_json: bool,
 ) -> None:
-    """List the label sets of a cache (or those whose name contains, or digest starts with, SET)."""
-    from sskt.teacher_cache.catalog import choose_sets
+    """List the label sets of a cache (or those whose name contains, or digest starts with, SET).
+
+    A cache's URL may also come first: sskt ls http://HOST:PORT [SET]... Exit status 1 if a set is
+    damaged.
+    """
+    from sskt.teacher_cache.catalog import choose_all
     from sskt.teacher_cache.verify import Reopen, summary
 
-    chosen = choose_sets(cache, sets)
+    if cache is None and sets and "://" in sets[0]:
+        cache, sets = sets[0], sets[1:]
+    if cache is None:
+        raise InputError("which cache? give --cache DIR, or a URL: sskt ls http://HOST:PORT")
+    chosen, damaged = choose_all(cache, sets)
     found = [summary(s) for s in chosen]
     if audited:
         instead = Reopen(target=target, root=root)
@@ -74,12 +83,16 @@ def ls(
             for label_set, shown in zip(chosen, found, strict=True):
                 shown |= _audit(label_set, instead, bar(label_set.name))
     if as_json:
-        print_json(found)
-        return
-    print_table(COLUMNS, [_row(s) for s in found])
-    if audited:
-        for shown in found:
+        print_json(found + [{"name": n, "damaged": str(e)} for n, e in damaged.items()])
+    else:
+        if found:
+            print_table(COLUMNS, [_row(s) for s in found])
+        for shown in found if audited else ():
             _print_audit(shown)
+        for name, error in damaged.items():
+            click.echo(f"damaged: {name}: {error}")
+    if damaged:
+        sys.exit(1)
 
 
 def _row(s: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ OWN_NETWORKS = (
 cache_option = click.option(
     "--cache",
     required=True,
-    help="Folder or URL (s3://...) of the label sets.",
+    help="Folder or URL (s3://..., http://HOST:PORT) of the label sets.",
 )
 sets_argument = click.argument("sets", nargs=-1, metavar="[SET]...")
 root_option = click.option(
@@ -75,9 +75,9 @@ def verify(
     Exit status 1 if anything is wrong or missing.
     """
     from sskt.teacher_cache import verify as checks
-    from sskt.teacher_cache.catalog import choose_sets
+    from sskt.teacher_cache.catalog import choose_all
 
-    chosen = choose_sets(cache, sets)
+    chosen, damaged = choose_all(cache, sets)
     if source and len(chosen) > 1:
         raise InputError(f"--source goes with one label set, found {len(chosen)}; name it")
     instead = checks.Reopen(target, root, source, weights, device)
@@ -91,6 +91,7 @@ def verify(
                     label_set, count, report, instead=instead, tolerance=tolerance, progress=step
                 )
             reports.append(report)
+    reports += [checks.Report(name, problems=[str(e)]) for name, e in damaged.items()]
     if as_json:
         print_json([dataclasses.asdict(r) for r in reports])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
 @click.command("plan")
 @job_options
 @click.option(
-    "--cache", default="", help="Ignored: so that a cache-teachers command line can be reused."
+    "--cache", default="", help="Labels stored there already are not counted as to be made."
 )
 @run_options
 @click.option(
@@ -43,7 +44,7 @@ def plan(
 ) -> None:
     """What cache-teachers with the same options will cost: bytes, hours, when it pays.
 
-    Of the whole run, on machines like this one: where it will run makes no difference.
+    Of all that is not stored yet, on machines like this one: where it will run makes no difference.
     """
     for name in ("share", "engine", "address", "task_gpus", "task_cpus"):
         given.pop(name)
@@ -63,19 +64,22 @@ def plan(
     device = sources[0].device
     target = f"{views.target.name} {views.target.split}"
     click.echo(f"{target}: {found.samples:,} samples x {found.seeds} seeds on {device}")
+    if found.stored:
+        everything = f"{found.stored + found.labels:,}"
+        click.echo(f"{found.stored:,} of {everything} labels are stored; the rest is counted here")
     rows = [
         [f"{s.name} ({s.arch})", f"{s.classes:,}", f"{1 / s.seconds:,.0f}"] for s in found.sources
     ]
     print_table(["source", "classes", "labels/s"], rows)
-    read = found.samples * found.seeds / found.read_seconds
+    read = found.views / found.read_seconds if found.views else 0
     times = {0: "", 1: ", each file decoded once"}
     decoded = times.get(found.decodings, f", each file decoded {found.decodings} times")
     click.echo(f"\nreading and augmenting: {read:,.0f} views/s{decoded}")
     rows = [
-        [name, human_bytes(size), f"{size / found.labels:,.0f}"]
+        [name, human_bytes(size), f"{fmean(s.bytes[name] for s in found.sources):,.0f}"]
         for name, size in found.bytes.items()
     ]
-    print_table(["encoding", "size of all labels", "bytes a label"], rows)
+    print_table(["encoding", "to be written", "bytes a label"], rows)
     click.echo("")
     hours = [[str(n), _time(h)] for n, h in found.hours.items()]
     print_table(["machines", "time"], hours)

@@ -21,7 +21,6 @@ from sskt.trainer.tables import (
     read_table,
     result_cells,
     select_rows,
-    source_name,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +83,12 @@ class _Training:
     help="Weights of a source's architecture, or those that rows start from (K); repeat.",
 )
 @click.option(
+    "--preprocessing",
+    multiple=True,
+    metavar="LETTER:key=value,...",
+    help="Override size, mean=a/b/c, std, channels=bgr, scale of a source; repeat.",
+)
+@click.option(
     "--set",
     "given_settings",
     multiple=True,
@@ -116,6 +121,7 @@ def reproduce(
     kd: str,
     given_sources: tuple[str, ...],
     weights: tuple[str, ...],
+    preprocessing: tuple[str, ...],
     given_settings: tuple[str, ...],
     roots: tuple[str, ...],
     download: bool,
@@ -135,6 +141,11 @@ def reproduce(
     paper = read_table(table).with_sources(sources)
     rows = select_rows(paper, selectors)
     files = _files(paper, _pairs(weights, "--weights"))
+    shown = _pairs(preprocessing, "--preprocessing", ":")
+    for letter, how in shown.items():
+        if letter not in paper.letters():
+            known = ", ".join(paper.letters())
+            raise InputError(f"--preprocessing {letter}:{how}: {paper.name} has {known}")
     fraction = None if fraction == 1 else fraction
     settings = parse_settings(given_settings) | ({"download": True} if download else {})
     needed = _placeholders(paper) if dry_run else {}
@@ -154,10 +165,12 @@ def reproduce(
     own = {k: v for k, v in settings.items() if k not in INDIFFERENT}
     changes: dict[str, Any] = {"epochs": epochs, "fraction": fraction, "seeds": seeds}
     changes |= {"kd": kd if kd != "released" else None, "sources": sources, "set": own}
+    changes |= {"preprocessing": shown}
     changed = {k: v for k, v in changes.items() if v not in (None, {})}
     results = Results(out / paper.name, paper, changed)
     try:
-        _run(trainings, fraction, encoding, cache, _by_source(paper, files), results)
+        by_source = _by_source(paper, files), _by_source(paper, shown)
+        _run(trainings, fraction, encoding, cache, *by_source, results)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "labels, finished runs and epochs are kept; the same command continues"
@@ -172,12 +185,12 @@ def reproduce(
     click.echo(f"written: {results.folder / RESULTS_TEXT}")
 
 
-def _pairs(items: Sequence[str], option: str) -> dict[str, str]:
+def _pairs(items: Sequence[str], option: str, mark: str = "=") -> dict[str, str]:
     pairs: dict[str, str] = {}
     for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key or not value:
-            raise InputError(f"{option} {item}: expected LETTER=...")
+        key, found, value = item.partition(mark)
+        if not found or not key or not value:
+            raise InputError(f"{option} {item}: expected LETTER{mark}...")
         if key in pairs:
             raise InputError(f"{option} gives {key} twice: {pairs[key]} and {value}; keep one")
         pairs[key] = value
@@ -212,11 +225,11 @@ def _placeholders(table: PaperTable) -> dict[str, str]:
     return {letter: f"({letter}: {get})" for letter, get in table.needs.items()}
 
 
-def _by_source(table: PaperTable, files: dict[str, str]) -> dict[str, str]:
+def _by_source(table: PaperTable, given: dict[str, str]) -> dict[str, str]:
     return {
-        names[letter]: file
+        names[letter]: value
         for names in table.sources.values()
-        for letter, file in files.items()
+        for letter, value in given.items()
         if letter in names
     }
 
@@ -238,9 +251,11 @@ def _run(
     encoding: str,
     cache: str,
     weights: dict[str, str],
+    preprocessing: dict[str, str],
     results: Results,
 ) -> None:
     from sskt.trainer import table_runs
+    from sskt.trainer.table_runs import by_name
 
     with progress() as bar:
         configs = [t.config for t in trainings]
@@ -252,14 +267,13 @@ def _run(
         digests: dict[tuple[Any, ...], dict[str, str]] = {}
         for wanted in table_runs.label_passes(configs):
             click.echo(f"labels: {_pass_text(wanted)}", err=True)
-            found = table_runs.cache_labels(wanted, cache, encoding, weights, bar)
+            found = table_runs.cache_labels(wanted, cache, encoding, weights, preprocessing, bar)
             digests.setdefault(table_runs.views_key(wanted.config), {}).update(found)
     for training, config in zip(trainings, configs, strict=True):
         if config.source and config.live:
-            files = [
-                f"{source_name(text)}={weights[text]}" for text in config.source if text in weights
-            ]
-            config = dataclasses.replace(config, weights=files)
+            files = by_name(config.source, weights, "=")
+            how = [*config.preprocessing, *by_name(config.source, preprocessing, ":")]
+            config = dataclasses.replace(config, weights=files, preprocessing=how)
         elif config.source:
             config = table_runs.pinned(config, digests[table_runs.views_key(config)])
         results.add(training.row, config.seed, _train(training.row, config))

@@ -9,10 +9,17 @@ import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress, working
 from sskt.cli.training import _all_options, hooks_of
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import (
+    IncompleteLabels,
+    InputError,
+    MissingData,
+    SpecMismatch,
+    SsktError,
+)
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.sources import Source
+    from sskt.trainer.config import TrainConfig
     from sskt.trainer.drawing import Graph
     from sskt.trainer.progress import Hooks
     from sskt.trainer.sweeping import Outcomes, Sweep, Training
@@ -73,7 +80,8 @@ def sweep(
     """Train at every pair of temperature and alpha, and draw it as the paper's figure 2.
 
     The options of sskt train say what is trained; RECIPE (figure2, or a TOML file with [sweep]
-    and [[panel]]) gives them for several graphs, and options win over it. Labels must be cached.
+    and [[panel]]) gives them for several graphs, and options win over it. Labels must be cached:
+    where some are missing, the command that makes them is told.
     Finished trainings are kept and one that was cut goes on: the same command continues.
     """
     import dataclasses
@@ -127,7 +135,9 @@ for _parameter in sweep.params:
 def _check(planned: Sweep) -> None:
     """Opens every panel's target, labels and network: what is wrong must not show after a night."""
     from sskt.trainer.plan import make_plan
+    from sskt.trainer.table_runs import cache_command, label_passes, lacking_labels
 
+    lacking: dict[str, TrainConfig] = {}
     for i, panel in enumerate(planned.panels):
         # The hottest point: labels that are stored in part are refused at T other than 1.
         hottest = max(
@@ -138,7 +148,15 @@ def _check(planned: Sweep) -> None:
             if not hottest.config.live:
                 plan.build()
         except InputError as error:
-            raise InputError(f"{panel.title}: {error}") from error
+            lacks = None
+            if isinstance(error, MissingData | SpecMismatch | IncompleteLabels):
+                lacks = lacking_labels(hottest.config)
+            if lacks is None:
+                raise InputError(f"{panel.title}: {error}") from error
+            lacking[f"{panel.title}: {error}"] = lacks
+    if lacking:
+        commands = " && ".join(map(cache_command, label_passes(list(lacking.values()))))
+        raise MissingData(f"{next(iter(lacking))}; all that is missing: {commands}")
 
 
 def _train(planned: Sweep, out: Path) -> Outcomes:

@@ -95,7 +95,8 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     try:
         with progress() as bar:
             hooks = hooks_of(config.epochs, bar("training"), bar("reading images"))
-            records = Trainer(plan, hooks if plan.ranks.first else None).run(out, resume=resume)
+            mine = hooks if plan.ranks.first else None
+            records = Trainer(plan, mine, out if resume else None).run(out, resume=resume)
     except KeyboardInterrupt:
         kept = "finished epochs are kept"
         if config.save_minutes:

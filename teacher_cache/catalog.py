@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
-from sskt.teacher_cache.places import CacheName
-from sskt.teacher_cache.spec import Spec, first_difference, require
-from sskt.teacher_cache.store import LabelSet, Shard, list_label_sets
+from sskt.teacher_cache.errors import (
+    CorruptStore,
+    IncompleteLabels,
+    InputError,
+    MissingData,
+    SpecMismatch,
+)
+from sskt.teacher_cache.places import CacheName, is_served
+from sskt.teacher_cache.spec import Spec, first_difference, name_of, require
+from sskt.teacher_cache.store import Damaged, LabelSet, Shard, look_over
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import SourceName
 
@@ -15,34 +22,57 @@ from sskt.teacher_cache.zoo import SourceName
 def choose_sets(cache: CacheName, wanted: Sequence[str]) -> list[LabelSet]:
     """Label sets whose name contains, or whose digest starts with, one of ``wanted`` (all if none).
 
-    Raises ``MissingData`` if nothing fits.
+    Raises ``MissingData`` if nothing fits, ``CorruptStore`` if what fits is damaged.
     """
-    sets = list_label_sets(cache)
+    fitting, damaged = choose_all(cache, wanted)
+    for error in damaged.values():
+        raise CorruptStore(f"{error}; name other label sets to go on without it") from error
+    return fitting
+
+
+def choose_all(cache: CacheName, wanted: Sequence[str]) -> tuple[list[LabelSet], Damaged]:
+    """As ``choose_sets``, but damaged label sets are told beside the others."""
+    sets, damaged = look_over(cache)
     fitting = [
         s for s in sets if not wanted or any(w in s.name or s.digest.startswith(w) for w in wanted)
     ]
-    if not fitting:
+    broken = {
+        name: error
+        for name, error in damaged.items()
+        if not wanted or any(w in name or name[-12:].startswith(w[:12]) for w in wanted)
+    }
+    if not fitting and not broken:
+        names = sorted([*(s.name for s in sets), *damaged])
         what = f"matches {' or '.join(wanted)}" if wanted else "is there"
         raise MissingData(
             f"no label set in {cache} {what}"
-            + (f"; there are: {', '.join(s.name for s in sets)}" if sets else "")
+            + (f"; there are: {', '.join(names)}" if names else "")
         )
-    return fitting
+    return fitting, broken
 
 
 def find_label_set(cache: CacheName, source: SourceName, views: Views) -> LabelSet:
     """The one label set of ``source`` over exactly this target and these views (any f_s).
 
     Raises ``MissingData`` if the source has no set at all, ``SpecMismatch`` (first differing
-    field, both values) if it has sets for something else only, ``InputError`` if several fit.
+    field, both values) if it has sets for something else only, ``InputError`` if several fit,
+    ``CorruptStore`` if one that may be it is damaged.
     """
     expected: Spec = {"target": views.target.identity(), "views": replayed(views.identity())}
-    sets = [s for s in list_label_sets(cache) if _is_of(s, source)]
+    everything, damaged = look_over(cache)
+    for name, error in damaged.items():
+        if _could_be(name, source, expected):
+            raise CorruptStore(
+                f"{error}; it may be the label set that is wanted: remove it (sskt rm) and cache "
+                f"it again, or name another one with --source {source.name}#DIGEST"
+            ) from error
+    sets = [s for s in everything if _is_of(s, source)]
     if not sets:
         arch = f" ({source.recorded_arch})" if source.recorded_arch else ""
+        where = f"DIR, where DIR is what {cache} serves" if is_served(cache) else cache
         raise MissingData(
             f"no labels of source {source.name}{arch} in {cache}; make them with sskt "
-            f"cache-teachers --source {source.name} --target ... --cache {cache}"
+            f"cache-teachers --source {source.name} --target ... --cache {where}"
         )
     fitting = [s for s in sets if first_difference(expected, s.spec) is None]
     if not fitting:
@@ -75,6 +105,18 @@ def _is_of(label_set: LabelSet, source: SourceName) -> bool:
     )
 
 
+def _could_be(name: str, source: SourceName, expected: Spec) -> bool:
+    """Whether a set that cannot be read, judged by its folder's name, may be the wanted one."""
+    readable, _, digest = name.rpartition(".")
+    if not re.fullmatch("[0-9a-f]{12}", digest):
+        return True
+    arch = source.recorded_arch
+    parts = {"target": expected["target"], "source": {"name": source.name, "arch": arch or ""}}
+    wanted = name_of(parts).rpartition(".")[0]
+    same = readable == wanted if arch else readable.startswith(wanted)
+    return same and digest.startswith(source.digest[:12])
+
+
 def _distance(expected: Spec, found: Spec) -> int:
     """Number of top-level parts, then fields, that differ: to name the nearest candidate."""
     fields = [(part, key) for part in expected for key in expected[part]]
@@ -82,11 +124,19 @@ def _distance(expected: Spec, found: Spec) -> int:
 
 
 def require_seeds(label_set: LabelSet, seeds: int) -> None:
-    """Raises ``IncompleteLabels`` naming the seeds of ``0 .. seeds - 1`` that are not whole."""
+    """Raises ``IncompleteLabels`` naming the seeds of ``0 .. seeds - 1`` that are not whole.
+
+    A label server that computes on demand is asked for them; reading waits until they are there.
+    """
     beyond = range(label_set.seeds, seeds)
     lacking = sorted(
         {s.seed for s in label_set.missing(range(min(seeds, label_set.seeds)))} | set(beyond)
     )
+    if lacking and is_served(label_set.place):
+        from sskt.teacher_cache.remote import compute_on_demand
+
+        if compute_on_demand(label_set, lacking):
+            return
     if lacking:
         raise IncompleteLabels(
             f"label set {label_set.name} lacks {seed_ranges(lacking)} of {seeds}; run sskt "

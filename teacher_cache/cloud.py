@@ -125,9 +125,10 @@ class BucketPlace:
         first, inner, _ = key.partition("/")
         if not inner:
             return self._head(key)
-        if first not in self._listed:
-            self._listed[first] = self._list(first)
-        return self._listed[first].get(key) or self._stored.get(key)
+        listed = self._listed.get(first)
+        if listed is None:  # kept apart: another thread may refresh meanwhile
+            listed = self._listed[first] = self._list(first)
+        return listed.get(key) or self._stored.get(key)
 
     def _head(self, key: str) -> _Object | None:
         import obstore
@@ -138,6 +139,18 @@ class BucketPlace:
         except FileNotFoundError:
             return None
         return _Object(found["size"], found["e_tag"])
+
+    def entity(self, key: str) -> tuple[int, str] | None:
+        """Size and strong entity tag of an object now, None if there is none."""
+        found = self._head(key)
+        return (found.size, found.e_tag or f'"{found.size:x}"') if found else None
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop - 1`` of an object. Raises ``FileNotFoundError``."""
+        import obstore
+
+        with plainly(self.where(key)):
+            return bytes(obstore.get_range(self.bucket, self.key(key), start=start, end=stop))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         return {key: found.size for key, found in self._list(under).items()}
@@ -240,6 +253,9 @@ class BucketPlace:
 
     def claims(self, name: str) -> NoClaims:
         return NoClaims()
+
+    def close(self) -> None:
+        """obstore's waiting ends by itself."""
 
 
 class ShardStore(_ObjectStore):

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -94,17 +95,24 @@ class DurableStore(LocalStore):
         durable_write(self.root / key, memoryview(value.as_buffer_like()))
 
 
+SHARDS_TWICE = (
+    "several processes may label the same shards (give each its part with --share); what they "
+    "store is right all the same"
+)
+ABANDONED_SECONDS = 24 * 3600.0
+"""Age of a temporary file whose writer is taken for dead where there are no locks to tell."""
+
+
 @functools.lru_cache(maxsize=64)
-def _warn_of_no_locks(folder: Path) -> None:
-    logging.getLogger("sskt").warning(
-        "the file system of %s has no locks: several processes may label the same shards "
-        "(give each its part with --share); what they store is right all the same",
-        folder,
-    )
+def _warn_of_no_locks(folder: Path, so: str) -> None:
+    logging.getLogger("sskt").warning("the file system of %s has no locks: %s", folder, so)
 
 
 class Locks:
-    """Byte-range locks over one file a label set; the kernel drops them when a process dies.
+    """Byte-range locks over one file; the kernel drops them when a process dies.
+
+    Where the file system has none, every claim is granted, ``working`` becomes False, and a
+    warning says once what that means (``without``).
 
     The kernel also drops all of a process's locks on a file as soon as that process closes any
     handle of it: ask ``open_here`` before opening a second one.
@@ -113,7 +121,8 @@ class Locks:
     _open: ClassVar[Counter[Path]] = Counter()
     _guard: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, without: str = SHARDS_TWICE) -> None:
+        self.working, self._without = True, without
         with naming_full_disk(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +151,17 @@ class Locks:
                 return False
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            _warn_of_no_locks(self._path.parent.parent)
+            self.working = False
+            _warn_of_no_locks(self._path.parent, self._without)
         return True
+
+    def abandoned(self, leftover: Path) -> bool:
+        """Whether nobody writes a temporary file any more; for who holds what its writers claim."""
+        try:
+            age = time.time() - leftover.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        return self.working or age > ABANDONED_SECONDS
 
     def release(self, byte: int) -> None:
         """Gives a byte back."""

@@ -148,8 +148,9 @@ class LabelSet:
         """Bytes of all files of the set."""
         return sum(self.place.sizes().values())
 
-    def _array(self, name: str) -> Any:
-        if name not in self._arrays:
+    def _array(self, name: str, seed: int = 0) -> Any:
+        known = self._arrays.get(name)
+        if known is None or known.shape[0] <= seed:  # the set may have grown
             array = self.place.array(name, writable=self.writable)
             self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
@@ -170,19 +171,26 @@ class LabelSet:
         Raises ``IncompleteLabels`` if a shard is missing (Zarr itself would give fill values),
         ``CorruptStore`` if a checksum fails, ``InputError`` if the store cannot be reached.
         """
+        self._require_shards(seed, start, stop)
+        try:
+            return {key: self._rows(key, seed, start, stop) for key in self.arrays[1:]}
+        except CorruptStore:
+            self._require_shards(seed, start, stop)  # one may have gone after it was listed
+            raise
+
+    def read_checks(self, seed: int, start: int, stop: int) -> NDArray[np.uint32]:
+        """View checks of rows ``start:stop`` of a seed: uint32 ``[n]``."""
+        return self._rows("view_check", seed, start, stop)
+
+    def _require_shards(self, seed: int, start: int, stop: int) -> None:
         for block in range(start // self.rows, -(-stop // self.rows)):
             if not self.has(self.shard(seed, block)):
                 raise IncompleteLabels(
                     f"label set {self.name}: seed {seed} lacks samples "
                     f"{block * self.rows} to {min((block + 1) * self.rows, self.samples) - 1}"
                 )
-        return {key: self._rows(key, seed, start, stop) for key in self.arrays[1:]}
 
-    def read_checks(self, seed: int, start: int, stop: int) -> NDArray[np.uint32]:
-        """View checks of rows ``start:stop`` of a seed: uint32 ``[n]``."""
-        return self._rows("view_check", seed, start, stop)
-
-    def _rows(self, array: str, seed: int, start: int, stop: int) -> NDArray[Any]:
+    def _require_files(self, array: str, seed: int, start: int, stop: int) -> None:
         for block in range(start // self.rows, -(-stop // self.rows)):
             key = self.shard_key(array, self.shard(seed, block))
             if not self.place.size(key):  # Zarr gives fill values for gone and for empty
@@ -191,14 +199,18 @@ class LabelSet:
                     f"(seed {seed}, samples {start} to {stop - 1}); run sskt verify, delete the "
                     "other files of that shard and cache it again"
                 )
+
+    def _rows(self, array: str, seed: int, start: int, stop: int) -> NDArray[Any]:
+        self._require_files(array, seed, start, stop)
         try:
-            rows = np.asarray(self._array(array)[seed : seed + 1, start:stop][0])
+            rows = np.asarray(self._array(array, seed)[seed : seed + 1, start:stop][0])
             if len(rows) != stop - start:
                 raise ValueError(f"{len(rows)} rows instead of {stop - start}")
             return rows
         except SsktError:  # a store that cannot be reached is no damage
             raise
         except Exception as error:
+            self._require_files(array, seed, start, stop)  # one may have gone meanwhile
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptStore(
                 f"label set {self.name}: {array}, seed {seed}, samples {start} to {stop - 1} "

@@ -1,7 +1,8 @@
 """Where caches live: the few operations that the label store needs, over a local folder.
 
-``cloud.py`` has the same operations over an object store. Keys are relative to a place, their
-parts joined by ``/``. Nobody ever sees half a file or object.
+``cloud.py`` has the same operations over an object store, ``remote.py`` those that read over a
+label server. Keys are relative to a place, their parts joined by ``/``. Nobody ever sees half a
+file or object.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sskt.teacher_cache.errors import InputError, MissingData
 
 LOCKS = ".locks"
 SCHEMES = ("s3", "gs", "az")
+SERVED = ("http", "https")
 SWEEP, METADATA, SHARDS = range(3)
 """Bytes of a set's lock file: sweeping, metadata, and from ``SHARDS`` on one for each shard."""
 
@@ -104,9 +106,13 @@ class Place(Protocol):
     def claims(self, name: str) -> Claims:
         """The claims on the label set ``name`` of this cache; close them."""
 
+    def close(self) -> None:
+        """Ends all waiting for it, in every thread."""
+
 
 CacheName = str | Path | Place
-"""A cache as its user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), or opened."""
+"""A cache as its user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), a label server's
+``http://HOST:PORT`` (``https``), or opened."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,9 @@ class LocalPlace:
     def claims(self, name: str) -> Locks:
         return Locks(self.path / LOCKS / f"{name}.lock")
 
+    def close(self) -> None:
+        """Nothing is waited for."""
+
     def sweep(self) -> None:
         """Removes creations and removals that a killed process left half-way.
 
@@ -211,8 +220,13 @@ class LocalPlace:
             lock = self.path / LOCKS / f"{found[1]}.lock"
             if not Locks.open_here(lock):
                 with contextlib.closing(Locks(lock)) as locks:
-                    if locks.claim(METADATA):
+                    if locks.claim(METADATA) and locks.abandoned(leftover):
                         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def is_served(cache: CacheName) -> bool:
+    """Whether a cache is behind a label server, and so cannot be written to."""
+    return str(cache).partition("://")[0] in SERVED and "://" in str(cache)
 
 
 def _md5() -> Any:
@@ -220,17 +234,24 @@ def _md5() -> Any:
 
 
 def open_cache(cache: CacheName, *, make: bool = False) -> Place:
-    """A cache by its name; with ``make``, ready to be written to. See ``cloud.py`` for URLs.
+    """A cache by its name; with ``make``, ready to be written to.
 
-    Raises ``InputError`` if the name means nothing, or with ``make`` if it cannot be used;
-    ``MissingData`` if object stores are not installed.
+    See ``cloud.py`` and ``remote.py`` for URLs. Raises ``InputError`` if the name means nothing,
+    or with ``make`` if it cannot be used; ``MissingData`` if object stores are not installed.
     """
     if not isinstance(cache, str | Path):
         return cache
     scheme, mark, rest = str(cache).partition("://")
     if isinstance(cache, str) and mark:
+        if is_served(cache):
+            from sskt.teacher_cache.remote import open_server
+
+            served = open_server(cache)
+            if make:
+                served.refuse_writing()
+            return served
         if scheme not in SCHEMES:
-            known = ", ".join(f"{s}://BUCKET/PREFIX" for s in SCHEMES)
+            known = ", ".join([*(f"{s}://BUCKET/PREFIX" for s in SCHEMES), "http://HOST:PORT"])
             raise InputError(f"unknown kind of cache {cache}; expected a folder, {known}")
         from sskt.teacher_cache.cloud import open_bucket
 

@@ -7,9 +7,12 @@ each source, and the compressed size of each encoding.
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +24,13 @@ from torch import Tensor
 from sskt.teacher_cache.encodings import Encoding, parse_encoding
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.jobs import Job
+from sskt.teacher_cache.metadata import GROUP, bereft
+from sskt.teacher_cache.places import LocalPlace, open_cache
 from sskt.teacher_cache.reading import Order, batches
-from sskt.teacher_cache.shares import seeds_together
+from sskt.teacher_cache.shares import Unit, seeds_together, units
 from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.store import CHUNK_ROWS
+from sskt.teacher_cache.spec import label_set_spec, name_of
+from sskt.teacher_cache.store import CHUNK_ROWS, LabelSet, open_label_set
 from sskt.teacher_cache.views import Views
 
 ENCODINGS = ("f32", "f16", "u8", "topk-10")
@@ -49,19 +55,22 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run costs.
+    """What a run still costs, beside what is stored already.
 
-    labels: of all sources. decodings: times each file is decoded. read_seconds: for one machine
-    to decode and augment everything; label_seconds: for its device to label it. hours, by number
-    of machines: the longer of the two on a GPU, their sum where both need the CPU. passes:
-    forward passes over the target that the cache costs each source; trained_passes: those of
-    one training with the sources in every step. break_even: trainings from which on the cache
-    takes less time. bytes: of all label sets, by encoding.
+    labels: to be made, of all sources; stored: already there. views: to be read. decodings: times
+    a file is decoded, at most. read_seconds: for one machine to decode and augment these views;
+    label_seconds: for its device to label them. hours, by number of machines: the longer of the
+    two on a GPU, their sum where both need the CPU. passes: forward passes over the target, at
+    most, that the cache costs each source; trained_passes: those of one training with the sources
+    in every step. break_even: trainings from which on the cache takes less time. bytes: to be
+    written, by encoding.
     """
 
     samples: int
     seeds: int
     labels: int
+    stored: int
+    views: int
     sources: list[SourcePlan]
     decodings: int
     read_seconds: float
@@ -98,33 +107,68 @@ def plan(
     wanted = [parse_encoding(name) for name in dict.fromkeys([job.encoding, *ENCODINGS])]
     encodings = [encoding for encoding in wanted if encoding.k <= fewest]
     planned = [_probe_source(s, probe, encodings, seconds / 2 / len(sources)) for s in sources]
-    seen = samples * seeds
-    read_seconds, label_seconds = seen / rate, seen * sum(p.seconds for p in planned)
+    stored = {str(e): [_stored_set(job, views, s, e) for s in sources] for e in encodings}
+    lacking = {name: [_missing(s, seeds) for s in sets] for name, sets in stored.items()}
+    sets, missing = stored[str(job.how)], lacking[str(job.how)]
+    cut = units(views, sets, seeds, job.batch_size, job.memory)
+    read = {unit: _views(sets, unit) for unit in cut}
+    often = Counter((unit.rows, unit.shards[0].block) for unit in cut if read[unit])
+    seen = sum(read.values())
+    read_seconds = seen / rate
+    label_seconds = sum(n * p.seconds for n, p in zip(missing, planned, strict=True))
+    one_pass = samples * sum(p.seconds for p in planned)
     on_cpu = any(s.device.type == "cpu" for s in sources)
     total = read_seconds + label_seconds if on_cpu else max(read_seconds, label_seconds)
     in_memory = views.target.images is not None
     return RunPlan(
         samples=samples,
         seeds=seeds,
-        labels=seen * len(planned),
+        labels=sum(missing),
+        stored=samples * seeds * len(planned) - sum(missing),
+        views=seen,
         sources=planned,
-        decodings=0 if in_memory else -(-seeds // together),
+        decodings=0 if in_memory else max(often.values(), default=0),
         read_seconds=read_seconds,
         label_seconds=label_seconds,
-        hours={n: total / 3600 * _longest(job, views, together, n) for n in machines},
-        bytes={str(e): round(seen * sum(p.bytes[str(e)] for p in planned)) for e in encodings},
-        passes=seeds,
+        hours={n: total / 3600 * _longest(job, views, sets, n) for n in machines},
+        bytes={
+            name: round(sum(n * p.bytes[name] for n, p in zip(counts, planned, strict=True)))
+            for name, counts in lacking.items()
+        },
+        passes=-(-max(missing) // samples),
         trained_passes=epochs,
-        break_even=int(total / (label_seconds / seeds * epochs)) + 1,
+        break_even=int(total / (one_pass * epochs)) + 1,
     )
 
 
-def _longest(job: Job, views: Views, together: int, machines: int) -> float:
-    """The share of the work of the machine that has most units, as ``units`` cuts them."""
-    blocks = -(-len(views.target) // job.shard_rows)
-    together = min(together, max(1, job.seeds * blocks // machines))
-    cut = blocks * -(-job.seeds // together)
-    return -(-cut // machines) / cut
+def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> LabelSet:
+    """The label set that the run goes on with; else one like it of which nothing is there."""
+    if job.cache:
+        place = open_cache(job.cache).below(name_of(label_set_spec(views, source, encoding)))
+        if place.size(GROUP) is not None or bereft(place):
+            return open_label_set(place)
+    samples = len(views.target)
+    attributes = {"spec": {"encoding": encoding.identity()}, "classes": source.classes}
+    rows = min(job.shard_rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
+    return LabelSet(LocalPlace(Path(os.devnull) / "none"), attributes, job.seeds, samples, rows)
+
+
+def _missing(label_set: LabelSet, seeds: int) -> int:
+    return sum(shard.stop - shard.start for shard in label_set.missing(range(seeds)))
+
+
+def _views(sets: Sequence[LabelSet], unit: Unit) -> int:
+    """Views of a unit that some set has no label of."""
+    alike = [s for s in sets if s.rows == unit.rows]
+    lacking = [shard for shard in unit.shards if not all(s.has(shard) for s in alike)]
+    return sum(shard.stop - shard.start for shard in lacking)
+
+
+def _longest(job: Job, views: Views, sets: Sequence[LabelSet], machines: int) -> float:
+    """The share of the missing units of the machine that has most of them."""
+    cut = units(views, sets, job.seeds, job.batch_size, job.memory, machines)
+    left = [_views(sets, unit) > 0 for unit in cut]
+    return max(sum(left[rank::machines]) for rank in range(machines)) / max(1, sum(left))
 
 
 def _probe_reading(

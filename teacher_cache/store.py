@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.durable import durable_rename, durable_write
+from sskt.teacher_cache.durable import Locks, durable_rename, durable_write
 from sskt.teacher_cache.encodings import encoding_of
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.label_set import LabelSet, Shard
@@ -29,7 +29,6 @@ from sskt.teacher_cache.places import (
     METADATA,
     SWEEP,
     CacheName,
-    Claims,
     LocalPlace,
     Place,
     open_cache,
@@ -39,10 +38,12 @@ from sskt.teacher_cache.spec import Spec, name_of
 __all__ = [
     "CHUNK_ROWS",
     "SHARD_ROWS",
+    "Damaged",
     "LabelSet",
     "Shard",
     "create_label_set",
     "list_label_sets",
+    "look_over",
     "open_for_writing",
     "open_label_set",
 ]
@@ -109,13 +110,12 @@ def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: i
     claims = home.claims(name)
     try:
         with claims.held(METADATA):
-            if place.size(GROUP) is None:
-                if isinstance(place, LocalPlace):
-                    _create_folder(place.path, documents)
-                else:
-                    _create_objects(place, documents)
-            if isinstance(place, LocalPlace):
+            if isinstance(place, LocalPlace) and isinstance(claims, Locks):
+                if place.size(GROUP) is None:
+                    _create_folder(place.path, documents, claims)
                 _sweep(place.path, claims)
+            elif place.size(GROUP) is None:
+                _create_objects(place, documents)
         if isinstance(home, LocalPlace):
             home.sweep()
         label_set = open_label_set(place)
@@ -128,18 +128,18 @@ def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: i
     return label_set
 
 
-def _sweep(path: Path, claims: Claims) -> None:
+def _sweep(path: Path, claims: Locks) -> None:
     """Clears away files of killed writers, and joins the writers: nobody removes the set then."""
     if claims.claim(SWEEP):
-        for leftover in path.rglob("*.partial"):
+        for leftover in filter(claims.abandoned, path.rglob("*.partial")):
             leftover.unlink(missing_ok=True)
         claims.release(SWEEP)
     claims.claim(SWEEP, shared=True, wait=True)
 
 
-def _create_folder(path: Path, documents: Documents) -> None:
+def _create_folder(path: Path, documents: Documents, claims: Locks) -> None:
     """Beside its place, then renamed."""
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+    for leftover in filter(claims.abandoned, path.parent.glob(f".{path.name}.*.partial")):
         shutil.rmtree(leftover)
     building = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -169,8 +169,32 @@ def _create_objects(place: Place, documents: Documents) -> None:
         place.create(key, files[key])
 
 
-def list_label_sets(cache: CacheName) -> list[LabelSet]:
-    """All label sets of a cache, by name. Raises ``MissingData`` if there is no such folder."""
+Damaged = dict[str, CorruptStore]
+"""What is wrong with each label set that cannot be opened, by its name."""
+
+
+def look_over(cache: CacheName) -> tuple[list[LabelSet], Damaged]:
+    """All label sets of a cache, by name: those that open, and why the others do not.
+
+    Raises ``MissingData`` if there is no such folder.
+    """
     home = open_cache(cache)
-    places = [home.below(name) for name in home.folders()]
-    return [open_label_set(p) for p in places if p.size(GROUP) is not None or bereft(p)]
+    sets: list[LabelSet] = []
+    damaged: Damaged = {}
+    for name in home.folders():
+        place = home.below(name)
+        if place.size(GROUP) is None and not bereft(place):
+            continue
+        try:
+            sets.append(open_label_set(place))
+        except CorruptStore as error:
+            damaged[name] = error
+    return sets, damaged
+
+
+def list_label_sets(cache: CacheName) -> list[LabelSet]:
+    """All label sets of a cache, by name. Raises as ``look_over``, ``CorruptStore`` for any."""
+    sets, damaged = look_over(cache)
+    for error in damaged.values():
+        raise error
+    return sets

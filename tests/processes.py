@@ -47,7 +47,7 @@ for line in sys.stdin:
         answer = os.fork()
         if not answer:
             os.setsid()
-            signal.alarm(60)  # one that hangs fails
+            signal.alarm(order["seconds"])  # one that hangs fails
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(order["environment"])
             for number, name in ((0, "in"), (1, "out"), (2, "err")):
@@ -73,8 +73,9 @@ class Launcher:
     A process told to ``die_at`` N is killed just before its N-th call of ``steps``.
     """
 
-    def __init__(self, folder: Path, steps: Sequence[str] = CHANGES) -> None:
+    def __init__(self, folder: Path, steps: Sequence[str] = CHANGES, seconds: int = 60) -> None:
         self.folder, self._steps, self._count = folder, list(steps), 0
+        self._seconds = seconds
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", LAUNCHER]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
@@ -86,14 +87,19 @@ class Launcher:
         return int(self._process.stdout.readline())
 
     def start(self, *arguments: object, die_at: int = 0) -> Run:
-        """A command line in a process of its own, with this process's AWS_... variables."""
+        """A command line in a process of its own, with this process's AWS_... and SSKT_TOKEN."""
         self._count += 1
         out, err = (self.folder / f"{self._count}.{name}" for name in ("out", "err"))
         files = {"in": os.devnull, "out": str(out), "err": str(err)}
-        cloud = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+        cloud = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "SSKT_TOKEN"))}
         texts = [str(a) for a in arguments]
         child = self._ask(
-            arguments=texts, die_at=die_at, steps=self._steps, environment=cloud, **files
+            arguments=texts,
+            die_at=die_at,
+            steps=self._steps,
+            seconds=self._seconds,
+            environment=cloud,
+            **files,
         )
         return Run(self, child, out, err)
 
@@ -122,9 +128,11 @@ class Run:
 
 
 @contextmanager
-def launched(folder: Path, steps: Sequence[str] = CHANGES) -> Iterator[Launcher]:
-    """A launcher for the time of a test module."""
-    launcher = Launcher(folder, steps)
+def launched(
+    folder: Path, steps: Sequence[str] = CHANGES, seconds: int = 60
+) -> Iterator[Launcher]:
+    """A launcher for the time of a test module; ``seconds``: what takes longer is killed."""
+    launcher = Launcher(folder, steps, seconds)
     try:
         yield launcher
     finally:

@@ -646,6 +646,26 @@ def test_a_changed_function_is_not_taken_for_the_one_that_was_used(
     assert not png.exists()
 
 
+def test_every_f_s_is_shown(made: Path, sskt: Sskt, tmp_path: Path) -> None:
+    """Sets over the same views whose sources saw other frames of them: a row of stills each."""
+    from sskt.teacher_cache.verify import Reopen, reopen_views
+
+    folder, png = tmp_path / "cache", tmp_path / "stills.png"
+    for f_s in ("uniform-2", "center"):
+        status, err = cache(sskt, made, folder, "--policy", SMALL, "--f-s", f_s)
+        assert status == 0, err
+    ask = ("inspect", "--cache", folder, "--sample", 2, "--png", png, "--no-live")
+    status, out, err = sskt(*ask)
+    assert status == 0, err
+    assert "f_s = center: frame 2 of" in out and "f_s = uniform-2: frame 1, 3 of" in out
+    assert json.loads(sskt(*ask, "--json")[1])["stills"] == {"center": [2], "uniform-2": [1, 3]}
+    view = reopen_views(list_label_sets(folder)[0], Reopen())[2, 0]
+    rows = [[view[2], np.zeros_like(view[0])], [view[1], view[3]]]
+    with Image.open(png) as image:
+        expected = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
 def test_a_users_function_works_in_loader_workers_of_both_kinds(made: Path, tmp_path: Path) -> None:
     f_s = parse_frame_sampling(own(tmp_path, OWN))
     views = open_views(open_target(str(made)), parse_policy(SMALL), f_s)
@@ -720,7 +740,7 @@ def test_ucf101_is_inspected(sskt: Sskt, ucf: Path, data: Path, tmp_path: Path) 
     assert status == 0, err
     shown = json.loads(out)
     assert shown["view"]["shape"] == [16, 112, 112, 3] and shown["view_matches"] is True
-    assert shown["stills"] == [2, 8, 13] and shown["id"].endswith(".avi")
+    assert shown["stills"] == {"uniform-3": [2, 8, 13]} and shown["id"].endswith(".avi")
     assert shown["label"] == shown["id"].split("/")[0]
     assert shown["sources"][0]["live"]["distance"] < 1e-3
     view = reopen_views(list_label_sets(ucf)[0], Reopen())[1, 1]
@@ -747,7 +767,7 @@ def test_hmdb51_in_windows(sskt: Sskt, data: Path, tmp_path: Path) -> None:
     last = label_set.samples - 1
     shown = json.loads(sskt("inspect", "--cache", tmp_path, "--sample", last, "--json")[1])
     start = (int(target.frames[1]) - 1) // 16 * 16
-    assert shown["id"] == f"{target.ids[1]}#{start}" and shown["stills"] == [8]
+    assert shown["id"] == f"{target.ids[1]}#{start}" and shown["stills"] == {"center": [8]}
 
 
 @pytest.fixture(scope="module")
@@ -798,8 +818,13 @@ def test_a_truncated_clip_is_skipped_and_the_others_do_not_notice(
             assert checks["cut"][row] == checks["whole"][row] != 0
     status, out, _ = sskt("verify", "--cache", tmp_path / "cut", "--recompute", 6)
     assert status == 0 and "2 skipped" in out and ": clean" in out
-    status, out, _ = sskt("inspect", "--cache", tmp_path / "cut", "--sample", 1)
+    ask = ("inspect", "--cache", tmp_path / "cut", "--sample", 1)
+    status, out, _ = sskt(*ask)
     assert status == 0 and "no label: the sample could not be read" in out
+    for option in ("--png", "--clip"):
+        status, _, err = sskt(*ask, option, tmp_path / "view.png")
+        assert status == 2 and f"there is no view for {option}" in one_line(err)
+    assert not (tmp_path / "view.png").exists()
 
 
 def test_both_decoders_have_sets_of_their_own(

@@ -38,6 +38,8 @@ KEYS = {
     "samples",
     "seeds",
     "labels",
+    "stored",
+    "views",
     "sources",
     "decodings",
     "read_seconds",
@@ -171,6 +173,42 @@ def test_the_sums(sskt: Sskt, jpegs: Path) -> None:
     training = 7 * 22 * source["seconds"]
     n = found["break_even"]
     assert total < n * training and total >= (n - 1) * training
+
+
+def test_what_is_stored_is_not_counted(sskt: Sskt, jpegs: Path, tmp_path: Path) -> None:
+    """22 samples in shards of 5: two seeds of the tiny source are there, but for one shard."""
+    stored = ("--cache", tmp_path, "--shard-rows", 5)
+    ask = ("--source", SOURCE, "--target", jpegs, "--workers", 0, "--seeds", 2)
+    assert sskt("cache-teachers", *ask, *stored)[0] == 0
+    (shard,) = tmp_path.glob("*/labels/c/1/2/0")
+    shard.unlink()
+
+    found = asked(sskt, jpegs, *stored, "--seeds", 2, "--machines", 1, "--machines", 2)
+    assert (found["labels"], found["stored"], found["views"]) == (5, 39, 5)
+    assert (found["decodings"], found["passes"]) == (1, 1)
+    total = found["read_seconds"] + found["label_seconds"]
+    assert found["hours"]["1"] == found["hours"]["2"] == pytest.approx(total / 3600)
+
+    other = ("--source", f"other={TINY}:build@8", "--memory", APART)
+    found = asked(sskt, jpegs, *stored, *other, "--seeds", 4)
+    assert (found["labels"], found["stored"], found["views"]) == (5 + 44 + 88, 39, 88)
+    assert (found["decodings"], found["passes"]) == (4, 4)
+    first, second = found["sources"]
+    for encoding, size in found["bytes"].items():
+        lacking = 49 if encoding == "f16" else 88
+        assert size == round(lacking * first["bytes"][encoding] + 88 * second["bytes"][encoding])
+    assert found["label_seconds"] == pytest.approx(49 * first["seconds"] + 88 * second["seconds"])
+
+
+def test_a_run_that_is_done_costs_nothing(sskt: Sskt, jpegs: Path, tmp_path: Path) -> None:
+    options = ("--source", SOURCE, "--target", jpegs, "--workers", 0, "--cache", tmp_path)
+    assert sskt("cache-teachers", *options, "--seeds", 2)[0] == 0
+    found = asked(sskt, jpegs, "--cache", tmp_path, "--seeds", 2, "--machines", 3)
+    assert (found["labels"], found["stored"], found["views"], found["passes"]) == (0, 44, 0, 0)
+    assert found["hours"] == {"3": 0.0} and found["bytes"]["f16"] == 0 < found["bytes"]["u8"]
+    status, out, err = sskt("plan", *options, "--seeds", 2, "--probe", SECONDS)
+    assert status == 0, err
+    assert "44 of 44 labels are stored; the rest is counted here" in out
 
 
 def test_two_sources_add_up(sskt: Sskt, images: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import TINY
+
+from sskt.teacher_cache.store import list_label_sets
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -37,15 +40,15 @@ def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["table3"], "target stl10 needs --root"),
-        (["table10"], "unknown table 'table10'; known: table1, table2"),
-        (["nothing.toml"], "cannot read table nothing.toml"),
+        (["table10"], "cannot read recipe table10: No such file or directory; shipped recipes: "),
         (["table8", "--row", 14], "starts from K: get Kinetics-400 weights"),
         (["table8", "--weights", "K=nothing.pth"], "--weights K=nothing.pth: no such file"),
         (["table3", "--weights", f"K={TINY}"], "table3 has P, I"),
         (["table3", "--source", "P"], "--source P: expected LETTER=..."),
         (["table3", "--source", "P=a", "--source", "P=b"], "--source gives P twice: a and b"),
+        (["table3", "--preprocessing", "P"], "--preprocessing P: expected LETTER:..."),
+        (["table3", "--preprocessing", "K:size=8"], "K:size=8: table3 has P, I"),
         (["table3", "--root", "stl1=x"], "unknown target in --root 'stl1'; known: "),
-        (["figure2"], "figure 2 is sskt sweep figure2"),
         (["table3", "--fraction", 0.5, "--set", "limit=3"], "both say how many samples"),
         (["table3", "--row", 2, "--source", "P=nope:x", "--dry-run"], "unknown source 'nope'"),
     ],
@@ -120,6 +123,38 @@ def test_a_table_is_made_and_continued_after_a_cut(
 
     status, _, err = sskt(*small, "--out", cut, "--seeds", 1)
     assert status == 2 and "holds results with seeds = the recipe's, not 1" in err
+
+
+def test_preprocessing_reaches_labels_and_live_sources(
+    sskt: Call, images: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "small.toml", tmp_path / "out"
+    recipe.write_text(
+        f'target = "{images}"\npolicy = "pad-crop-flip"\nbatch-size = 60\nepochs = 1\n'
+        f'sources = {{ A = "tiny={TINY}:build" }}\n'
+        'row = [{ name = "stored", sources = ["A"], reported = 50 },\n'
+        '{ name = "live", sources = ["A"], live = true, reported = 60 }]\n'
+    )
+    command = ["reproduce", recipe, "--device", "cpu", "--set", "workers=0", "--out", out]
+    assert sskt(*command, "--row", "stored")[0] == 0
+    # With the labels of other pictures there, and with its own.
+    status, _, err = sskt(*command, "--preprocessing", "A:size=8")
+    assert status == 2 and "results with preprocessing = the recipe's, not {'A': 'size=8'}" in err
+    (out / "small/results.json").unlink()
+    shutil.rmtree(out / "small/stored")
+    for _ in range(2):
+        assert sskt(*command, "--preprocessing", "A:size=8")[0] == 0
+    configs = {
+        name: json.loads((out / f"small/{name}/seed-0/config.json").read_text())
+        for name in ("stored", "live")
+    }
+    assert configs["live"]["preprocessing"] == ["tiny:size=8"]
+    sizes = {
+        s.digest[:12]: s.spec["source"]["preprocessing"]["size"]
+        for s in list_label_sets(out / "cache")
+    }
+    assert sorted(sizes.values()) == [8, 16]
+    assert sizes[configs["stored"]["source"][0].partition("#")[2]] == 8
 
 
 def test_a_missing_split_is_named_before_anything_is_labelled(

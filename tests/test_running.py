@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
-from sskt.trainer import records
+from sskt.trainer import loop, maxl_pass, records
 from sskt.trainer.config import TrainConfig, make_config
 from sskt.trainer.distributed import Ranks, batch_count, batches_of
+from sskt.trainer.feed import normalise
 from sskt.trainer.loop import Trainer
 from sskt.trainer.plan import make_plan
 from sskt.trainer.progress import Hooks
@@ -144,6 +147,32 @@ def test_a_process_without_a_batch_of_its_own_takes_part_in_what_all_do() -> Non
     assert said == ["[1.0, 1.0] {'images': 2.0, 'loss': 6.0, 'right': 1.0}\n"] * 2
 
 
+@pytest.mark.slow
+def test_a_process_that_can_read_nothing_of_its_first_batch(images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    target, first = open_target(str(folder)), permutation(np.arange(60), 0, 0)[:20]
+    for sample in Ranks(1, 2).part(first):
+        (folder / "train" / target.ids[sample]).write_bytes(b"no picture")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", "from sskt.cli.main import main; main()", "train"]
+    command += ["--target", str(folder), "--policy", "pad-crop-flip", "--on-error", "skip"]
+    command += ["--epochs", "1", "--batch-size", "20", "--device", "cpu", "--workers", "0"]
+    command += ["--test-split", "none", "--out", str(tmp_path / "run")]
+    setting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = [
+        subprocess.Popen(command, env=os.environ | setting | {"RANK": rank}) for rank in "01"
+    ]
+    try:
+        assert [child.wait(timeout=120) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    (record,) = records.read_metrics(tmp_path / "run")
+    assert (record["images"], record["skipped"]) == (50, 10)
+
+
 def test_fewer_samples_than_processes() -> None:
     with pytest.raises(InputError, match="3 samples for 4 processes"):
         batches_of(np.arange(3), 8, 4)
@@ -226,6 +255,34 @@ def test_a_finished_run_is_kept_a_cut_one_goes_on_another_is_refused(
     assert (tmp_path / "run/last.pt").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match=r"holds a run with alpha = 0\.1, not 0\.5"):
         run_training(dataclasses.replace(config, alpha=0.5))
+
+
+def test_a_run_goes_on_when_the_file_it_started_from_is_gone(
+    config: TrainConfig, tmp_path: Path, sskt: Any
+) -> None:
+    torch.manual_seed(5)
+    initial = tmp_path / "initial.pth"
+    torch.save(make_plan(config).build_target(3).state_dict(), initial)
+    config = dataclasses.replace(config, epochs=2, init=str(initial), out=tmp_path / "whole")
+    whole = run_training(config)
+    assert numbers(whole) != numbers(
+        run_training(dataclasses.replace(config, init="", out=tmp_path / "fresh"))
+    )
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if epoch == stop_in:
+            raise Stopped
+
+    for stop_in in (1, 0):
+        with pytest.raises(Stopped):
+            run_training(dataclasses.replace(config, out=tmp_path / f"{stop_in}"), Hooks(step=stop))
+    initial.unlink()
+    status, _, err = sskt("train", "--resume", "--out", tmp_path / "1")
+    assert status == 0, err
+    assert numbers(records.read_metrics(tmp_path / "1")) == numbers(whole)
+    # Nothing was saved yet.
+    with pytest.raises(InputError, match=r"initial\.pth"):
+        run_training(dataclasses.replace(config, out=tmp_path / "0"))
 
 
 def test_a_run_cut_within_its_first_epoch_is_neither_overwritten_nor_continued_otherwise(
@@ -394,6 +451,21 @@ def test_maxl_trains_both_networks_and_resumes_exactly(config: TrainConfig, tmp_
     with pytest.raises(Stopped):
         run_training(config, Hooks(step=stop))
     assert numbers(run_training(config)) == numbers(whole)
+
+
+def test_maxl_normalises_a_batch_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(config, method="maxl", psi=2, source=[], tm=False, cache=None)
+    trainer, seen = Trainer(make_plan(config)), []
+
+    def counted(views: torch.Tensor) -> torch.Tensor:
+        seen.append(len(views))
+        return normalise(views)
+
+    for module in (loop, maxl_pass):
+        monkeypatch.setattr(module, "normalise", counted)
+    samples = np.arange(6)
+    parts = trainer.step(samples, torch.from_numpy(trainer.views.batch(samples, 0)))
+    assert seen == [6] and parts["loss_maxl"] > 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,11 +202,25 @@ def test_a_sweep_trains_every_point_keeps_it_and_draws(
 def test_missing_labels_are_named_before_anything_is_trained(
     sskt: Call, tmp_path: Path, base: list[object]
 ) -> None:
-    command: list[Any] = ["sweep", *base, "--cache", tmp_path / "empty", "--out", tmp_path / "out"]
+    empty, out = tmp_path / "an empty cache", tmp_path / "out"
+    empty.mkdir()
+    other = ["--source", f"other={TINY}:build@8", "--temperatures", "1", "--alphas", "1"]
+    command: list[Any] = ["sweep", *base, *other, "--cache", empty, "--out", out]
     status, _, err = sskt(*command)
     assert status == 2
-    assert "(resnet20, tiny, CE): " in err and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert "(resnet20, tiny+other, CE): " in err and err.count("\n") == 1
+    assert not out.exists() and not list(empty.iterdir())
+    told = shlex.split(err.partition("all that is missing: ")[2])
+    assert told[:2] == ["sskt", "cache-teachers"] and told.count("--source") == 2
+    assert sskt(*told[1:], "--workers", 0)[0] == 0
+    (shard,) = empty.glob("*.other-*/labels/c/0/0/0")
+    shard.unlink()
+    status, _, err = sskt(*command)
+    assert status == 2
+    again = shlex.split(err.partition("all that is missing: ")[2])
+    assert again == [*told[:2], *told[4:]], "the other source's labels are all there"
+    assert sskt(*again[1:], "--workers", 0)[0] == 0
+    assert sskt(*command)[0] == 0
 
 
 def test_a_folder_of_another_run_stops_the_sweep_and_is_named(

@@ -15,6 +15,7 @@ from sskt.teacher_cache.source_names import SOURCES, parse_source
 from sskt.trainer.config import make_config
 from sskt.trainer.losses import parse_loss
 from sskt.trainer.networks import NETWORKS
+from sskt.trainer.recipe_files import shipped
 from sskt.trainer.table_runs import Results, label_bytes, label_passes
 from sskt.trainer.tables import (
     Choices,
@@ -25,7 +26,6 @@ from sskt.trainer.tables import (
     read_table,
     result_cells,
     select_rows,
-    table_names,
 )
 
 Reported = tuple[float, float | None]
@@ -66,7 +66,7 @@ def reported(rows: list[Row]) -> list[Reported]:
 
 
 def test_there_is_a_recipe_for_every_table() -> None:
-    assert table_names() == TABLES
+    assert shipped("table") == TABLES
 
 
 @pytest.mark.parametrize("table", TABLES[:8])
@@ -241,7 +241,7 @@ GOOD = '{ sources = ["T"], reported = 1 }'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("row =", "table mini is not TOML"),
+        ("row =", "recipe mini is not TOML"),
         ('target = "shapes"', r"expected row = \[...\]"),
         (table_of(GOOD, more="alfa = 1"), "unknown key in table mini 'alfa'"),
         (table_of('{ sources = ["T"] }'), "row 1: expected a target and reported"),
@@ -258,7 +258,7 @@ GOOD = '{ sources = ["T"], reported = 1 }'
         (table_of('{ reported = 1, reported-std = "2" }'), "row 1: reported-std must be a number"),
         (table_of("{ reported = 1, name = 5 }"), "row 1: name must be .* found 5"),
         (table_of('{ reported = 1, name = "a/b" }'), "row 1: name must be .* found 'a/b'"),
-        ("panel = []", "is a sweep's recipe; use sskt sweep"),
+        ("panel = []", "recipe mini is a sweep: sskt sweep mini"),
     ],
 )
 def test_bad_tables_are_named(text: str, message: str) -> None:

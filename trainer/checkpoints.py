@@ -56,6 +56,8 @@ def restore(trainer: Trainer, out: Path) -> None:
     """
     state = records.load_checkpoint(out)
     if state is None:
+        if trainer.restores:
+            raise BadCheckpoint(f"{out / records.CHECKPOINT} has just gone; start again")
         return
     for key, now in identity(trainer.plan).items():
         if state.get(key, now) != now:

@@ -7,19 +7,17 @@ a recipe. No torch here: ``sskt --help`` reads this module.
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import math
-import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.trainer.recipe_files import load_recipe
 
 
 def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
@@ -97,6 +95,14 @@ class TrainConfig:
     ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
     early_stop: int | None = _option(None, "stop after this many epochs without a better result")
     cache: str | Path | None = _option(None, "folder or URL (s3://...) of the label sets")
+    labels: str | None = _option(None, "instead of --cache: a label server, http://HOST:PORT")
+    label_cache: Path | None = _option(
+        None, "keep what a label server sent in this folder; default: a temporary one"
+    )
+    label_cache_size: float | None = _option(
+        None, "GiB that it may take; default 50, of a temporary one 20"
+    )
+    label_wait: float = _option(60.0, "minutes to wait for a label server that went away")
     out: Path | None = _option(None, "folder of this run; default runs/NAME")
     device: str = _option("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
     precision: str = _option("float32", "arithmetic of the target network", ("float32", "bfloat16"))
@@ -119,6 +125,8 @@ class TrainConfig:
             ("alpha", self.alpha >= 0, "at least 0"),
             ("lr", self.lr > 0, "above 0"),
             ("memory", self.memory > 0, "above 0"),
+            ("label_cache_size", (self.label_cache_size or 1) > 0, "above 0"),
+            ("label_wait", self.label_wait >= 0, "at least 0"),
             ("workers", self.workers is None or self.workers >= 0, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
@@ -160,43 +168,34 @@ class TrainConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 INDIFFERENT = frozenset(
-    ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes")
-)
+    ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
+) | frozenset(("label_cache", "label_cache_size", "label_wait"))
 """Fields that may change between a run and its resumption."""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Fields from a TOML file; ``a-b`` and ``a_b`` are the same key.
-
-    A name without a folder and ending is one of the recipes that ship with sskt.
+    """Fields from a recipe that ships, by its name, or from a TOML file.
 
     Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
     """
-    shipped = importlib.resources.files("sskt.recipes").joinpath(f"{path.name}.toml")
-    named = path.name == str(path) and not path.suffix and not path.exists()
-    try:
-        table = tomllib.loads((shipped if named else path).read_text("utf-8"))
-    except OSError as error:
-        known = sorted(p.name[:-5] for p in _shipped_recipes() if p.name.endswith(".toml"))
-        raise MissingData(
-            f"cannot read recipe {path}: {error.strerror}; shipped recipes: {', '.join(known)}"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from error
-    for key, command in (("row", "reproduce"), ("panel", "sweep")):
-        if key in table:
-            raise InputError(f"recipe {path} holds many trainings; use sskt {command} {path}")
+    return read_fields(load_recipe(path, "training"), f"recipe {path}")
+
+
+def read_fields(
+    given: Mapping[str, Any], where: str, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Fields (but those of ``without``) from TOML; ``a-b`` and ``a_b`` are the same key.
+
+    Raises ``UnknownName``, ``InputError`` naming ``where``.
+    """
+    known = [name for name in FIELDS if name not in without]
     values: dict[str, Any] = {}
-    for key, value in table.items():
+    for key, value in given.items():
         name = key.replace("-", "_")
-        if name not in FIELDS:
-            raise UnknownName(f"key in recipe {path}", key, FIELDS)
-        values[name] = typed(name, value, f"recipe {path}")
+        if name not in known:
+            raise UnknownName(f"key in {where}", key, known)
+        values[name] = typed(name, value, where)
     return values
-
-
-def _shipped_recipes() -> list[Traversable]:
-    return list(importlib.resources.files("sskt.recipes").iterdir())
 
 
 def typed(name: str, value: Any, where: str) -> Any:
@@ -223,6 +222,8 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     """Later layers win: recipe, then options. Raises ``InputError``."""
     merged: dict[str, Any] = {}
     for layer in layers:
+        if layer.get("cache") is not None or layer.get("labels") is not None:
+            merged |= {"cache": None, "labels": None}  # two names of the same thing
         merged |= layer
     config = TrainConfig(**merged)
     if not config.target:
@@ -242,8 +243,19 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         if getattr(config, name) and not config.live:
             option = name.replace("_", "-")
             raise InputError(f"--{option} goes with --live; stored labels were made with their own")
-    if config.source and config.cache is None and not config.live:
-        raise InputError("training from labels needs --cache DIR (or --live to run the sources)")
+    if config.labels is not None:
+        if config.cache is not None:
+            raise InputError("--cache and --labels both say where the labels are; give one")
+        if not config.labels.startswith(("http://", "https://")):
+            raise InputError(
+                f"--labels takes a label server, http://HOST:PORT, found {config.labels}; a folder "
+                "or s3://... goes with --cache"
+            )
+    if config.source and config.cache is None and config.labels is None and not config.live:
+        raise InputError(
+            "training from labels needs --cache DIR or --labels http://HOST:PORT (or --live to "
+            "run the sources)"
+        )
     return config
 
 

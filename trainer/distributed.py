@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,11 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
-def join(device: str) -> tuple[Ranks, torch.device]:
+def join(device: str, wait_minutes: float = 0) -> tuple[Ranks, torch.device]:
     """This process's ranks and device; with ``torchrun``, meets the others.
 
+    wait_minutes: how long one may keep the others waiting, beyond what torch allows by itself
+    (labels of a server that is away: another machine's processes may have theirs already).
     nccl between GPUs (process i of a machine takes its GPU i), gloo between CPUs.
     Raises ``InputError`` for a device that cannot be used.
     """
@@ -117,7 +120,8 @@ def join(device: str) -> tuple[Ranks, torch.device]:
             )
         where = torch.device("cuda", number)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        longest = timedelta(minutes=wait_minutes + 10) if wait_minutes > 0 else None
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=longest)
     return Ranks(dist.get_rank(), dist.get_world_size(), local), where
 
 

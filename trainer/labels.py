@@ -23,7 +23,7 @@ from sskt.teacher_cache.views import Views, check_of
 Int64 = NDArray[np.int64]
 
 SHARE = 0.25
-"""Part of the device's free memory that labels may take."""
+"""Part of the device's free memory that labels may take, and pictures as much again."""
 STUB = 128
 """A last block of less than this part of a whole one (8,192 samples: 64) joins the one before."""
 CHECKED_ROWS = 4
@@ -193,7 +193,9 @@ class StoredLabels:
         self._window = self._slab = None
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stops reading ahead, and what waits for a label server."""
+        for label_set in self._sets.values():
+            label_set.place.close()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sskt.teacher_cache.durable import durable_write
-from sskt.teacher_cache.errors import Diverged, InputError
+from sskt.teacher_cache.errors import BadImage, Diverged, InputError
 from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.views import Views
 from sskt.trainer import checkpoints, records
@@ -31,7 +31,7 @@ from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.labels import CHECKED_ROWS, Labels, LiveLabels, NoLabels, StoredLabels, Window
 from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_source_weights, total_loss
 from sskt.trainer.maxl import SOURCE as MAXL
-from sskt.trainer.maxl_pass import MaxlLabels, build_maxl, meta_pass
+from sskt.trainer.maxl_pass import build_maxl, meta_pass
 from sskt.trainer.optimisation import Average, EarlyStop, Schedule, build_optimizer
 from sskt.trainer.plan import Plan
 from sskt.trainer.progress import Hooks, Progress
@@ -47,15 +47,20 @@ CHECKED_EVERY = 16
 
 
 class Trainer:
-    """Network, optimizer and labels of one run; ``run`` trains it to its last epoch."""
+    """Network, optimizer and labels of one run; ``run`` trains it to its last epoch.
 
-    def __init__(self, plan: Plan, hooks: Hooks | None = None) -> None:
+    ``resumed``: the folder that ``run`` will resume. Its checkpoint has the weights, so that the
+    file of initial ones may be gone.
+    """
+
+    def __init__(self, plan: Plan, hooks: Hooks | None = None, resumed: Path | None = None) -> None:
         config = plan.config
+        self.restores = resumed is not None and (resumed / records.CHECKPOINT).exists()
         self.plan, self.hooks = plan, hooks or Hooks()
         budget = config.memory * 2**30 / 4 / plan.ranks.local
         self.views = self._held(plan.views, budget)
         self.test = self._held(plan.test, budget) if plan.test else None
-        self.network = plan.build().to(plan.device)
+        self.network = plan.build(initial=not self.restores).to(plan.device)
         self.truth = torch.from_numpy(self.views.target.labels).to(plan.device)
         self.maxl = build_maxl(plan, self.network) if config.method == MAXL else None
         if config.channels_last:
@@ -67,8 +72,6 @@ class Trainer:
         self.labels: Labels = NoLabels()
         if plan.live:
             self.labels = LiveLabels(plan.live, self.views)
-        elif self.maxl:
-            self.labels = MaxlLabels(self.maxl, self.truth)
         elif plan.label_sets:
             self.labels = StoredLabels(plan.label_sets, plan.device)
         self.feed = self._feed(self.views)
@@ -107,10 +110,12 @@ class Trainer:
         """Equation 1 on a batch of uint8 views on the device: the loss, and its parts."""
         config = self.plan.config
         soft = self.labels.soft(samples, views, self._temperature)
+        truth = self.truth[torch.from_numpy(samples).to(self.plan.device, non_blocking=True)]
         x = normalise(views)
+        if self.maxl:
+            soft = {MAXL: self.maxl.labels(x, truth)}
         with self._autocast():
             logits, auxiliary = self._forward(x if config.channels_last else x.contiguous())
-        truth = self.truth[torch.from_numpy(samples).to(self.plan.device, non_blocking=True)]
         primary = self._primary(logits.float(), truth)
         parts = {
             name: self._auxiliary(
@@ -152,14 +157,24 @@ class Trainer:
 
     def _idle_step(self) -> None:
         """Takes part in a step of the others: no picture of one's own part could be read."""
-        if self._shape is None:
-            raise InputError("no picture of this process's first batch can be read")
+        self._shape = self._shape or self._view_shape()
         self.optimizer.zero_grad(set_to_none=True)
         self.network.eval()  # a blank picture must not reach BatchNorm
         blank = torch.zeros((1, *self._shape), dtype=torch.uint8, device=self.plan.device)
         logits, auxiliary = self._forward(normalise(blank))
         torch.autograd.backward(0 * sum((x.sum() for x in auxiliary.values()), logits.sum()))
         self._update()
+
+    def _view_shape(self) -> tuple[int, ...]:
+        """The shape of a view, of the first sample that can be read."""
+        for sample in range(len(self.views.target)):
+            with suppress(BadImage):
+                return self.views[sample, 0].shape
+        raise self._nothing_readable()
+
+    def _nothing_readable(self) -> InputError:
+        config = self.plan.config
+        return InputError(f"no readable sample in {config.target} {config.split}")
 
     def _update(self) -> None:
         if self.plan.config.clip_grad is not None:
@@ -231,14 +246,14 @@ class Trainer:
         return record
 
     def _record(self, windows: list[Window], max_steps: int | None) -> Record:
-        config, state = self.plan.config, self.progress
+        state = self.progress
         sums = state.summed(self.plan.ranks, self.plan.device)
         totals = {name: float(total) for name, total in sums.items()}
         images, unreadable, checked = (
             int(totals.pop(name, 0)) for name in ("images", "unreadable", "checked")
         )
         if not images:
-            raise InputError(f"no readable sample in {config.target} {config.split}")
+            raise self._nothing_readable()
         means = {name: total / images for name, total in totals.items()}
         if not all(map(math.isfinite, means.values())):
             raise Diverged(
@@ -295,10 +310,13 @@ class Trainer:
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:
         """Trains to the last epoch, leaving metrics, events, checkpoints and a plot in ``out``."""
+        mine = self.plan.ranks.first
+        with records.held_folder(out, resume=resume) if mine else nullcontext():
+            return self._run(out, resume)
+
+    def _run(self, out: Path, resume: bool) -> list[Record]:
         first = self.plan.ranks.first
         config = dataclasses.replace(self.plan.config, out=out, seeds=self.plan.seeds)
-        if first:
-            records.prepare_folder(out, resume=resume)
         self.plan.ranks.wait()
         if resume:
             require_same(read_config(out / records.CONFIG), config, out)

@@ -1,4 +1,4 @@
-"""MAXL inside the loop: its labels beside the batches, and the second pass of an epoch."""
+"""MAXL inside the loop: its two networks, and the second pass of an epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sskt.teacher_cache.errors import InputError
@@ -16,26 +15,11 @@ from sskt.teacher_cache.philox import permutation
 from sskt.trainer.distributed import batches_of
 from sskt.trainer.feed import normalise
 from sskt.trainer.heads import SSKTNetwork
-from sskt.trainer.labels import NoLabels
-from sskt.trainer.maxl import SOURCE, AuxiliaryLabels, Maxl
+from sskt.trainer.maxl import AuxiliaryLabels, Maxl
 
 if TYPE_CHECKING:
     from sskt.trainer.loop import Trainer
     from sskt.trainer.plan import Plan
-
-Int64 = NDArray[np.int64]
-
-
-class MaxlLabels(NoLabels):
-    """``Labels`` from the label generator; they are for temperature 1 only."""
-
-    def __init__(self, maxl: Maxl, truth: Tensor) -> None:
-        self._maxl, self._truth = maxl, truth
-
-    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
-        """See ``Labels``: float32 ``[n, classes * psi]``."""
-        truth = self._truth[torch.from_numpy(samples).to(self._truth.device, non_blocking=True)]
-        return {SOURCE: self._maxl.labels(normalise(views), truth)}
 
 
 def build_maxl(plan: Plan, network: SSKTNetwork) -> Maxl:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,10 @@ from sskt.teacher_cache.catalog import find_label_set, require_seeds
 from sskt.teacher_cache.encodings import require_temperature
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.places import Place, is_served, open_cache
 from sskt.teacher_cache.policies import evaluation_policy, parse_policy
+from sskt.teacher_cache.remote import Fetching, open_server
+from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.store import LabelSet
 from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
@@ -90,13 +93,16 @@ class Plan:
             size=_view_size(self.views),
         )
 
-    def build(self) -> SSKTNetwork:
-        """The network with fresh parameters, drawn from the run's seed; or with initial ones."""
+    def build(self, *, initial: bool = True) -> SSKTNetwork:
+        """The network with fresh parameters, drawn from the run's seed; or with initial ones.
+
+        Without ``initial`` they stay fresh: a checkpoint is going to replace them.
+        """
         config = self.config
         torch.manual_seed(config.seed)
         target = self.build_target(len(self.views.target.classes))
         network = SSKTNetwork(target, self.source_classes, tm=config.tm)
-        if config.init:
+        if config.init and initial:
             load_initial(target, config.init, config.model)
         if config.finetune_from is not None:
             freeze_before(network, config.finetune_from)
@@ -141,17 +147,12 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
 
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
-    ranks, device = join(config.device)
+    served = is_served(config.labels or config.cache or "")
+    ranks, device = join(config.device, config.label_wait if served else 0)
     if config.download and not ranks.first:
         ranks.wait()  # the first process downloads
-    target = open_target(
-        config.target,
-        config.split,
-        root=config.root,
-        limit=config.limit,
-        download=config.download and ranks.first,
-        **_opening(config),
-    )
+    download = config.download and ranks.first
+    target = open_split(config, config.split, limit=config.limit, download=download)
     loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
     if is_three_dimensional(config.model) != target.clips:
         what, other = ("clips", "a 3-D") if target.clips else ("pictures", "a 2-D")
@@ -180,8 +181,9 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
         )
     sets: dict[str, LabelSet] = {}
     if not config.live:
-        assert config.cache is not None or not names
-        sets = {n.name: find_label_set(config.cache, n, views) for n in names if config.cache}
+        cache = open_labels(config)
+        assert cache is not None or not names
+        sets = {n.name: find_label_set(cache, n, views) for n in names if cache is not None}
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs))
@@ -191,29 +193,57 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
             f"--batch-size {config.batch_size} is that of all {ranks.world} processes together; "
             f"give at least {2 * ranks.world}"
         )
-    test = _test_views(config, views, download=config.download and ranks.first)
+    test = _test_views(config, views, download=download)
     if config.download and ranks.first:
         ranks.wait()
     return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
 
 
-def _opening(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "partial": config.partial,
-        "decoder": config.decoder,
-        "strict": config.strict_fingerprint,
-    }
+def open_labels(config: TrainConfig) -> Place | None:
+    """Where the configuration's labels are, opened; None if it names no place."""
+    name = config.labels or config.cache
+    if name is None:
+        return None
+    if is_served(name):
+        how = Fetching(config.label_wait, config.label_cache, config.label_cache_size)
+        return open_server(str(name), how)
+    return open_cache(name)
+
+
+def open_split(
+    config: TrainConfig,
+    split: str,
+    *,
+    limit: int | None = None,
+    download: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Target:
+    """A split of the configuration's target. Raises what ``open_target`` raises."""
+    return open_target(
+        config.target,
+        split,
+        root=config.root,
+        limit=limit,
+        download=download,
+        partial=config.partial,
+        decoder=config.decoder,
+        strict=config.strict_fingerprint,
+        progress=progress,
+    )
+
+
+def split_to_test(config: TrainConfig) -> str:
+    """The split that a configuration is judged on; ``none``."""
+    if config.test_split == "auto":
+        return evaluation_split(config.target, config.split)
+    return config.test_split
 
 
 def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views | None:
-    if config.test_split == "none":
+    split = split_to_test(config)
+    if split == "none":
         return None
-    split = config.test_split
-    if split == "auto":
-        split = evaluation_split(config.target, config.split)
-    test = open_target(
-        config.target, split, root=config.root, download=download, **_opening(config)
-    )
+    test = open_split(config, split, download=download)
     if test.classes != views.target.classes:
         odd = sorted(set(test.classes) ^ set(views.target.classes))
         raise InputError(

@@ -5,31 +5,45 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.durable import durable_write
+from sskt.teacher_cache.durable import Locks, durable_write
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
 from sskt.trainer.summary import METRICS as METRIC_NAMES
 from sskt.trainer.summary import main_metric
 
 METRICS, CONFIG, PLOT = "metrics.jsonl", "config.json", "curves.png"
+LOCK = ".lock"
 CHECKPOINT, BEST = "last.pt", "best.pt"
 
 Record = dict[str, Any]
 
 
-def prepare_folder(folder: Path, *, resume: bool) -> None:
-    """Makes the run's folder. Raises ``InputError`` if a run is there and not to be resumed."""
-    if not resume and any((folder / name).exists() for name in (METRICS, CHECKPOINT)):
-        raise InputError(
-            f"{folder} already holds a run; continue it with --resume, or choose another --out"
-        )
+@contextmanager
+def held_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+    """The run's folder, made and kept from other processes.
+
+    Raises ``InputError`` if another process trains into it, or if a run is there and not to be
+    resumed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot use {folder} for the run: {error.strerror}") from error
+    with closing(Locks(folder / LOCK, "start no second training into this folder")) as lock:
+        if not lock.claim(0):
+            raise InputError(
+                f"another process is training into {folder}; let it end or stop it, or choose "
+                "another --out"
+            )
+        if not resume and any((folder / name).exists() for name in (METRICS, CHECKPOINT)):
+            raise InputError(
+                f"{folder} already holds a run; continue it with --resume, or choose another --out"
+            )
+        yield
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -14,11 +14,9 @@ from torch import Tensor
 from sskt.teacher_cache.policies import crop_words
 from sskt.teacher_cache.views import Views
 from sskt.trainer.feed import Batch
+from sskt.trainer.labels import SHARE
 
 Int64 = NDArray[np.int64]
-
-SHARE = 0.25
-"""Part of the device's free memory that pictures may take."""
 
 
 @dataclass(frozen=True)

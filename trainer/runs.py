@@ -39,7 +39,8 @@ def run_training(
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):
             return done
-    return Trainer(make_plan(config, live), hooks).run(out, resume=begun)
+    trainer = Trainer(make_plan(config, live), hooks, out if begun else None)
+    return trainer.run(out, resume=begun)
 
 
 def open_live_sources(config: TrainConfig) -> list[Source]:

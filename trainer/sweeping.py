@@ -8,19 +8,20 @@ the fields in which the graph differs. No torch here.
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.trainer.config import FIELDS, TrainConfig, make_config, typed
+from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.trainer.config import TrainConfig, make_config, read_fields
+from sskt.trainer.recipe_files import load_recipe
 from sskt.trainer.summary import AUXILIARY_ONLY, mean_std, method_name
 
 SWEPT = ("temperature", "alpha")
+OWN = (*SWEPT, "seed", "out")
+"""Fields that a sweep gives to its trainings, and no recipe does."""
 TEMPERATURES, ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0), (0.1, 0.5, 1.0)
 
 
@@ -79,19 +80,7 @@ class Outcomes:
 
 def read_figure(recipe: str) -> Figure:
     """A shipped recipe by name, or a TOML file. Raises ``MissingData``, ``InputError``."""
-    path = Path(recipe)
-    named = path.name == recipe and not path.suffix and not path.exists()
-    shipped = importlib.resources.files("sskt.recipes").joinpath(f"{path.name}.toml")
-    try:
-        table = tomllib.loads((shipped if named else path).read_text("utf-8"))
-    except OSError as error:
-        raise MissingData(
-            f"cannot read recipe {recipe}: {error.strerror}; shipped: figure2"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {recipe} is not TOML: {error}") from error
-    if "row" in table:
-        raise InputError(f"recipe {recipe} is a table: sskt reproduce {recipe}")
+    table = load_recipe(recipe, "sweep")
     lists, panels = table.pop("sweep", {}), table.pop("panel", [{}])
     table.pop("title", None)
     if not isinstance(lists, dict) or not all(isinstance(p, dict) for p in panels) or not panels:
@@ -102,22 +91,11 @@ def read_figure(recipe: str) -> Figure:
     where = f"recipe {recipe}"
     read = [(str(p.get("name", "")), {k: v for k, v in p.items() if k != "name"}) for p in panels]
     return Figure(
-        _fields(table, where),
+        read_fields(table, where, OWN),
         _numbers(lists.get("temperature", TEMPERATURES), f"{where}: [sweep] temperature"),
         _numbers(lists.get("alpha", ALPHAS), f"{where}: [sweep] alpha"),
-        tuple((name, _fields(own, f"{where}: panel {name}")) for name, own in read),
+        tuple((name, read_fields(own, f"{where}: panel {name}", OWN)) for name, own in read),
     )
-
-
-def _fields(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in FIELDS or name in (*SWEPT, "seed", "out"):
-            known = [n for n in FIELDS if n not in (*SWEPT, "seed", "out")]
-            raise UnknownName(f"key in {where}", key, known)
-        found[name] = typed(name, value, where)
-    return found
 
 
 def _numbers(values: Any, where: str) -> tuple[float, ...]:

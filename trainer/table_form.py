@@ -13,8 +13,6 @@ def require_form(read: Mapping[str, Any], where: str) -> None:
 
     ``read``: the TOML, keys with ``_``. Fields of ``TrainConfig`` are not looked at.
     """
-    if "panel" in read:
-        raise InputError(f"{where} is a sweep's recipe; use sskt sweep")
     rows = read.get("row")
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
         raise InputError(f"{where}: expected row = [...], one {{ ... }} for each row of the paper")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
 from sskt.teacher_cache.source_names import SOURCES
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import FIELDS, TrainConfig
 from sskt.trainer.tables import (
     COLUMNS,
     TRAINING_SAMPLES,
@@ -22,6 +23,8 @@ from sskt.trainer.tables import (
 )
 
 if TYPE_CHECKING:
+    from sskt.teacher_cache.jobs import Job
+    from sskt.teacher_cache.store import LabelSet
     from sskt.teacher_cache.views import Views
 
 Bar = Callable[[str], Callable[[int, int], None]]
@@ -102,65 +105,47 @@ def label_bytes(text: str, samples: int | None, seeds: int, encoding: str) -> in
 
 def limited(config: TrainConfig, fraction: float, bar: Bar) -> TrainConfig:
     """The configuration on a fraction of its training split. Raises what ``open_target`` does."""
-    from sskt.teacher_cache.targets import open_target
+    from sskt.trainer.plan import open_split
 
     if config.limit is not None:
         raise InputError(
             f"--fraction and limit = {config.limit} (--set, or the recipe's) both say how many "
             "samples to train on; leave one out"
         )
-    target = open_target(
-        config.target,
-        config.split,
-        root=config.root,
-        download=config.download,
-        partial=config.partial,
-        decoder=config.decoder,
-        progress=bar("reading files"),
-    )
+    read = bar("reading files")
+    target = open_split(config, config.split, download=config.download, progress=read)
     return replace(config, limit=max(1, round(fraction * len(target))))
 
 
 def cache_labels(
-    wanted: LabelPass, cache: str, encoding: str, weights: Mapping[str, str], bar: Bar
+    wanted: LabelPass,
+    cache: str,
+    encoding: str,
+    weights: Mapping[str, str],
+    preprocessing: Mapping[str, str],
+    bar: Bar,
 ) -> dict[str, str]:
     """Labels what a pass lacks; the digest of the label set of each source.
 
-    weights: file by source. Sources whose labels are all there are not opened, unless their
-    weights are given: then these decide which label set is theirs. Raises what
-    ``sskt cache-teachers`` raises.
+    weights: file by source; preprocessing: ``key=value,...`` by source. Sources whose labels are
+    all there are not opened, unless one of these is given: it then decides which label set is
+    theirs. Raises what ``sskt cache-teachers`` raises.
     """
     from sskt.teacher_cache import stage
-    from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
-    from sskt.teacher_cache.places import open_cache
+    from sskt.teacher_cache.jobs import open_job_sources, open_job_views
+    from sskt.teacher_cache.places import is_served, open_cache
 
-    config = wanted.config
-    job = Job(
-        wanted.sources,
-        config.target,
-        cache,
-        split=config.split,
-        root=str(config.root) if config.root else None,
-        seeds=wanted.seeds,
-        policy=config.policy,
-        encoding=encoding,
-        limit=config.limit,
-        partial=config.partial,
-        decoder=config.decoder,
-        strict=config.strict_fingerprint,
-        download=config.download,
-        device=config.device,
-        workers=config.workers,
-        on_error=config.on_error,
-    )
-    open_cache(cache, make=True)
+    job = replace(_job(wanted, cache), encoding=encoding)
+    open_cache(cache, make=not is_served(cache))
     views = open_job_views(job, bar("reading files"))
-    there = {text: _stored(text, wanted.seeds, cache, views) for text in wanted.sources}
-    found = {t: digest for t, digest in there.items() if digest and t not in weights}
+    given = {*weights, *preprocessing}
+    there = {t: _found(t, cache, views) for t in wanted.sources if t not in given}
+    found = {t: s.digest for t, s in there.items() if s and _has_seeds(s, wanted.seeds)}
     todo = tuple(text for text in wanted.sources if text not in found)
     if todo:
-        files = tuple(f"{source_name(t)}={weights[t]}" for t in todo if t in weights)
-        job = replace(job, sources=todo, weights=files)
+        open_cache(cache, make=True)  # before sources are opened: a server's is not written to
+        files, how = by_name(todo, weights, "="), by_name(todo, preprocessing, ":")
+        job = replace(job, sources=todo, weights=tuple(files), preprocessing=tuple(how))
         opened = open_job_sources(job)
         sources, options = [one.source for one in opened], job.options(opened)
         report = stage.cache_teachers(
@@ -170,16 +155,89 @@ def cache_labels(
     return found
 
 
-def _stored(text: str, seeds: int, cache: str, views: Views) -> str | None:
-    from sskt.teacher_cache.catalog import find_label_set, require_seeds
+def by_name(sources: Iterable[str], given: Mapping[str, str], mark: str) -> list[str]:
+    """``NAME=FILE`` or ``NAME:key=value,...`` of those of the sources for which it is given."""
+    return [f"{source_name(text)}{mark}{given[text]}" for text in sources if text in given]
+
+
+def _job(wanted: LabelPass, cache: str) -> Job:
+    from sskt.teacher_cache.jobs import Job
+
+    config = wanted.config
+    return Job(
+        wanted.sources,
+        config.target,
+        cache,
+        split=config.split,
+        root=str(config.root) if config.root else None,
+        seeds=wanted.seeds,
+        policy=config.policy,
+        limit=config.limit,
+        partial=config.partial,
+        decoder=config.decoder,
+        strict=config.strict_fingerprint,
+        download=config.download,
+        device=config.device,
+        workers=config.workers,
+        on_error=config.on_error,
+    )
+
+
+def _found(text: str, cache: str, views: Views) -> LabelSet | None:
+    from sskt.teacher_cache.catalog import find_label_set
     from sskt.teacher_cache.zoo import parse_source
 
     try:
-        label_set = find_label_set(cache, parse_source(text), views)
-        require_seeds(label_set, seeds)
-    except (MissingData, SpecMismatch, IncompleteLabels):
+        return find_label_set(cache, parse_source(text, stored=True), views)
+    except (MissingData, SpecMismatch):
         return None
-    return label_set.digest
+
+
+def _has_seeds(label_set: LabelSet, seeds: int) -> bool:
+    from sskt.teacher_cache.catalog import require_seeds
+
+    try:
+        require_seeds(label_set, seeds)
+    except IncompleteLabels:
+        return False
+    return True
+
+
+def lacking_labels(config: TrainConfig) -> TrainConfig | None:
+    """The configuration with those of its sources only whose labels are not all in its cache.
+
+    Its ``seeds`` are those to cache. None if nothing is missing, or if labels come from a server.
+    Raises what ``open_target`` raises.
+    """
+    from sskt.teacher_cache.jobs import Job, open_job_views
+    from sskt.teacher_cache.places import is_served
+
+    cache = str(config.cache or "")
+    if not cache or is_served(cache):
+        return None
+    views = open_job_views(_job(LabelPass(config, tuple(config.source), 1), cache))
+    lacking: dict[str, int] = {}
+    for text in config.source:
+        label_set = _found(text, cache, views)
+        seeds = min(config.seeds or (label_set or Job).seeds, config.epochs)
+        if label_set is None or not _has_seeds(label_set, seeds):
+            lacking[text] = seeds
+    if not lacking:
+        return None
+    return replace(config, source=list(lacking), seeds=max(lacking.values()))
+
+
+def cache_command(wanted: LabelPass) -> str:
+    """The ``sskt cache-teachers`` that makes the labels of a pass."""
+    words = ["sskt", "cache-teachers"]
+    for text in wanted.sources:
+        words += ["--source", text.partition("#")[0]]
+    for name in _VIEWS:
+        value, option = getattr(wanted.config, name), f"--{name.replace('_', '-')}"
+        if value != FIELDS[name].default:
+            words += [option] if value is True else [option, str(value)]
+    words += ["--seeds", str(wanted.seeds), "--cache", str(wanted.config.cache)]
+    return shlex.join(words)
 
 
 def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
@@ -190,22 +248,12 @@ def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
 
 def require_test_split(config: TrainConfig, bar: Bar) -> None:
     """Raises ``MissingData`` before hours of labelling if the test split is not there."""
-    from sskt.teacher_cache.targets import evaluation_split, open_target
+    from sskt.trainer.plan import open_split, split_to_test
 
-    split = config.test_split
-    if split == "auto":
-        split = evaluation_split(config.target, config.split)
+    split = split_to_test(config)
     if split == "none":
         raise InputError("a table needs a test split: leave --set test_split=none out")
-    open_target(
-        config.target,
-        split,
-        root=config.root,
-        download=config.download,
-        partial=config.partial,
-        decoder=config.decoder,
-        progress=bar("reading files"),
-    )
+    open_split(config, split, download=config.download, progress=bar("reading files"))
 
 
 def require_networks(configs: Sequence[TrainConfig]) -> None:

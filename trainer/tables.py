@@ -9,15 +9,16 @@ fields for the rows of one target, ``sources`` (the paper's letters to source na
 from __future__ import annotations
 
 import fnmatch
-import importlib.resources
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.trainer.config import FIELDS, TrainConfig, make_config, typed
+from sskt.trainer.config import FIELDS, TrainConfig, make_config, read_fields, typed
+from sskt.trainer.recipe_files import Recipe, load_recipe, parse_recipe
 from sskt.trainer.table_form import require_form
 
 TARGET_LETTERS = {
@@ -54,6 +55,7 @@ _OWN = {
     "seed": "--runs N",
     "out": "--out",
     "cache": "--cache",
+    "labels": "--cache URL",
     "root": "--root",
     "weights": "--weights LETTER=FILE",
     "device": "--device",
@@ -151,44 +153,26 @@ def model_letters(model: str) -> str:
     return model.rsplit("/", 1)[-1]
 
 
-def table_names() -> list[str]:
-    """The tables that ship."""
-    folder = importlib.resources.files("sskt.recipes")
-    names = (p.name.removesuffix(".toml") for p in folder.iterdir())
-    return sorted(name for name in names if re.fullmatch(r"table\d+", name))
-
-
 def read_table(name: str) -> PaperTable:
     """A table that ships, or a TOML file of the same form.
 
     Raises ``UnknownName``, ``MissingData``, ``InputError`` (no TOML, wrong type, no rows).
     """
-    if name in table_names():
-        text = importlib.resources.files("sskt.recipes").joinpath(f"{name}.toml").read_text("utf-8")
-        return parse_table(name, text)
-    if not name.endswith(".toml"):
-        hint = "or a .toml file of the same form; figure 2 is sskt sweep figure2"
-        raise UnknownName("table", name, table_names(), hint)
-    from pathlib import Path
-
-    try:
-        text = Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MissingData(f"cannot read table {name}: {error}") from error
-    return parse_table(Path(name).stem, text)
+    return _table(Path(name).stem, load_recipe(name, "table"))
 
 
 def parse_table(name: str, text: str) -> PaperTable:
     """The table that a recipe's text describes. Raises ``InputError``, ``UnknownName``."""
-    try:
-        read = {k.replace("-", "_"): v for k, v in tomllib.loads(text).items()}
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"table {name} is not TOML: {error}") from error
+    return _table(name, parse_recipe(text, name, "table"))
+
+
+def _table(name: str, recipe: Recipe) -> PaperTable:
+    read = {k.replace("-", "_"): v for k, v in recipe.items()}
     require_form(read, f"table {name}")
-    base = _fields({k: v for k, v in read.items() if k not in _TABLE_KEYS}, f"table {name}")
+    base = read_fields({k: v for k, v in read.items() if k not in _TABLE_KEYS}, f"table {name}")
     on = {target: dict(fields) for target, fields in read.get("on", {}).items()}
     own_sources = {t: fields.pop("sources") for t, fields in on.items() if "sources" in fields}
-    shared = {t: _fields(f, f"table {name}, on.{t}") for t, f in on.items()}
+    shared = {t: read_fields(f, f"table {name}, on.{t}") for t, f in on.items()}
     rows = [
         _row(i + 1, given, base, shared, f"table {name}, row {i + 1}")
         for i, given in enumerate(read["row"])
@@ -208,16 +192,6 @@ def parse_table(name: str, text: str) -> PaperTable:
     return PaperTable(name, str(read.get("title", name)), sources, read.get("needs", {}), named)
 
 
-def _fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    values = {}
-    for key, value in given.items():
-        name = key.replace("-", "_")
-        if name not in FIELDS:
-            raise UnknownName(f"key in {where}", key, FIELDS)
-        values[name] = typed(name, value, where)
-    return values
-
-
 def _row(
     number: int,
     given: Mapping[str, Any],
@@ -226,7 +200,7 @@ def _row(
     where: str,
 ) -> Row:
     own = {k.replace("-", "_"): v for k, v in given.items()}
-    fields = _fields({k: v for k, v in own.items() if k not in _ROW_KEYS}, where)
+    fields = read_fields({k: v for k, v in own.items() if k not in _ROW_KEYS}, where)
     target = fields.get("target", base.get("target"))
     if target is None:
         raise InputError(f"{where}: expected a target and reported = a number in %")
