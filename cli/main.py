@@ -19,6 +19,8 @@ COMMANDS = {
     ),
     "compare": ("sskt.cli.comparing", "Runs side by side: table, curves, what exceeds chance."),
     "sweep": ("sskt.cli.sweeping", "Train over temperature and alpha, drawn as in figure 2."),
+    "serve": ("sskt.cli.serving", "One label store for a whole cluster, over HTTP."),
+    "token": ("sskt.cli.tokens", "Tokens of the label server: new, list, revoke."),
     "ls": ("sskt.cli.listing", "List the label sets of a cache."),
     "inspect": (
         "sskt.cli.inspecting",

@@ -1,0 +1,1 @@
+"""The label server: one label store, shared by a whole cluster over HTTP."""

@@ -1,0 +1,88 @@
+"""The server's log: one line an event on standard error, JSON or text.
+
+What comes from a client is never printed raw: a line of the log is a line, whatever was sent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+from urllib.parse import quote
+
+REQUEST_ID: ContextVar[str] = ContextVar("sskt_request_id", default="")
+"""The request that is being answered; every line that is logged meanwhile names it."""
+
+FIELDS = ("method", "path", "status", "seconds", "bytes", "client", "token")
+"""What a request's line carries beside the others (``extra=`` of the logging call)."""
+
+_LONGEST_PATH = 1024
+_CONTROL = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\U0010ffff]")
+
+
+def log_config(style: str = "json", level: str = "INFO") -> dict[str, Any]:
+    """For ``logging.config.dictConfig`` and uvicorn's ``log_config``. style: json or text."""
+    formatter = TextLines if style == "text" else JsonLines
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"()": formatter}},
+        "handlers": {
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "stream": "ext://sys.stderr",
+                "formatter": "line",
+            }
+        },
+        "root": {"level": "WARNING", "handlers": ["stderr"]},
+        "loggers": {"sskt": {"level": level}, "uvicorn": {"level": level}},
+    }
+
+
+def shown_path(scope: Mapping[str, Any]) -> str:
+    """A request's path as it was sent, percent-encoded, without the query."""
+    raw = scope.get("raw_path") or str(scope["path"]).encode("utf-8", "replace")
+    return quote(raw, safe="%/:@!$&'()*+,;=~")[:_LONGEST_PATH]
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, message, request_id and ``FIELDS``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(_facts(self, record), default=str)
+
+
+class TextLines(logging.Formatter):
+    """The same for people; tracebacks on lines of their own, marked by a bar."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = _facts(self, record)
+        traceback = facts.pop("traceback", "")
+        head = [_tame(str(facts.pop(name))) for name in ("time", "level", "message")]
+        rest = [f"{name}={_tame(str(value))}" for name, value in facts.items()]
+        lines = [" ".join([*head, *rest])]
+        return "\n".join(lines + [f"  | {_tame(line)}" for line in traceback.splitlines()])
+
+
+def _facts(formatter: logging.Formatter, record: logging.LogRecord) -> dict[str, Any]:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    facts: dict[str, Any] = {
+        "time": f"{seconds}.{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+        "message": record.getMessage(),
+    }
+    request_id = getattr(record, "request_id", "") or REQUEST_ID.get()
+    if request_id:
+        facts["request_id"] = request_id
+    facts |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+    if record.exc_info:
+        facts["traceback"] = formatter.formatException(record.exc_info)
+    return facts
+
+
+def _tame(text: str) -> str:
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

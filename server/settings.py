@@ -1,0 +1,57 @@
+"""What a label server is told; handed to its worker processes through the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+VARIABLE = "SSKT_SERVER"
+"""Environment variable that carries the settings to the workers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``sskt serve``, and its run folder.
+
+    cache: folder or URL of the label sets. run: temporary folder shared by this server's
+    processes. memory: GiB of decoded slabs for batches, shared by all workers. queue: shards that
+    may wait to be computed. wait_seconds: how long a request waits for one. max_ids, max_body
+    (bytes): of one batch. max_requests, max_requests_each: at once, of a worker and of one client
+    of it (a token from one address). header_seconds, body_seconds: for a client to send them.
+    request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
+    for so long is cut off.
+    log: json or text. root: where targets lie now, for the sample browser and for computing.
+    """
+
+    cache: str
+    run: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    token_file: str | None = None
+    on_demand: bool = False
+    device: str = "auto"
+    root: str | None = None
+    log: str = "json"
+    queue: int = 64
+    wait_seconds: float = 20
+    memory: float = 2.0
+    max_ids: int = 65536
+    max_body: int = 2**20
+    max_requests: int = 64
+    max_requests_each: int = 16
+    max_connections: int = 16384
+    header_seconds: float = 20
+    body_seconds: float = 30
+    request_seconds: float = 60
+    send_seconds: float = 60
+
+    def as_json(self) -> str:
+        """For ``from_environment``."""
+        return json.dumps(asdict(self))
+
+
+def from_environment() -> Settings:
+    """The settings that the supervisor has put into the environment."""
+    return Settings(**json.loads(os.environ[VARIABLE]))

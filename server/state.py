@@ -1,0 +1,121 @@
+"""What the routes of one worker share: label sets, tokens, slabs, metrics, the queue."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import HTTPConnection
+
+from sskt.server.metrics import Metrics
+from sskt.server.problems import Problem
+from sskt.server.settings import Settings
+from sskt.server.shard_queue import Queue
+from sskt.server.slabs import Slabs
+from sskt.server.tokens import Tokens
+from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.metadata import GROUP
+from sskt.teacher_cache.places import Place, open_cache
+from sskt.teacher_cache.store import LabelSet, open_label_set
+
+FRESH_SECONDS = 1.0
+"""How long a look at the cache's folders holds."""
+
+
+@dataclass
+class Sets:
+    """The label sets of a cache, opened once and again when their metadata changes.
+
+    A damaged set hides no other: it is named in ``damaged`` with the reason.
+    """
+
+    home: Place
+    damaged: dict[str, str] = field(default_factory=dict)
+    _open: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = field(default_factory=dict)
+    _looked: float = -FRESH_SECONDS
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def all(self) -> list[LabelSet]:
+        """All readable sets by name. Raises ``SsktError`` if the cache cannot be listed."""
+        with self._guard:
+            if time.monotonic() - self._looked >= FRESH_SECONDS:
+                self._look()
+            return [label_set for _, label_set in self._open.values()]
+
+    def get(self, name: str) -> LabelSet:
+        """The set of that name, or the only one whose digest starts so. Raises ``Problem`` 404."""
+        sets = self.all()
+        for label_set in sets:
+            if label_set.name == name:
+                return label_set
+        fitting = [s for s in sets if len(name) >= 6 and s.digest.startswith(name)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if name in self.damaged:
+            raise Problem(500, "label set damaged", self.damaged[name])
+        raise Problem(404, "no such label set", f"no label set {name!r}; /v1/label-sets lists them")
+
+    def peek(self, name: str) -> LabelSet | None:
+        """The set of that name as last seen: never waits, looks again in the background."""
+        if time.monotonic() - self._looked >= FRESH_SECONDS and not self._guard.locked():
+            threading.Thread(target=self._look_again, name="sskt-look", daemon=True).start()
+        known = self._open.get(name)
+        return known[1] if known else None
+
+    def _look_again(self) -> None:
+        with contextlib.suppress(SsktError):  # who asks for a listing is told
+            self.all()
+
+    def _look(self) -> None:
+        opened: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = {}
+        damaged: dict[str, str] = {}
+        for name in self.home.folders():
+            place = self.home.below(name)
+            try:
+                metadata = (place.read(GROUP), place.read(f"view_check/{GROUP}"))
+                known = self._open.get(name)
+                same = known is not None and known[0] == metadata
+                opened[name] = known if known and same else (metadata, open_label_set(place))
+            except FileNotFoundError:  # no set, or one being made or removed
+                continue
+            except SsktError as error:
+                damaged[name] = str(error)
+        self._open, self.damaged, self._looked = opened, damaged, time.monotonic()
+
+
+@dataclass
+class State:
+    """Everything that outlives a request."""
+
+    settings: Settings
+    home: Place
+    sets: Sets
+    metrics: Metrics
+    tokens: Tokens | None
+    slabs: Slabs
+    on_demand: Queue | None
+
+
+def make_state(settings: Settings) -> State:
+    """Opens what the settings name. Raises ``InputError``, ``MissingData``."""
+    run = Path(settings.run)
+    metrics = Metrics(run)
+    home = open_cache(settings.cache)
+    return State(
+        settings,
+        home,
+        Sets(home),
+        metrics,
+        Tokens(Path(settings.token_file)) if settings.token_file else None,
+        Slabs(run / "slabs", int(settings.memory * 2**30), metrics),
+        Queue(run / "queue", settings.queue) if settings.on_demand else None,
+    )
+
+
+def state_of(request: HTTPConnection) -> State:
+    """The state of the application that a request came to."""
+    state: State = request.app.state.sskt
+    return state
