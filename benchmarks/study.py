@@ -31,7 +31,6 @@ from sskt.trainer.runs import run_training
 from sskt.trainer.summary import mean_std, result_of
 
 RUNS = 3
-VIEW_SEEDS = 8
 IN, PL = "imagenet", "places365"
 
 
@@ -39,7 +38,8 @@ IN, PL = "imagenet", "places365"
 class Study:
     """Rows of one target that share everything but what is named in a row.
 
-    Rows in ``once`` are trained with one seed only. The sources see ``size`` pixels.
+    Rows in ``once`` are trained with one seed only. The sources see ``size`` pixels, and
+    ``view_seeds`` views of each sample are cached.
     """
 
     title: str
@@ -48,6 +48,7 @@ class Study:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     size: int = 74
+    view_seeds: int = 8
 
 
 def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
@@ -92,6 +93,21 @@ STUDIES = {
             "I, alpha 1": sskt(IN, alpha=1.0),
         },
         size=96,
+    ),
+    "cifar5k": Study(
+        "CIFAR-10, 5,000 images (500 a class), 15 epochs",
+        "cifar10",
+        {"policy": "pad-crop-flip", "limit": 5000, "epochs": 15, "batch_size": 64, "lr": 0.05},
+        {"scratch": {}, "I": sskt(IN), "P+I, TM": sskt(PL, IN, tm=True)},
+        view_seeds=4,
+    ),
+    "cifar50k": Study(
+        "CIFAR-10, all 50,000 images, 5 epochs",
+        "cifar10",
+        {"policy": "pad-crop-flip", "epochs": 5, "batch_size": 128, "lr": 0.1},
+        {"scratch": {}, "P+I, TM": sskt(PL, IN, tm=True)},
+        ("scratch", "P+I, TM"),
+        view_seeds=2,
     ),
 }
 
@@ -168,7 +184,7 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
               limit=study.base.get("limit"), device=device)  # fmt: skip
     opened = open_job_sources(job)
     views = open_job_views(job)
-    report = cache_teachers(views, [o.source for o in opened], job.how, VIEW_SEEDS, job.cache,
+    report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,
                             job.options(opened))  # fmt: skip
     print(f"{cache}: {report.written} labels written, {report.reused} were there", flush=True)
 
@@ -187,7 +203,7 @@ def configs(
                 seed=seed,
                 out=place,
                 cache=cache if fields.get("source") else None,
-                seeds=VIEW_SEEDS,
+                seeds=study.view_seeds,
                 eval_every=study.base["epochs"] // 2,
                 save_minutes=0,
                 device=device,

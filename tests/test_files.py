@@ -1,0 +1,288 @@
+"""The store over HTTP: every byte for any Zarr client, ranges, tags, nothing outside the cache."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from servers import serving
+
+from sskt.server.files import open_local, ranges, valid_key
+from sskt.server.problems import Problem
+from sskt.teacher_cache.store import list_label_sets
+
+
+@pytest.fixture(scope="module")
+def cache(label_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the label cache with things beside it that nobody may read."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(label_cache, folder / "cache")
+    (folder / "secret.txt").write_text("secret")
+    (folder / "cache" / "set" / "c").mkdir(parents=True)
+    (folder / "cache" / "set" / "link").symlink_to(folder / "secret.txt")
+    (folder / "cache" / "set" / "folder").symlink_to(folder)
+    (folder / "cache" / "set" / "x.0123.partial").write_text("half")
+    (folder / "cache" / "set" / ".hidden").write_text("hidden")
+    (folder / "cache" / ".locks").mkdir(exist_ok=True)
+    (folder / "cache" / ".locks" / "x.lock").write_text("lock")
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def url(cache: Path) -> Iterator[str]:
+    with serving(cache) as address:
+        yield address
+
+
+def get(
+    url: str, path: str, method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """The path is sent as it is, dots and all."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    named = {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request(method, path, headers=named)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
+
+
+def test_every_file_is_served_byte_for_byte(cache: Path, url: str) -> None:
+    (label_set,) = list_label_sets(cache)
+    files = [p for p in label_set.path.rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for path in files:
+        key = path.relative_to(cache).as_posix()
+        status, headers, body = get(url, f"/zarr/{key}")
+        assert (status, body) == (200, path.read_bytes()), key
+        assert headers["accept-ranges"] == "bytes"
+        immutable = "immutable" in headers["cache-control"]
+        assert immutable == (path.name != "zarr.json"), key
+        status, looked, body = get(url, f"/zarr/{key}", "HEAD")
+        assert (status, body) == (200, b"")
+        assert looked["content-length"] == str(path.stat().st_size)
+        assert looked["etag"] == headers["etag"]
+        assert get(url, f"/zarr/{key}", If_None_Match=headers["etag"])[::2] == (304, b"")
+
+
+def first_shard(cache: Path) -> tuple[str, bytes]:
+    (label_set,) = list_label_sets(cache)
+    path = label_set.commit_path(label_set.shard(0, 0))
+    return f"/zarr/{path.relative_to(cache).as_posix()}", path.read_bytes()
+
+
+def test_ranges_over_the_wire(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    size = len(data)
+    for asked, part in (
+        ("bytes=0-0", data[:1]),
+        ("bytes=5-99", data[5:100]),
+        (f"bytes={size - 3}-{size + 100}", data[-3:]),
+        ("bytes=-10", data[-10:]),
+        (f"bytes=-{size + 5}", data),
+        ("bytes=7-", data[7:]),
+    ):
+        status, headers, body = get(url, key, Range=asked)
+        assert (status, body) == (206, part), asked
+        assert headers["content-range"].endswith(f"/{size}")
+    for asked in (f"bytes={size}-", "bytes=-0", f"bytes={10**30}-"):
+        status, headers, body = get(url, key, Range=asked)
+        assert (status, headers["content-range"]) == (416, f"bytes */{size}"), asked
+    for asked in ("bytes=9-2", "items=0-1", "bytes=0-1,5-6", "bytes=-", "bytes=a-b", ""):
+        assert get(url, key, Range=asked)[::2] == (200, data), asked
+
+
+def test_a_part_of_another_version_is_never_given(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    tag = get(url, key)[1]["etag"]
+    assert not tag.startswith("W/")
+    assert get(url, key, Range="bytes=4-", If_Range=tag)[::2] == (206, data[4:])
+    assert get(url, key, Range="bytes=4-", If_Range='"other"')[::2] == (200, data)
+    path = cache / key.removeprefix("/zarr/")
+    path.rename(path.with_name("kept"))
+    path.write_bytes(data)
+    try:
+        assert get(url, key, Range="bytes=4-", If_Range=tag)[::2] == (200, data)
+        assert get(url, key, If_None_Match=tag)[0] == 200
+    finally:
+        path.with_name("kept").replace(path)
+
+
+DOTS = ("..", "%2e%2e", "%2E.", "..%00", "..;", "%252e%252e", "%c0%ae%c0%ae", "%ef%bc%8e%ef%bc%8e")
+SLASHES = ("/", "%2f", "%5c", "\\", "//", "/./", "%252f", "%c0%af")
+
+
+def test_nothing_outside_the_cache(cache: Path, url: str) -> None:
+    (label_set,) = list_label_sets(cache)
+    tried = [
+        f"/zarr/{label_set.name}{slash}{dots}{slash}{dots}{slash}secret.txt"
+        for dots in DOTS
+        for slash in SLASHES
+    ]
+    tried += [f"/zarr{slash}{dots}{slash}secret.txt" for dots in DOTS for slash in SLASHES]
+    tried += [
+        "/zarr/set/link",
+        "/zarr/set/folder/secret.txt",
+        "/zarr/set/x.0123.partial",
+        "/zarr/set/.hidden",
+        "/zarr/.locks/x.lock",
+        "/zarr/set",
+        "/zarr/set/c",
+        "/zarr/",
+        "/zarr//etc/passwd",
+        "/zarr/%2fetc%2fpasswd",
+        f"/zarr/{label_set.name}//zarr.json",
+        "/zarr/" + "a" * 5000 + "/b",
+        "/zarr/" + "a/" * 2000 + "b",
+    ]
+    for path in tried:
+        status, _, body = get(url, path)
+        assert status in (400, 404), path
+        assert b"secret" not in body.replace(b"secret.txt", b""), path
+        assert not {b"half", b"hidden", b"lock"} & {body}, path
+
+
+def test_only_reading(cache: Path, url: str) -> None:
+    key, _ = first_shard(cache)
+    for method in ("PUT", "POST", "DELETE", "PATCH", "MKCOL", "PROPFIND"):
+        status, _, body = get(url, key, method)
+        assert status in (400, 405), method
+        assert b"Traceback" not in body
+
+
+@given(st.text(max_size=40), st.integers(0, 10**6))
+def test_any_range_header_is_a_part_or_refused(header: str, size: int) -> None:
+    try:
+        found = ranges(header, size)
+    except Problem as problem:
+        assert problem.status == 416
+        return
+    assert found is None or 0 <= found[0] < found[1] <= size
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 1000))
+def test_a_range_is_what_it_says(first: int, last: int, size: int) -> None:
+    data = np.arange(size)
+    if first <= last and first < size:
+        start, stop = ranges(f"bytes={first}-{last}", size) or (0, 0)
+        assert (data[start:stop] == data[first : last + 1]).all() and stop - start >= 1
+
+
+@given(st.text(alphabet="ab./\\%\0~", max_size=12))
+def test_keys_never_climb(path: str) -> None:
+    key = valid_key(path)
+    if key is not None:
+        parts = key.split("/")
+        assert all(part and not part.startswith(".") for part in parts)
+        assert "\0" not in key and "\\" not in key
+
+
+def test_a_link_out_is_no_file(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "root-other"
+    for folder in (root / "a", outside):
+        folder.mkdir(parents=True)
+    (outside / "x").write_bytes(b"x")
+    (root / "a" / "in").write_bytes(b"12345")
+    (root / "a" / "out").symlink_to(outside / "x")
+    (root / "a" / "within").symlink_to(root / "a" / "in")
+    assert open_local(root, "a/out") is None
+    assert open_local(root, "a") is None
+    for name in ("in", "within"):
+        file = open_local(root, f"a/{name}")
+        assert file is not None and file.size == 5
+        file.close()
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    file = open_local(linked, "a/in")
+    assert file is not None
+    file.close()
+
+
+def arrays(cache: Path) -> Iterator[tuple[str, Any]]:
+    import zarr
+
+    (label_set,) = list_label_sets(cache)
+    for name in label_set.arrays:
+        found = zarr.open_array(label_set.path / name, mode="r")
+        yield f"{label_set.name}/{name}", np.asarray(found[:])
+
+
+def test_zarr_over_obstore(cache: Path, url: str) -> None:
+    import zarr
+    from obstore.store import HTTPStore
+    from zarr.storage import ObjectStore
+
+    store = ObjectStore(
+        HTTPStore.from_url(f"{url}/zarr", client_options={"allow_http": True}), read_only=True
+    )
+    for path, expected in arrays(cache):
+        found = zarr.open_array(store, path=path, mode="r")
+        assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_zarr_over_fsspec(cache: Path, url: str) -> None:
+    import zarr
+    from zarr.storage import FsspecStore
+
+    store = FsspecStore.from_url(f"{url}/zarr", read_only=True)
+    for path, expected in arrays(cache):
+        found = zarr.open_array(store, path=path, mode="r")
+        assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_tensorstore(cache: Path, url: str) -> None:
+    import tensorstore
+
+    for path, expected in arrays(cache):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "http", "base_url": f"{url}/zarr/{path}/"}}
+        found = tensorstore.open(spec, read=True).result().read().result()
+        assert np.array_equal(found, expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -> None:
+    """Many clients ask for a big file and take nothing: each costs a piece, not the file."""
+    import socket
+
+    psutil = pytest.importorskip("psutil")
+    big = cache / "set" / "big"
+    size, clients = 64 * 2**20, 12
+    with big.open("wb") as file:
+        file.truncate(size)
+    where = urlsplit(url)
+    address = (where.hostname, where.port)
+
+    def memory() -> int:
+        found = 0
+        for process in psutil.process_iter(["net_connections"]):
+            for held in process.info["net_connections"] or ():
+                if held.status == "LISTEN" and held.laddr.port == where.port:
+                    found = max(found, process.memory_info().rss)
+        return found
+
+    before = memory()
+    assert before
+    held = []
+    try:
+        for _ in range(clients):
+            one = socket.create_connection(address)
+            one.sendall(b"GET /zarr/set/big HTTP/1.1\r\nHost: x\r\n\r\n")
+            held.append(one)
+        assert all(one.recv(15) == b"HTTP/1.1 200 OK" for one in held)
+        deadline = time.monotonic() + 0.5
+        peak = 0
+        while time.monotonic() < deadline:
+            peak = max(peak, memory())
+        assert peak - before < size, (before, peak)
+    finally:
+        for one in held:
+            one.close()
+        big.unlink()
