@@ -128,9 +128,7 @@ class Run:
 
 
 @contextmanager
-def launched(
-    folder: Path, steps: Sequence[str] = CHANGES, seconds: int = 60
-) -> Iterator[Launcher]:
+def launched(folder: Path, steps: Sequence[str] = CHANGES, seconds: int = 60) -> Iterator[Launcher]:
     """A launcher for the time of a test module; ``seconds``: what takes longer is killed."""
     launcher = Launcher(folder, steps, seconds)
     try:

@@ -321,6 +321,23 @@ def test_what_a_killed_process_had_goes_on_where_it_was(
     assert [r[2] for r in shard_requests(seen, 206)] == [f"bytes={there}-"]
 
 
+def test_what_was_begun_is_not_joined_to_another_file(
+    large: Path, label_cache: Path, tmp_path: Path
+) -> None:
+    cache, port = shutil.copytree(large, tmp_path / "labels"), free_port()
+    with serving(cache, port=port):
+        proxy = Proxy(port)
+        proxy.treat = lambda sent, data: None if sent > 90_000 else data
+        with pytest.raises(InputError, match="did not for 0 minutes"):
+            fetched(proxy.url, tmp_path / "node", wait_minutes=0).read(0, 0, ROWS)
+        assert list(tmp_path.rglob("*.partial"))
+        shutil.rmtree(only(cache).path)
+        fill(cache, only(label_cache), 1)
+        proxy.treat = lambda sent, data: data
+        assert same(fetched(proxy.url, tmp_path / "node"), only(cache))
+        proxy.close()
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_a_byte_that_flips_on_the_way_is_found(
     large: Path, tmp_path: Path, proxied: tuple[Proxy, Served], always: bool
