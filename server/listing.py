@@ -6,6 +6,7 @@ import asyncio
 from importlib.metadata import version
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
@@ -14,6 +15,7 @@ from sskt.server.on_demand import why_not
 from sskt.server.openapi import problems
 from sskt.server.problems import Problem, problem_of
 from sskt.server.state import State, state_of
+from sskt.server.surveys import survey
 from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.label_set import LabelSet
 from sskt.teacher_cache.verify import summary
@@ -100,11 +102,7 @@ async def show_coverage(name: SetName, request: Request) -> Response:
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
-        label_set.place.refresh()
-        stored: list[list[int]] = [[] for _ in range(label_set.seeds)]
-        for shard in label_set.shards(range(label_set.seeds)):
-            if label_set.has(shard):
-                stored[shard.seed].append(shard.block)
+        stored = [np.flatnonzero(blocks).tolist() for blocks in survey(label_set).stored]
         return {
             "seeds": label_set.seeds,
             "samples": label_set.samples,
@@ -235,10 +233,9 @@ def arrays_of(label_set: LabelSet) -> dict[str, Any]:
 
 
 def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
-    label_set.place.refresh()
-    return summary(label_set) | {
-        "on_demand": state.on_demand is not None and not why_not(label_set)
-    }
+    found = survey(label_set)
+    computed = state.on_demand is not None and not why_not(label_set)
+    return summary(label_set, (found.shares.tolist(), found.bytes)) | {"on_demand": computed}
 
 
 async def _told(found: Any) -> Response:

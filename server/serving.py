@@ -138,6 +138,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # clients may queue while the workers start
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(

@@ -294,7 +294,7 @@ class Server:
 
     def _take(self) -> http.client.HTTPConnection:
         with self._guard:
-            if False:  # a child must not talk over its parent's sockets
+            if self._process != os.getpid():  # a child must not talk over its parent's sockets
                 self._process, self._busy = os.getpid(), set()
                 _close_all(self._idle)
             connection = self._idle.pop() if self._idle else self._new()

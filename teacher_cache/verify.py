@@ -272,9 +272,10 @@ def recompute(
     return replace(report, recomputed=done, worst_distance=worst, problems=problems)
 
 
-def summary(label_set: LabelSet) -> dict[str, Any]:
-    """What ``sskt ls`` shows of a set."""
+def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) -> dict[str, Any]:
+    """What ``sskt ls`` shows of a set. ``stored``: coverage and bytes, where they are known."""
     spec = label_set.spec
+    coverage, size = stored or (label_set.coverage(), label_set.stored_bytes())
     return {
         "name": label_set.name,
         "digest": label_set.digest,
@@ -284,7 +285,7 @@ def summary(label_set: LabelSet) -> dict[str, Any]:
         "encoding": str(label_set.encoding),
         "classes": len(label_set.classes),
         "seeds": label_set.seeds,
-        "coverage": label_set.coverage(),
-        "bytes": label_set.stored_bytes(),
+        "coverage": coverage,
+        "bytes": size,
         "error": label_set.attributes.get("error"),
     }

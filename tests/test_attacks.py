@@ -758,6 +758,23 @@ def test_errors_do_not_tell_where_things_lie(server: Attacked, cache: Path, name
     assert not leaks
 
 
+def test_a_cache_out_of_reach_is_told_without_its_path(server: Attacked, cache: Path) -> None:
+    """As when a disk of the network is gone: whoever asks is told to come back."""
+    away = cache.with_name("away")
+    cache.rename(away)
+    try:
+        end = time.monotonic() + WAIT
+        while server.get("/readyz").status != 503:  # what was seen last holds for a second
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        for path in ("/readyz", "/v1/label-sets", "/v1/server", "/"):
+            answer = server.get(path)
+            assert answer.status == 503 and "retry-after" in answer.headers, path
+            assert str(cache).encode() not in answer.body, path
+    finally:
+        away.rename(cache)
+
+
 # Slow clients and many of them
 
 
