@@ -102,12 +102,12 @@ STUDIES = {
         view_seeds=4,
     ),
     "cifar50k": Study(
-        "CIFAR-10, all 50,000 images, 5 epochs",
+        "CIFAR-10, all 50,000 images, 3 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "epochs": 5, "batch_size": 128, "lr": 0.1},
-        {"scratch": {}, "P+I, TM": sskt(PL, IN, tm=True)},
-        ("scratch", "P+I, TM"),
-        view_seeds=2,
+        {"policy": "pad-crop-flip", "epochs": 3, "batch_size": 128, "lr": 0.1},
+        {"scratch": {}, "I": sskt(IN)},
+        ("scratch", "I"),
+        view_seeds=1,
     ),
 }
 
@@ -176,10 +176,12 @@ def manifest(data: Path, path: Path) -> Path:
 
 
 def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> None:
-    sources = (
-        f"{IN}:efficientnet_lite0@{study.size}",
-        f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
-    )
+    known = {
+        IN: f"{IN}:efficientnet_lite0@{study.size}",
+        PL: f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
+    }
+    used = {name for row in study.rows.values() for name in row.get("source", ())}
+    sources = tuple(known[name] for name in known if name in used)
     job = Job(sources, str(target), str(cache), policy=study.base["policy"],
               limit=study.base.get("limit"), device=device)  # fmt: skip
     opened = open_job_sources(job)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from sskt.server import batch, files, listing, on_demand, status
-from sskt.server.gate import Gate
+from sskt.server.gate import OPEN, Gate
 from sskt.server.parent import end_with_parent
 from sskt.server.problems import Problem, problem_of, problem_response
 from sskt.server.settings import Settings, from_environment
@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> ASGIApp:
         openapi_url="/v1/openapi.json",
     )
     app.state.sskt = state = make_state(settings)
-    for part in (listing, batch, on_demand, files, status):
+    for part in (on_demand, listing, batch, files, status):
         app.include_router(part.router)
     app.include_router(listing.health)
     status.mount_static(app)
@@ -101,7 +101,10 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 "description": "For browsers: any name, the token as password.",
             },
         }
-        described["security"] = [{}, {"bearer": []}, {"basic": []}]
+        free = [] if app.state.sskt.tokens else [{}]
+        described["security"] = [*free, {"bearer": []}, {"basic": []}]
+        for path in OPEN:
+            described["paths"][path]["get"]["security"] = []
         for name in ("HTTPValidationError", "ValidationError"):
             components.get("schemas", {}).pop(name, None)
         app.openapi_schema = described

@@ -35,6 +35,7 @@ PIECE = 2**20
 """Bytes of a file in memory for each answer: a slow client holds no more."""
 IMMUTABLE = "public, max-age=31536000, immutable"
 MUTABLE = "no-cache"
+RETRY = {"Retry-After": "5"}
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
@@ -135,15 +136,17 @@ class RemoteFile:
 async def open_file(home: Place, key: str) -> File | None:
     """What is stored under a key of the cache, None if nothing is."""
     if isinstance(home, LocalPlace):
-        return open_local(home.path, key)
+        local = open_local(home.path, key)
+        if local is None and not home.path.is_dir():  # a lost mount is no missing shard
+            raise Problem(503, "cache out of reach", "the cache's folder is gone", RETRY)
+        return local
     from sskt.teacher_cache.cloud import BucketPlace
 
     assert isinstance(home, BucketPlace)
     try:
         found = await asyncio.to_thread(home.entity, key)
     except SsktError as error:
-        again = {"Retry-After": "5"}
-        raise Problem(503, "the bucket does not answer", str(error), again) from error
+        raise Problem(503, "the bucket does not answer", str(error), RETRY) from error
     return RemoteFile(home, key, *found) if found else None
 
 

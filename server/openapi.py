@@ -19,7 +19,7 @@ SCHEMA: dict[str, Any] = {
         "request_id": {"type": "string"},
     },
 }
-ALWAYS = (401, 403, 408, 413, 422, 429, 500, 503)
+ALWAYS = (400, 401, 403, 408, 413, 422, 429, 500, 503)
 """What the gate may answer to any request."""
 
 

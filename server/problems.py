@@ -19,6 +19,8 @@ from sskt.teacher_cache.errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+LONGEST = 1000
+"""Characters of a detail: an error that names what was asked for is no copy of it."""
 DAMAGED = "label set damaged"
 
 
@@ -34,14 +36,18 @@ class Problem(Exception):
         **more: Any,
     ) -> None:
         super().__init__(detail)
-        self.status, self.title, self.detail = status, title, detail
+        self.status, self.title, self.detail = status, title, _short(detail)
         self.headers, self.more = dict(headers or {}), more
 
     def document(self, instance: str = "", request_id: str = "") -> dict[str, Any]:
         """The JSON object."""
         about = {"type": "about:blank", "title": self.title, "status": self.status}
-        named = {"detail": self.detail, "instance": instance, "request_id": request_id}
+        named = {"detail": self.detail, "instance": _short(instance), "request_id": request_id}
         return about | {key: value for key, value in named.items() if value} | self.more
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def problem_response(problem: Problem, request_id: str = "", instance: str = "") -> Response:

@@ -140,6 +140,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and _has_body(self.headers):
             # httptools would take the body for the next request.
             raise ValueError("a body under an upgrade")
+        version = self.parser.get_http_version()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if version not in ("1.0", "1.1") or hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise ValueError("no request of HTTP/1.1 (RFC 9112, 2.3 and 3.2)")
         super().on_headers_complete()
         self._stop_head_timer()
 
@@ -158,6 +162,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_later()
+        elif self._in_head and self._idle():
+            self._await_head()
 
     def timeout_keep_alive_handler(self) -> None:
         """Nothing was asked for a while."""

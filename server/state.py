@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from sskt.teacher_cache.store import LabelSet, open_label_set
 
 FRESH_SECONDS = 1.0
 """How long a look at the cache's folders holds."""
+
+_log = logging.getLogger("sskt.state")
 
 
 @dataclass
@@ -66,13 +69,19 @@ class Sets:
         return known[1] if known else None
 
     def _look_again(self) -> None:
-        with contextlib.suppress(SsktError):  # who asks for a listing is told
+        with contextlib.suppress(SsktError, Problem):  # who asks for a listing is told
             self.all()
 
     def _look(self) -> None:
         opened: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = {}
         damaged: dict[str, str] = {}
-        for name in self.home.folders():
+        try:
+            names = self.home.folders()
+        except SsktError as error:
+            _log.warning("the cache cannot be listed: %s", error)
+            detail = "the cache cannot be listed; the server's log says why"
+            raise Problem(503, "cache out of reach", detail, {"Retry-After": "5"}) from error
+        for name in names:
             place = self.home.below(name)
             try:
                 metadata = (place.read(GROUP), place.read(f"view_check/{GROUP}"))
@@ -82,7 +91,10 @@ class Sets:
             except FileNotFoundError:  # no set, or one being made or removed
                 continue
             except SsktError as error:
-                damaged[name] = str(error)
+                # Where the cache lies on this machine is for the log only.
+                damaged[name] = str(error).replace(self.home.where(name), name)
+                if damaged[name] != self.damaged.get(name):
+                    _log.warning("label set %s cannot be read: %s", name, error)
         self._open, self.damaged, self._looked = opened, damaged, time.monotonic()
 
 

@@ -280,7 +280,7 @@ def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) 
         "name": label_set.name,
         "digest": label_set.digest,
         "target": spec["target"],
-        "source": {k: spec["source"][k] for k in ("name", "arch", "precision")},
+        "source": {k: spec["source"].get(k) for k in ("name", "arch", "precision")},
         "views": spec["views"],
         "encoding": str(label_set.encoding),
         "classes": len(label_set.classes),

@@ -286,3 +286,15 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
         for one in held:
             one.close()
         big.unlink()
+
+
+def test_a_cache_that_is_gone_is_no_missing_shard(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    away = cache.with_name("away")
+    cache.rename(away)
+    try:
+        status, headers, _ = get(url, key)
+        assert status == 503 and headers["retry-after"] == "5"
+    finally:
+        away.rename(cache)
+    assert get(url, key)[2] == data

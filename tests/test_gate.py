@@ -480,11 +480,11 @@ LARGE = {
     "many headers": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (MAX_HEADERS + 1) + b"\r\n",
     "blank lines": b"\r\n" * MAX_HEAD,
     "an endless trailer": (
-        b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nA: "
+        b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nA: "
         + b"a" * 4 * MAX_HEAD
     ),
     "many trailers": (
-        b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
         + b"a: b\r\n" * MAX_HEAD
     ),
 }
