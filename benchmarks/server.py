@@ -34,7 +34,7 @@ import psutil
 
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.label_set import LabelSet
-from sskt.teacher_cache.sources import classes_identity
+from sskt.teacher_cache.spec import classes_identity
 from sskt.teacher_cache.store import create_label_set
 
 SAMPLES, CLASSES, SEEDS = 40960, 1000, 2

@@ -69,7 +69,8 @@ def ls(
     damaged.
     """
     from sskt.teacher_cache.catalog import choose_all
-    from sskt.teacher_cache.verify import Reopen, summary
+    from sskt.teacher_cache.store import summary
+    from sskt.teacher_cache.verify import Reopen
 
     if cache is None and sets and "://" in sets[0]:
         cache, sets = sets[0], sets[1:]

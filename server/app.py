@@ -101,7 +101,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 "description": "For browsers: any name, the token as password.",
             },
         }
-        free = [] if app.state.sskt.tokens else [{}]
+        free: list[dict[str, list[str]]] = [] if app.state.sskt.tokens else [{}]
         described["security"] = [*free, {"bearer": []}, {"basic": []}]
         for path in OPEN:
             described["paths"][path]["get"]["security"] = []

@@ -18,7 +18,7 @@ from sskt.server.state import State, state_of
 from sskt.server.surveys import survey
 from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.label_set import LabelSet
-from sskt.teacher_cache.verify import summary
+from sskt.teacher_cache.store import summary
 
 router = APIRouter(tags=["label sets"])
 health = APIRouter(tags=["health"])

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, UnknownName
 from sskt.teacher_cache.philox import STUDENT, draw, unit
 
+if TYPE_CHECKING:  # the label server's workers do without torch
+    from torch import Tensor
+
 Float32 = NDArray[np.float32]
 Encoded = dict[str, NDArray[Any]]
-EncodedTensors = dict[str, Tensor]
+EncodedTensors = dict[str, "Tensor"]
 
 NAMES = ("f16", "u8", "topk-K", "f32")
 U8_POWER = 6
@@ -140,6 +141,8 @@ def soft_labels(
     encoding: Encoding, encoded: EncodedTensors, classes: int, temperature: float = 1.0
 ) -> Tensor:
     """softmax(z_s / T) from stored rows, on the device they are on: float32 ``[n, C]``."""
+    import torch
+
     if encoding.name == "u8":
         p = (encoded["labels"].float() / 255).pow(U8_POWER / temperature)
         return p / p.sum(dim=1, keepdim=True)
@@ -155,6 +158,8 @@ def soft_labels(
 
 def as_tensors(encoded: Encoded) -> EncodedTensors:
     """The same memory as torch tensors (unsigned 16/32-bit indices widened)."""
+    import torch
+
     wide = {"uint16": np.int32, "uint32": np.int64}
     return {
         key: torch.from_numpy(
@@ -171,6 +176,8 @@ def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
     relative error of the soft-label loss gradient T (q - p) for a random student q whose
     logits are uniform in [-1, 1).
     """
+    import torch
+
     n, classes = log_p.shape
     exact = torch.from_numpy(log_p.astype(np.float64))
     blocks = -(-classes // 4)

@@ -11,8 +11,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from sskt.teacher_cache.encodings import encoding_of
 from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.places import Place
-from sskt.teacher_cache.sources import classes_identity
-from sskt.teacher_cache.spec import FORMAT, Spec, digest_of
+from sskt.teacher_cache.spec import FORMAT, Spec, classes_identity, digest_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"

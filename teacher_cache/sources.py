@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sskt.teacher_cache.batchnorm import EVAL, batch_of, set_batchnorm
 from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved
+from sskt.teacher_cache.spec import classes_identity
 
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]
@@ -91,12 +92,6 @@ def state_sha256(network: nn.Module) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return f"sha256:{digest.hexdigest()}"
-
-
-def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
-    """The part of a label set's spec that names the source's classes."""
-    names = "\n".join(classes).encode()
-    return {"count": len(classes), "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}"}
 
 
 @dataclass(frozen=True)

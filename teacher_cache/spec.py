@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.encodings import Encoding
 from sskt.teacher_cache.errors import SpecMismatch
-from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.views import Views
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.sources import Source
+    from sskt.teacher_cache.views import Views
 
 FORMAT = 1
 """Version of the on-disk format (docs/format.md)."""
@@ -28,6 +30,12 @@ def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
         "views": views.identity(),
         "encoding": encoding.identity(),
     }
+
+
+def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
+    """The part of a label set's spec that names the source's classes."""
+    names = "\n".join(classes).encode()
+    return {"count": len(classes), "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}"}
 
 
 def canonical_json(spec: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ __all__ = [
     "look_over",
     "open_for_writing",
     "open_label_set",
+    "summary",
 ]
 
 SHARD_ROWS = 8192
@@ -198,3 +199,22 @@ def list_label_sets(cache: CacheName) -> list[LabelSet]:
     for error in damaged.values():
         raise error
     return sets
+
+
+def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) -> dict[str, Any]:
+    """What ``sskt ls`` shows of a set. ``stored``: coverage and bytes, where they are known."""
+    spec = label_set.spec
+    coverage, size = stored or (label_set.coverage(), label_set.stored_bytes())
+    return {
+        "name": label_set.name,
+        "digest": label_set.digest,
+        "target": spec["target"],
+        "source": {k: spec["source"].get(k) for k in ("name", "arch", "precision")},
+        "views": spec["views"],
+        "encoding": str(label_set.encoding),
+        "classes": len(label_set.classes),
+        "seeds": label_set.seeds,
+        "coverage": coverage,
+        "bytes": size,
+        "error": label_set.attributes.get("error"),
+    }

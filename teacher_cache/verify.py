@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -270,22 +269,3 @@ def recompute(
             )
         progress(done, count)
     return replace(report, recomputed=done, worst_distance=worst, problems=problems)
-
-
-def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) -> dict[str, Any]:
-    """What ``sskt ls`` shows of a set. ``stored``: coverage and bytes, where they are known."""
-    spec = label_set.spec
-    coverage, size = stored or (label_set.coverage(), label_set.stored_bytes())
-    return {
-        "name": label_set.name,
-        "digest": label_set.digest,
-        "target": spec["target"],
-        "source": {k: spec["source"].get(k) for k in ("name", "arch", "precision")},
-        "views": spec["views"],
-        "encoding": str(label_set.encoding),
-        "classes": len(label_set.classes),
-        "seeds": label_set.seeds,
-        "coverage": coverage,
-        "bytes": size,
-        "error": label_set.attributes.get("error"),
-    }

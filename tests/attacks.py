@@ -21,7 +21,7 @@ from served import Answer, read_answer, request
 
 from sskt.server.settings import Settings
 from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.sources import classes_identity
+from sskt.teacher_cache.spec import classes_identity
 from sskt.teacher_cache.store import create_label_set
 
 WAIT = 60

@@ -9,7 +9,7 @@ import numpy as np
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.label_set import LabelSet, Shard
 from sskt.teacher_cache.places import CacheName
-from sskt.teacher_cache.sources import classes_identity
+from sskt.teacher_cache.spec import classes_identity
 from sskt.teacher_cache.store import create_label_set, open_label_set
 
 SAMPLES, ROWS, CLASSES, SEEDS = 1300, 512, 12, 3

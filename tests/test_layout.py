@@ -52,6 +52,11 @@ def test_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_a_server_worker_needs_no_torch() -> None:
+    code = "import sys, sskt.server.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 def test_modules_stay_small() -> None:
     for folder in MAY_IMPORT:
         for path in (ROOT / folder).rglob("*.py"):

@@ -87,7 +87,7 @@ def large(label_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fill(folder: Path, like: LabelSet, state: int) -> LabelSet:
     classes = tuple(f"class {i}" for i in range(CLASSES))
-    from sskt.teacher_cache.sources import classes_identity
+    from sskt.teacher_cache.spec import classes_identity
 
     target = like.spec["target"] | {"size": SAMPLES}
     source = like.spec["source"] | {"classes": classes_identity(list(classes))}
