@@ -32,11 +32,11 @@ from sskt.server.answers import (
 from sskt.server.gate import require_scope
 from sskt.server.on_demand import wait_for, why_not
 from sskt.server.openapi import problems
-from sskt.server.problems import Problem, problem_of
+from sskt.server.problems import Problem
 from sskt.server.rows import Int64
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.encodings import Encoded
-from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
+from sskt.teacher_cache.errors import IncompleteLabels
 from sskt.teacher_cache.label_set import LabelSet, Shard
 
 __all__ = ["read_answer", "router"]
@@ -44,7 +44,7 @@ __all__ = ["read_answer", "router"]
 JSON = "application/json"
 DIGEST = "SSKT-Digest"
 INLINE = 2 * 2**20
-"""Bytes of an answer that is gathered on the spot; a larger one goes to a thread."""
+"""Bytes of an answer that is put together on the spot; a larger one goes to a thread."""
 THREADS = 4
 """Threads of a worker that decode shards: each holds one in memory."""
 ANSWERS = 512 * 2**20
@@ -165,11 +165,12 @@ async def batch(
         headers = {DIGEST: label_set.digest, "Cache-Control": "no-store"}
         if kind == RAW:
             headers[ARRAYS] = described(rows)
-        body = packed(rows) if kind == RAW else _safetensors(label_set, seeds, rows)
+        pack = functools.partial(packed, rows)
+        if kind == SAFETENSORS:
+            pack = functools.partial(_safetensors, label_set, seeds, rows)
+        body = pack() if count <= INLINE else await _in_thread(pack)
         done = functools.partial(_answers.give_back, count)
         answer = HeldResponse(body, headers, kind, done)
-    except SsktError as error:
-        raise _told(error) from error
     finally:
         if answer is None:
             _answers.give_back(count)
@@ -237,9 +238,8 @@ def _check_rows(label_set: LabelSet, ids: Int64) -> None:
 
 async def _label_set(state: State, name: str) -> LabelSet:
     """Raises ``Problem`` 404."""
-    if state.home.is_local:
-        return state.sets.get(name)
-    return await _in_thread(functools.partial(state.sets.get, name))
+    known = state.sets.recent(name)
+    return known if known is not None else await asyncio.to_thread(state.sets.get, name)
 
 
 async def _in_thread(call: Callable[[], _Result]) -> _Result:
@@ -335,10 +335,3 @@ def _safetensors(label_set: LabelSet, seeds: int | Int64, rows: Encoded) -> byte
     seed = json.dumps(seeds if isinstance(seeds, int) else seeds.tolist())
     about = {"set": label_set.name, "digest": label_set.digest, "seed": seed}
     return save({name: np.ascontiguousarray(array) for name, array in rows.items()}, about)
-
-
-def _told(error: SsktError) -> Problem:
-    """Unlike elsewhere, an ``InputError`` is no fault of the request: rows and set were right."""
-    if type(error) is InputError:
-        return Problem(503, "store not reachable", str(error), {"Retry-After": "5"})
-    return problem_of(error)

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,8 @@ from starlette.types import Receive, Scope, Send
 from sskt.server.gate import require_scope
 from sskt.server.on_demand import wait_for
 from sskt.server.openapi import problems
-from sskt.server.problems import Problem
+from sskt.server.problems import DAMAGED, UNREACHABLE, Problem
 from sskt.server.state import State, state_of
-from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.label_set import LabelSet, Shard
 from sskt.teacher_cache.metadata import GROUP
 from sskt.teacher_cache.places import LocalPlace, Place
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 PIECE = 2**20
 """Bytes of a file in memory for each answer: a slow client holds no more."""
-IMMUTABLE = "public, max-age=31536000, immutable"
+IMMUTABLE = "private, max-age=31536000, immutable"
 MUTABLE = "no-cache"
 RETRY = {"Retry-After": "5"}
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 router = APIRouter(tags=["zarr"])
 
@@ -72,9 +73,7 @@ class LocalFile:
             if len(data) == stop - start:
                 return data
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # as tmpfs
-                return _pread(self.handle, stop - start, start)
-            if error.errno != errno.EAGAIN:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):  # NFS, FUSE: not supported
                 raise
         return await asyncio.to_thread(_pread, self.handle, stop - start, start)
 
@@ -94,19 +93,24 @@ def _pread(handle: int, count: int, start: int, flags: int = 0) -> bytes:
 
 
 def open_local(root: Path, key: str) -> LocalFile | None:
-    """A file below a folder; None if there is none, or if it lies elsewhere by a link."""
+    """A file below a folder; None if there is none, or if it lies elsewhere by a link.
+
+    Raises ``Problem`` 503 for one that cannot be read.
+    """
     path = root / key
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE):
-            raise
-        return None
+        if error.errno in _NOTHING:
+            return None
+        # Not 404, which Zarr clients read as fill values.
+        what = os.strerror(error.errno or errno.EIO)
+        raise Problem(503, UNREACHABLE, f"cannot read {key}: {what}", RETRY) from error
     try:
         found = os.fstat(handle)
         real = Path(f"/proc/self/fd/{handle}").readlink()
         inside = real.is_relative_to(os.path.realpath(root))
-        if not inside or not os.path.isfile(real):  # noqa: PTH113
+        if not inside or not stat.S_ISREG(found.st_mode):
             os.close(handle)
             return None
     except BaseException:
@@ -126,15 +130,38 @@ class RemoteFile:
     tag: str
 
     async def read(self, start: int, stop: int) -> bytes:
-        """See ``File``."""
-        return await asyncio.to_thread(self.place.read_range, self.key, start, stop)
+        """See ``File``. Raises ``Problem`` 404, 503, ``InputError``: also of another version."""
+        return await asyncio.to_thread(self._read, start, stop)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        from sskt.teacher_cache.cloud import plainly
+
+        place = self.place
+        options: Any = {"range": (start, stop)}
+        if self.tag.startswith('"') and self.tag != f'"{self.size:x}"':  # the bucket's own
+            options["if_match"] = self.tag
+        try:
+            with plainly(place.where(self.key)):
+                found = obstore.get(place.bucket, place.key(self.key), options=options)
+                return bytes(found.bytes())
+        except FileNotFoundError:
+            raise _nothing(self.key) from None
+        except PreconditionError:
+            again = {"Retry-After": "1"}
+            raise Problem(503, "changed", f"{self.key} changed meanwhile", again) from None
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 async def open_file(home: Place, key: str) -> File | None:
-    """What is stored under a key of the cache, None if nothing is."""
+    """What is stored under a key of the cache, None if nothing is.
+
+    Raises ``Problem`` 503, ``InputError`` if it cannot be reached.
+    """
     if isinstance(home, LocalPlace):
         local = open_local(home.path, key)
         if local is None and not home.path.is_dir():  # a lost mount is no missing shard
@@ -143,10 +170,7 @@ async def open_file(home: Place, key: str) -> File | None:
     from sskt.teacher_cache.cloud import BucketPlace
 
     assert isinstance(home, BucketPlace)
-    try:
-        found = await asyncio.to_thread(home.entity, key)
-    except SsktError as error:
-        raise Problem(503, "the bucket does not answer", str(error), RETRY) from error
+    found = await asyncio.to_thread(home.entity, key)
     return RemoteFile(home, key, *found) if found else None
 
 
@@ -249,7 +273,7 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
         200: {"description": "The file.", "content": {"application/octet-stream": {}}},
         206: {"description": "The part that Range asks for."},
         304: {"description": "The file is the one that If-None-Match names."},
-        **problems(404, 416, 503),
+        **problems(404, 409, 416, 507),
     },
     response_class=Response,
 )
@@ -284,6 +308,8 @@ def answer(request: Request, state: State, key: str, file: File) -> Response:
     """304, a part, or the whole of an open file."""
     try:
         shard = not key.endswith(f"/{GROUP}")
+        if shard and "/c/" in key and file.size == 0:  # Zarr clients would read fill values
+            raise Problem(500, DAMAGED, f"{key} is empty; run sskt verify")
         headers = {
             "ETag": file.tag,
             "Accept-Ranges": "bytes",
@@ -327,12 +353,12 @@ def count_labels(state: State, key: str) -> None:
 
 
 async def _computed(request: Request, state: State, key: str) -> File:
-    """A missing file of a shard that is computed on demand. Raises ``Problem`` 404, 503, 507."""
+    """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
     name, _, inner = key.partition("/")
     if state.on_demand and "/c/" in inner and _may_compute(request):
         label_set = await asyncio.to_thread(state.sets.get, name)
         shard = shard_of(label_set, inner)
-        if shard:
+        if shard and label_set.name == name:
             await wait_for(state, label_set, shard.seed, shard.block)
             file = await open_file(state.home, key)
             if file:

@@ -22,6 +22,7 @@ MEDIA_TYPE = "application/problem+json"
 LONGEST = 1000
 """Characters of a detail: an error that names what was asked for is no copy of it."""
 DAMAGED = "label set damaged"
+UNREACHABLE = "store not reachable"
 
 
 class Problem(Exception):
@@ -58,7 +59,13 @@ def problem_response(problem: Problem, request_id: str = "", instance: str = "")
 
 
 def problem_of(error: SsktError) -> Problem:
-    """How a failure of the store is told."""
+    """How a failure of the store is told.
+
+    A plain ``InputError`` comes from a place that cannot be reached, and is no fault of a request:
+    whoever asks again may be served.
+    """
+    if type(error) is InputError:
+        return Problem(503, UNREACHABLE, str(error), {"Retry-After": "5"})
     status = _status(error)
     title = DAMAGED if isinstance(error, CorruptStore) else HTTPStatus(status).phrase.lower()
     return Problem(status, title, str(error))

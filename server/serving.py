@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -99,6 +100,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def require_allowed(settings: Settings) -> None:
     """Raises ``InputError`` if anybody on the network could read without a token."""
+    if not math.isfinite(settings.memory):
+        raise InputError(f"--memory must be finite, found {settings.memory}")
     if settings.token_file:
         Tokens(Path(settings.token_file)).require_usable()
     elif not is_loopback(settings.host):

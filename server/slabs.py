@@ -206,6 +206,7 @@ class Slabs:
         version = self._files.version(label_set.place, keys)
         if None in version:
             self._files.forget()
+            label_set.place.refresh()
             _read(label_set, shard.seed, shard.start, shard.start + 1)
             version = self._files.version(label_set.place, keys)
         return _Source(label_set, layout, shard, keys, version)

@@ -17,13 +17,15 @@ from sskt.server.settings import Settings
 from sskt.server.shard_queue import Queue
 from sskt.server.slabs import Slabs
 from sskt.server.tokens import Tokens
-from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.errors import InputError, MissingData, SsktError
 from sskt.teacher_cache.metadata import GROUP
 from sskt.teacher_cache.places import Place, open_cache
 from sskt.teacher_cache.store import LabelSet, open_label_set
 
 FRESH_SECONDS = 1.0
-"""How long a look at the cache's folders holds."""
+"""How long a look at the cache's folders holds, at least."""
+REST = 3
+"""One that takes long, as in a bucket, holds so many times as long."""
 
 _log = logging.getLogger("sskt.state")
 
@@ -38,13 +40,13 @@ class Sets:
     home: Place
     damaged: dict[str, str] = field(default_factory=dict)
     _open: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = field(default_factory=dict)
-    _looked: float = -FRESH_SECONDS
+    _until: float = 0.0
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self) -> list[LabelSet]:
         """All readable sets by name. Raises ``SsktError`` if the cache cannot be listed."""
         with self._guard:
-            if time.monotonic() - self._looked >= FRESH_SECONDS:
+            if time.monotonic() >= self._until:
                 self._look()
             return [label_set for _, label_set in self._open.values()]
 
@@ -61,9 +63,14 @@ class Sets:
             raise Problem(500, "label set damaged", self.damaged[name])
         raise Problem(404, "no such label set", f"no label set {name!r}; /v1/label-sets lists them")
 
+    def recent(self, name: str) -> LabelSet | None:
+        """The set of that name if the last look still holds; never waits."""
+        known = self._open.get(name) if time.monotonic() < self._until else None
+        return known[1] if known else None
+
     def peek(self, name: str) -> LabelSet | None:
         """The set of that name as last seen: never waits, looks again in the background."""
-        if time.monotonic() - self._looked >= FRESH_SECONDS and not self._guard.locked():
+        if time.monotonic() >= self._until and not self._guard.locked():
             threading.Thread(target=self._look_again, name="sskt-look", daemon=True).start()
         known = self._open.get(name)
         return known[1] if known else None
@@ -73,29 +80,36 @@ class Sets:
             self.all()
 
     def _look(self) -> None:
-        opened: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = {}
-        damaged: dict[str, str] = {}
+        begun = time.monotonic()
         try:
-            names = self.home.folders()
-        except SsktError as error:
+            self._look_over()
+        except (SsktError, OSError) as error:
             _log.warning("the cache cannot be listed: %s", error)
             detail = "the cache cannot be listed; the server's log says why"
             raise Problem(503, "cache out of reach", detail, {"Retry-After": "5"}) from error
-        for name in names:
+        now = time.monotonic()
+        self._until = now + max(FRESH_SECONDS, REST * (now - begun))
+
+    def _look_over(self) -> None:
+        opened: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = {}
+        damaged: dict[str, str] = {}
+        for name in self.home.folders():
             place = self.home.below(name)
             try:
                 metadata = (place.read(GROUP), place.read(f"view_check/{GROUP}"))
                 known = self._open.get(name)
                 same = known is not None and known[0] == metadata
                 opened[name] = known if known and same else (metadata, open_label_set(place))
-            except FileNotFoundError:  # no set, or one being made or removed
+            except (FileNotFoundError, MissingData):  # no set, or one being made or removed
                 continue
-            except SsktError as error:
+            except (SsktError, OSError) as error:
+                if type(error) is InputError:  # out of reach, which is no damage
+                    raise
                 # Where the cache lies on this machine is for the log only.
                 damaged[name] = str(error).replace(self.home.where(name), name)
                 if damaged[name] != self.damaged.get(name):
                     _log.warning("label set %s cannot be read: %s", name, error)
-        self._open, self.damaged, self._looked = opened, damaged, time.monotonic()
+        self._open, self.damaged = opened, damaged
 
 
 @dataclass

@@ -145,13 +145,6 @@ class BucketPlace:
         found = self._head(key)
         return (found.size, found.e_tag or f'"{found.size:x}"') if found else None
 
-    def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop - 1`` of an object. Raises ``FileNotFoundError``."""
-        import obstore
-
-        with plainly(self.where(key)):
-            return bytes(obstore.get_range(self.bucket, self.key(key), start=start, end=stop))
-
     def sizes(self, under: str = "") -> dict[str, int]:
         return {key: found.size for key, found in self._list(under).items()}
 

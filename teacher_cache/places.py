@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +151,13 @@ class LocalPlace:
         )
 
     def sizes(self, under: str = "") -> dict[str, int]:
-        return {
-            path.relative_to(self.path).as_posix(): path.stat().st_size
-            for path in (self.path / under).rglob("*")
-            if path.is_file()
-        }
+        found = {}
+        for path in (self.path / under).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+                about = path.stat()
+                if stat.S_ISREG(about.st_mode):
+                    found[path.relative_to(self.path).as_posix()] = about.st_size
+        return found
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
         try:

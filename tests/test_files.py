@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import http.client
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +18,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_labels import make_labels
 from servers import serving
 
+from sskt.server import state
 from sskt.server.files import open_local, ranges, valid_key
 from sskt.server.problems import Problem
+from sskt.server.shard_queue import Queue
+from sskt.server.state import Sets
+from sskt.teacher_cache.places import LocalPlace
 from sskt.teacher_cache.store import list_label_sets
 
 
@@ -207,6 +216,124 @@ def test_a_link_out_is_no_file(tmp_path: Path) -> None:
     file.close()
 
 
+def test_a_file_that_is_replaced_meanwhile_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a ``zarr.json`` that grows: the old or the new one, but never none."""
+    (tmp_path / "zarr.json").write_bytes(b"old")
+    look = os.fstat
+
+    def replaced(handle: int) -> os.stat_result:
+        (tmp_path / "new").write_bytes(b"newer")
+        (tmp_path / "new").replace(tmp_path / "zarr.json")
+        return look(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", replaced)
+        file = open_local(tmp_path, "zarr.json")
+    assert file is not None
+    assert asyncio.run(file.read(0, file.size)) == b"old"
+    file.close()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ETIMEDOUT])
+def test_a_shard_that_cannot_be_read_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Zarr clients take 404 for fill values."""
+    (tmp_path / "x").write_bytes(b"x")
+
+    def failing(*_: Any, **__: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(Problem) as told:
+        open_local(tmp_path, "x")
+    assert told.value.status == 503 and str(tmp_path) not in told.value.detail
+
+
+def test_a_file_system_that_cannot_say_it_would_wait_is_read_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    file = open_local(tmp_path, "x")
+    assert file is not None
+    read, readers = os.preadv, []
+
+    def as_on_nfs(handle: int, buffers: Any, start: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        readers.append(threading.current_thread())
+        return read(handle, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", as_on_nfs)
+    assert asyncio.run(file.read(1, 4)) == b"234"
+    assert threading.main_thread() not in readers and len(readers) == 1
+    file.close()
+
+
+def test_a_slow_look_at_the_cache_holds_up_nobody_else(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (label_set,) = list_label_sets(cache)
+    looking, go_on, look = threading.Event(), threading.Event(), Sets._look
+
+    def slow(sets: Sets) -> None:
+        looking.set()
+        assert go_on.wait(30)
+        look(sets)
+
+    monkeypatch.setattr(state, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(Sets, "_look", slow)
+    answers = []
+    with serving(cache) as url:
+
+        def ask() -> None:
+            path = f"/v1/labels:batch?set={label_set.name}&seed=0"
+            answers.append(get(url, path, "POST", Content_Type="application/octet-stream")[0])
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert looking.wait(30)
+            connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().status == 200
+            connection.close()
+        finally:
+            go_on.set()
+            asking.join()
+    assert answers == [200]
+
+
+def test_a_name_that_is_no_folder_computes_nothing(tmp_path: Path) -> None:
+    label_set = make_labels(tmp_path / "cache", without=[(0, 1)])
+    inner = label_set.commit_key(label_set.shard(0, 1))
+    with serving(tmp_path / "cache", on_demand=True, run=tmp_path / "run", wait_seconds=0) as url:
+        assert get(url, f"/zarr/{label_set.digest[:12]}/{inner}")[0] == 404
+        assert Queue(tmp_path / "run/queue", 1).state() == []
+        assert get(url, f"/zarr/{label_set.name}/{inner}")[0] == 503
+        assert len(Queue(tmp_path / "run/queue", 1).state()) == 1
+
+
+def test_an_unreadable_set_hides_no_other(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "private").mkdir()
+    (cache / "private" / "zarr.json").mkdir()  # an OSError that root gets, too
+    try:
+        sets = Sets(LocalPlace(cache))
+        assert len(sets.all()) == 1
+        assert "private" in sets.damaged and str(cache) not in sets.damaged["private"]
+    finally:
+        shutil.rmtree(cache / "private")
+
+    def unreadable(_: LocalPlace) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(LocalPlace, "folders", unreadable)
+    with serving(cache) as url:
+        assert get(url, "/readyz")[0] == 503
+
+
 def arrays(cache: Path) -> Iterator[tuple[str, Any]]:
     import zarr
 
@@ -297,4 +424,16 @@ def test_a_cache_that_is_gone_is_no_missing_shard(cache: Path, url: str) -> None
         assert status == 503 and headers["retry-after"] == "5"
     finally:
         away.rename(cache)
+    assert get(url, key)[2] == data
+
+
+def test_an_empty_shard_is_damage_and_no_fill_values(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    path = cache / key.removeprefix("/zarr/")
+    path.write_bytes(b"")
+    try:
+        status, _, body = get(url, key)
+        assert status == 500 and b"label set damaged" in body
+    finally:
+        path.write_bytes(data)
     assert get(url, key)[2] == data

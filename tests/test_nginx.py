@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not NGINX, reason="nginx not found (Debian's package nginx)"),
     pytest.mark.skipif(not OPENSSL, reason="openssl not found"),
 ]
-IMMUTABLE = "public, max-age=31536000, immutable"
+IMMUTABLE = "private, max-age=31536000, immutable"
 SECRET = b"not for you"
 VERDICT_SECONDS = 2.0
 """How long nginx keeps a verdict."""
