@@ -44,6 +44,9 @@ HEADER = "SSKT_BENCHMARK_HEADER"
 SHIPPED = Path(__file__).resolve().parents[1] / "docker/nginx"
 
 
+_given: set[int] = set()
+
+
 @dataclass
 class Load:
     """What one server did for so many clients."""
@@ -255,9 +258,14 @@ def nginx(text: str, run: Path, name: str, port: int) -> Iterator[tuple[int, int
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on, another one each time."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def wait_for(port: int, seconds: float = 60) -> None:

@@ -102,9 +102,9 @@ STUDIES = {
         view_seeds=4,
     ),
     "cifar50k": Study(
-        "CIFAR-10, all 50,000 images, 3 epochs",
+        "CIFAR-10, all 50,000 images, 2 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "epochs": 3, "batch_size": 128, "lr": 0.1},
+        {"policy": "pad-crop-flip", "epochs": 2, "batch_size": 128, "lr": 0.1},
         {"scratch": {}, "I": sskt(IN)},
         ("scratch", "I"),
         view_seeds=1,

@@ -28,9 +28,10 @@ PLACES = "a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PRE
 def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
     """Copy label sets from one cache to another, byte for byte.
 
-    Each cache is a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX.
-    SET is a part of a name or the begin of a digest; all sets without it. What is there already
-    is compared, what is written is checked. Stop it anywhere: the same command copies the rest.
+    Each cache is a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; SRC
+    may also be a label server, http://HOST:PORT. SET is a part of a name or the begin of a
+    digest; all sets without it. What is there already is compared, what is written is checked.
+    Stop it anywhere: the same command copies the rest.
     """
     from sskt.teacher_cache.catalog import choose_sets
     from sskt.teacher_cache.transfer import copy_label_set
@@ -60,8 +61,11 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
     refused; in an object store that cannot be seen. With --seeds the sets stay, and
     cache-teachers labels those seeds again.
     """
+    from sskt.teacher_cache.places import is_served, open_cache
     from sskt.teacher_cache.transfer import removable, remove_label_set
 
+    if is_served(cache):
+        open_cache(cache, make=True)  # refuses before anybody is asked
     found = removable(cache, sets)
     numbers = None if seeds is None else _numbers(seeds)
     if numbers is not None:

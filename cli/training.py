@@ -83,7 +83,7 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         from sskt.trainer.plan import make_plan
         from sskt.trainer.runs import open_live_sources
 
-        plan = make_plan(config, open_live_sources(config))
+        plan = make_plan(config, open_live_sources(config), ask=not dry_run)
     if dry_run:
         described = plan.describe()
         if as_json:

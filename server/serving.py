@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import logging
 import math
@@ -34,6 +35,7 @@ GRACE_SECONDS = 20
 RESTART_SECONDS = 5.0
 """Pause before an owner that died is started again."""
 BACKLOG = 4096
+PREFIX, LOCK = "sskt-serve-", "lock"
 
 _log = logging.getLogger("sskt.server")
 
@@ -154,14 +156,33 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
-    """A folder for what this server's processes share, readable by nobody else."""
-    folder = Path(tempfile.mkdtemp(prefix="sskt-serve-"))
+    """A folder for what this server's processes share, readable by nobody else.
+
+    What killed servers of this user left behind is removed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for other in folder.parent.glob(f"{PREFIX}*"):
+            if other != folder:
+                _sweep(other)
         for name in ("slabs", "prometheus", "queue"):
             (folder / name).mkdir()
         yield folder
+        os.close(lock)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else's, or gone, or in use
+        lock = os.open(folder / LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 @contextlib.contextmanager

@@ -123,10 +123,11 @@ def _distance(expected: Spec, found: Spec) -> int:
     return sum(expected[part][key] != found.get(part, {}).get(key) for part, key in fields)
 
 
-def require_seeds(label_set: LabelSet, seeds: int) -> None:
+def require_seeds(label_set: LabelSet, seeds: int, *, ask: bool = True) -> None:
     """Raises ``IncompleteLabels`` naming the seeds of ``0 .. seeds - 1`` that are not whole.
 
-    A label server that computes on demand is asked for them; reading waits until they are there.
+    A label server that computes on demand is asked for them (unless ``ask`` is False); reading
+    waits until they are there.
     """
     beyond = range(label_set.seeds, seeds)
     lacking = sorted(
@@ -135,7 +136,7 @@ def require_seeds(label_set: LabelSet, seeds: int) -> None:
     if lacking and is_served(label_set.place):
         from sskt.teacher_cache.remote import compute_on_demand
 
-        if compute_on_demand(label_set, lacking):
+        if compute_on_demand(label_set, lacking, ask=ask):
             return
     if lacking:
         raise IncompleteLabels(

@@ -12,18 +12,19 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import ssl
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError, SsktError
+from sskt.teacher_cache.http_answers import Answer, Computing, Gone, Unavailable, network, pause_of
 
 TOKEN = "SSKT_TOKEN"
 """Environment variable with the token. It stands in no URL and no file: both end up in logs."""
@@ -41,72 +42,10 @@ DAMAGED = "label set damaged"
 """Title of the problem that tells a damaged label set."""
 
 _BUSY = frozenset((429, 502, 503, 504))
+_MET: set[str] = set()
+"""URLs of servers that have answered this process: one that is away now will be back."""
 _T = TypeVar("_T")
 _log = logging.getLogger("sskt")
-
-
-class Unavailable(Exception):
-    """What may pass by itself.
-
-    pause: seconds that the server asked for. alive: something went on all the same, so that
-    patience begins anew.
-    """
-
-    def __init__(
-        self, reason: str, *, does: str = "does not answer", pause: float = 0, alive: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.does, self.pause, self.alive = does, pause, alive
-
-
-class Computing(Unavailable):
-    """The server is at it; there is no limit to waiting for that."""
-
-    def __init__(self, reason: str, pause: float) -> None:
-        super().__init__(reason, does="is computing", pause=pause, alive=True)
-
-
-class Gone(FileNotFoundError):
-    """The server has nothing there."""
-
-
-class Answer:
-    """An answer whose body is still to be read. Reading raises ``Unavailable``."""
-
-    def __init__(self, response: http.client.HTTPResponse) -> None:
-        self._response = response
-        self.status = response.status
-        self._problem: dict[str, Any] | None = None
-
-    def header(self, name: str) -> str | None:
-        return self._response.getheader(name)
-
-    @property
-    def length(self) -> int | None:
-        """Bytes of the body, if they are told."""
-        text = self.header("Content-Length") or ""
-        return int(text) if text.isdecimal() else None
-
-    @property
-    def problem(self) -> dict[str, Any]:
-        """The problem details that it tells; empty if it tells none."""
-        if self._problem is None:
-            self._problem = {}
-            with contextlib.suppress(ValueError, Unavailable):
-                found = json.loads(self.read())
-                if isinstance(found, dict):
-                    self._problem = found
-        return self._problem
-
-    def read(self) -> bytes:
-        """The whole body."""
-        with _network():
-            return self._response.read()
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Some of the body; 0 at its end, and also where it broke off."""
-        with _network():
-            return self._response.readinto(buffer)
 
 
 class Server:
@@ -119,9 +58,11 @@ class Server:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
+            (host or "").encode("idna")
         except ValueError as error:
             raise InputError(f"{url} is no address of a label server ({error})") from error
-        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        odd = parts.query or parts.fragment or re.search(r"\s", url) or not parts.path.isascii()
+        if parts.scheme not in ("http", "https") or not host or odd:
             raise InputError(
                 f"{url} is no address of a label server; expected http://HOST:PORT or https://..."
             )
@@ -135,7 +76,6 @@ class Server:
         self.prefix = parts.path.rstrip("/")
         self.url = f"{parts.scheme}://{parts.netloc}{self.prefix}"
         self.wait_minutes = wait_minutes
-        self.met = False
         self._waiting = False
         self._guard = threading.Lock()
         self._stopped = threading.Event()
@@ -147,14 +87,20 @@ class Server:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def met(self) -> bool:
+        """Whether this process has had an answer of the label server."""
+        return self.url in _MET
+
     def close(self) -> None:
         """Ends all waiting, in every thread: what is under way raises ``InputError``."""
         self._stopped.set()
         with self._guard:
             for connection in self._busy:
-                if connection.sock is not None:
+                sock = connection.sock  # its thread may be closing it
+                if sock is not None:
                     with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+                        sock.shutdown(socket.SHUT_RDWR)
             _close_all(self._idle)
 
     def pause(self, seconds: float) -> None:
@@ -195,7 +141,8 @@ class Server:
                 if error.alive:
                     began, tries = now, 0
                 shortest, longest = PAUSES
-                pause = random.uniform(0, min(longest, shortest * 2**tries))  # "full jitter"
+                longest = min(longest, shortest * 2 ** min(tries, 30))
+                pause = random.uniform(0, longest)  # "full jitter"
                 pause += min(error.pause, LONGEST_PAUSE)
                 limit = 60 * self.wait_minutes if self.met else FIRST_SECONDS
                 if now - began + pause > limit:
@@ -205,7 +152,7 @@ class Server:
                 tries += 1
                 self.pause(pause)
             else:
-                self.met = True
+                _MET.add(self.url)
                 self._say(None)
                 return found
 
@@ -246,7 +193,7 @@ class Server:
     ) -> Iterator[Answer]:
         """One request, its answer open. Raises ``Unavailable``, ``InputError`` for bad TLS."""
         sent = {"Accept-Encoding": "identity", "User-Agent": "sskt"} | dict(headers or {})
-        token = os.environ.get(TOKEN)
+        token = _token()
         if token:
             sent["Authorization"] = f"Bearer {token}"
         connection = self._take()
@@ -271,13 +218,14 @@ class Server:
         body: bytes | None,
     ) -> http.client.HTTPResponse:
         if connection.sock is not None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
+            try:
                 connection.request(method, path, body, headers)
                 return connection.getresponse()
-            connection.close()  # the server had closed it in the meantime: no failure
-            if self._stopped.is_set():
-                raise Unavailable("stopped")
-        with _network():
+            except TimeoutError as error:
+                raise Unavailable("timed out") from error
+            except (OSError, http.client.HTTPException):
+                connection.close()  # the server had closed it in the meantime: no failure
+        with network():
             try:
                 connection.connect()
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
@@ -288,6 +236,8 @@ class Server:
                     f"no TLS with {self}: {str(why).lower().replace('_', ' ')}; SSL_CERT_FILE can "
                     "name the certificates to trust"
                 ) from error
+            if self._stopped.is_set():  # ``close`` saw no socket to shut
+                raise Unavailable("stopped")
             connection.sock.settimeout(READ_SECONDS)
             connection.request(method, path, body, headers)
             return connection.getresponse()
@@ -330,12 +280,14 @@ class Server:
         phrase = HTTPStatus(status).phrase.lower() if status in set(HTTPStatus) else "unknown"
         said = str(problem.get("detail") or f"{status} {phrase}")
         if status in _BUSY:
-            pause = _pause(answer)
+            pause = pause_of(answer)
+            if "title" in problem:  # so does a label server say it, and no proxy before it
+                _MET.add(self.url)
             if "state" in problem:  # it holds the next request until it is done
                 raise Computing(said, min(pause, COMPUTING_SECONDS))
             raise Unavailable(said, does=f"has no time ({status})", pause=pause)
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-            if os.environ.get(TOKEN):
+            if _token():
                 raise InputError(f"label server {self} refused the token in {TOKEN}: {said}")
             raise InputError(
                 f"label server {self} wants a token; put it into the environment variable {TOKEN}"
@@ -352,34 +304,14 @@ class Server:
         raise kind(f"label server {self} failed: {said}")
 
 
+def _token() -> str:
+    """Of the environment; empty if there is none. Raises ``InputError``, without showing it."""
+    token = os.environ.get(TOKEN, "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise InputError(f"what {TOKEN} holds is no token: it has blanks or odd characters in it")
+    return token
+
+
 def _close_all(connections: list[http.client.HTTPConnection]) -> None:
     while connections:
         connections.pop().close()
-
-
-@contextlib.contextmanager
-def _network() -> Iterator[None]:
-    """Turns what a network does into ``Unavailable``."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise Unavailable("timed out") from error
-    except http.client.IncompleteRead as error:
-        raise Unavailable("the answer broke off") from error
-    except http.client.RemoteDisconnected as error:
-        raise Unavailable("the connection was closed") from error
-    except OSError as error:
-        raise Unavailable((error.strerror or str(error)).lower()) from error
-    except http.client.HTTPException as error:
-        raise Unavailable(f"no HTTP answer ({type(error).__name__} {error})".strip()) from error
-
-
-def _pause(answer: Answer) -> float:
-    """Retry-After in seconds; it may be a date."""
-    text = (answer.header("Retry-After") or "").strip()
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

@@ -24,12 +24,12 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
-import stat
-import tempfile
 import threading
+import time
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -38,7 +38,9 @@ from typing import BinaryIO, ClassVar
 from urllib.parse import quote, unquote
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError
-from sskt.teacher_cache.http_client import Answer, Gone, Server, Unavailable
+from sskt.teacher_cache.http_answers import Answer, Gone, Unavailable
+from sskt.teacher_cache.http_client import Server
+from sskt.teacher_cache.node_users import PREFIX, enter, leave, locked, private_folder
 from sskt.teacher_cache.transfer import shard_damage
 
 GIB = 2**30
@@ -46,12 +48,14 @@ KEPT_GIB = 50.0
 """Default budget of a folder that is kept."""
 TEMPORARY_GIB = 20.0
 """Of a temporary one, which takes at most half of the free space."""
-PREFIX = "sskt-labels-"
 PIECE = 2**20
 LONGEST_TAG = 120
+TOLD_SECONDS = 30.0
+"""After so long it is told that another process is waited for; it may be stopped."""
 _LOCKS = 64
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLLS = (0.002, 0.1)
+_log = logging.getLogger("sskt")
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -82,10 +86,11 @@ class NodeCache:
         self._home = self._base / name
         self._good: dict[str, Path] = {}
         self._room = 0
+        self._told = False
         try:
             if not self._kept:
-                users = _enter(self._base, name)
-                weakref.finalize(self, _leave, self._base, name, users, os.getpid())
+                users = enter(self._base, name)
+                weakref.finalize(self, leave, self._base, name, users, os.getpid())
             (self._home / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
@@ -99,7 +104,9 @@ class NodeCache:
         if gibibytes is None:
             gibibytes = KEPT_GIB
             if not self._kept:
-                gibibytes = min(TEMPORARY_GIB, shutil.disk_usage(self._base).free / 2 / GIB)
+                here = sum(size for _, size, _ in _files(self._base))
+                room = shutil.disk_usage(self._base).free + here
+                gibibytes = min(TEMPORARY_GIB, room / 2 / GIB)
         self._budget = int(gibibytes * GIB)
         self._room = 0
 
@@ -135,9 +142,16 @@ class NodeCache:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             pause, longest = _POLLS
-            while not _locked(handle, fcntl.LOCK_EX):
+            began = time.monotonic()
+            while not locked(handle, fcntl.LOCK_EX):
                 server.pause(pause)
                 pause = min(2 * pause, longest)
+                if time.monotonic() - began > TOLD_SECONDS and not self._told:
+                    self._told = True
+                    _log.warning(
+                        "another process of this machine is fetching labels of %s; waiting for it",
+                        server,
+                    )
             try:
                 yield
             finally:
@@ -325,69 +339,3 @@ def _write(file: BinaryIO, data: memoryview) -> None:
 def _tag(path: Path) -> str:
     """The entity tag in a file's name."""
     return unquote(path.name.partition("@")[2].rpartition(".")[0]) or '"none"'
-
-
-def private_folder() -> Path:
-    """This user's folder for temporary shard files. Raises ``InputError`` if it is not theirs."""
-    path = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getuid()}"
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise InputError(f"cannot use {path}: {error.strerror}; give --label-cache") from error
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    if not ours or found.st_mode & 0o077:
-        raise InputError(
-            f"{path} is not this user's alone; remove it, or give a folder with --label-cache"
-        )
-    return path
-
-
-def _locked(handle: int, mode: int) -> bool:
-    try:
-        fcntl.flock(handle, mode | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-
-
-@contextlib.contextmanager
-def _folder_locked(base: Path) -> Iterator[None]:
-    """Coming and going, one process at a time."""
-    handle = os.open(base / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    finally:
-        os.close(handle)
-
-
-def _enter(base: Path, name: str) -> int:
-    """Joins the users of a server's folder; removes those that killed users have left."""
-    with _folder_locked(base):
-        for lock in base.glob(f"{PREFIX}*.users"):
-            if lock.stem != name:
-                _remove_unused(base, lock.stem, os.open(lock, os.O_RDWR | os.O_CLOEXEC))
-        handle = os.open(base / f"{name}.users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        return handle
-
-
-def _leave(base: Path, name: str, handle: int, process: int) -> None:
-    if os.getpid() == process:
-        with contextlib.suppress(OSError), _folder_locked(base):
-            _remove_unused(base, name, handle)
-
-
-def _remove_unused(base: Path, name: str, users: int) -> None:
-    """Removes a server's folder unless somebody else uses it; closes the handle."""
-    try:
-        if _locked(users, fcntl.LOCK_EX):
-            shutil.rmtree(base / name, ignore_errors=True)
-            (base / f"{name}.users").unlink(missing_ok=True)
-            fcntl.flock(users, fcntl.LOCK_UN)
-    finally:
-        os.close(users)

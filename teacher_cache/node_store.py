@@ -22,7 +22,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from sskt.teacher_cache.errors import CorruptStore
-from sskt.teacher_cache.http_client import Gone
+from sskt.teacher_cache.http_answers import Gone
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.remote import HttpPlace

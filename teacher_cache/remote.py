@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from urllib.parse import quote
 
 from sskt.teacher_cache.errors import InputError, SsktError
-from sskt.teacher_cache.http_client import WAIT_MINUTES, Computing, Gone, Server
+from sskt.teacher_cache.http_answers import Computing, Gone
+from sskt.teacher_cache.http_client import WAIT_MINUTES, Server
 from sskt.teacher_cache.node_cache import NodeCache
 from sskt.teacher_cache.node_store import NodeStore
 
@@ -200,19 +201,18 @@ class HttpPlace:
         store = NodeStore(self, name, self.read(f"{name}/zarr.json"))
         return zarr.open_array(store, path=name, mode="r", zarr_format=3)
 
-    def compute(self, seeds: list[int]) -> bool:
-        """Asks for labels that are missing; False if this server does not compute on demand.
+    def computes(self) -> bool:
+        """Whether this server computes labels that are missing."""
+        return bool(self.session.server.json("/v1/server").get("on_demand"))
 
-        From then on, reading those seeds waits until they are stored. Raises ``InputError`` if
-        the server refuses, ``SsktError`` if it cannot.
+    def compute(self, seeds: list[int]) -> None:
+        """Asks for labels that are missing; from then on, reading those seeds waits for them.
+
+        Raises ``InputError`` if the server refuses, ``SsktError`` if it cannot.
         """
-        server = self.session.server
-        if not server.json("/v1/server").get("on_demand"):
-            return False
-        server.patiently(lambda: self._ask(seeds))
+        self.session.server.patiently(lambda: self._ask(seeds))
         self._awaited |= frozenset(seeds)
         self.refresh()
-        return True
 
     def _ask(self, seeds: list[int]) -> dict[str, Any]:
         """What the server says of the missing shards of some seeds, now to be computed."""
@@ -267,13 +267,16 @@ def open_server(url: str, how: Fetching | None = None) -> HttpPlace:
     return HttpPlace(Session(Server(url, how.wait_minutes), how))
 
 
-def compute_on_demand(label_set: LabelSet, seeds: list[int]) -> bool:
+def compute_on_demand(label_set: LabelSet, seeds: list[int], *, ask: bool = True) -> bool:
     """Has a label server compute ``seeds``, of which something is missing; False if none would.
 
-    The set then has as many seeds as were asked for. Raises ``InputError``, ``SsktError``.
+    The set then has as many seeds as were asked for. Without ``ask``, only whether one would.
+    Raises ``InputError``, ``SsktError``.
     """
     place = label_set.place
-    if not isinstance(place, HttpPlace) or not place.compute(seeds):
+    if not isinstance(place, HttpPlace) or not place.computes():
         return False
-    label_set.seeds = max(label_set.seeds, *(seed + 1 for seed in seeds))
+    if ask:
+        place.compute(seeds)
+        label_set.seeds = max(label_set.seeds, *(seed + 1 for seed in seeds))
     return True

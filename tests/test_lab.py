@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import TINY, tree
 from processes import Launcher, launched
 from servers import free_port, without_times
 
@@ -144,6 +146,44 @@ def test_a_server_that_ends_leaves_nobody_behind(real: Path, tmp_path: Path) -> 
         assert one.wait(30) == 0
         assert not answers(port)
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) <= before
+    with server("--cache", real, "--workers", 2, port=port) as one:
+        one.kill()
+        one.wait()
+        wait_until(lambda: not answers(port))
+    left = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) - before
+    assert len(left) == 1
     with server("--cache", real, port=port) as one:
+        assert not any(folder.exists() for folder in left)
         one.send_signal(signal.SIGINT)
         assert one.wait(30) == 130
+
+
+def test_labels_computed_on_demand_are_those_of_cache_teachers(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """One of three seeds is stored; the real owner process makes the others while one trains."""
+    what = ["--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", 64]
+    making = ["cache-teachers", *what, "--shard-rows", 32, "--workers", 0, "--device", "cpu"]
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    for cache, seeds in ((whole, SEEDS), (begun, 1)):
+        assert run([str(a) for a in [*making, "--seeds", seeds, "--cache", cache]]) == 0
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    how = ["--seeds", SEEDS, "--epochs", SEEDS, "--batch-size", 32, "--workers", 0]
+    how += ["--test-split", "none", "--device", "cpu"]
+    with server("--cache", begun, "--on-demand", "--device", "cpu", port=port):
+        looked = launcher.start("train", *what, *how, "--labels", url, "--dry-run")
+        assert looked.wait()[0] == 0
+        with urllib.request.urlopen(f"{url}/v1/compute") as answer:
+            assert json.load(answer)["entries"] == []  # to look asks for nothing
+        assert list_label_sets(begun)[0].seeds == 1
+        asked = launcher.start("train", *what, *how, "--labels", url, "--out", tmp_path / "asked")
+        status, _, err = asked.wait()
+        assert status == 0, err
+    (one,), (other,) = list_label_sets(begun), list_label_sets(whole)
+    assert one.name == other.name and one.coverage() == [1.0] * SEEDS
+    for array in one.arrays:
+        assert tree(one.path / array) == tree(other.path / array)
+    stored = launcher.start("train", *what, *how, "--cache", whole, "--out", tmp_path / "stored")
+    assert stored.wait()[0] == 0
+    assert without_times(tmp_path / "asked") == without_times(tmp_path / "stored")

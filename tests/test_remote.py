@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import gc
+import http.client
 import http.server
 import json
 import logging
@@ -41,7 +43,9 @@ from sskt.teacher_cache.errors import (
     InputError,
     SsktError,
 )
-from sskt.teacher_cache.http_client import TOKEN, Server, Unavailable
+from sskt.teacher_cache.http_answers import Unavailable
+from sskt.teacher_cache.http_client import TOKEN, Server
+from sskt.teacher_cache.node_users import private_folder
 from sskt.teacher_cache.places import open_cache
 from sskt.teacher_cache.remote import Fetching, HttpPlace, open_server
 from sskt.teacher_cache.spec import digest_of
@@ -68,6 +72,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses; nobody's token."""
     monkeypatch.setattr(http_client, "PAUSES", (0.01, 0.05))
     monkeypatch.setattr(http_client, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(http_client, "_MET", set())
     monkeypatch.delenv(TOKEN, raising=False)
 
 
@@ -269,7 +274,7 @@ def test_nothing_is_written_to_a_server(
         for command in (
             [*make, "--cache", url],
             ["copy", large, url],
-            ["rm", "--cache", url, only(large).name, "--yes"],
+            ["rm", "--cache", url, only(large).name],
             ["export", "--cache", large, only(large).name, "--encoding", "u8", "--out", url],
         ):
             status, _, err = sskt(*command)
@@ -456,6 +461,39 @@ def test_a_revoked_token_stops_the_training_at_once(
     assert secret.encode() not in everywhere
 
 
+def test_closing_while_a_connection_is_made(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no socket yet that could be shut: the server must not be asked all the same."""
+    seen = Served()
+    with serving(large, seen=seen) as url:
+        server = Server(url)
+        connect = http.client.HTTPConnection.connect
+
+        def connecting(self: http.client.HTTPConnection) -> None:
+            connect(self)
+            self.sock, sock = None, self.sock
+            server.close()
+            self.sock = sock
+
+        monkeypatch.setattr(http.client.HTTPConnection, "connect", connecting)
+        with pytest.raises(InputError, match="stopped while waiting"):
+            server.json("/v1/server")
+    assert not seen.requests
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown(
+    sskt: Call, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    secret = new_token(tokens, "cluster", ["read"], None)
+    with serving(large, token_file=str(tokens)) as url:
+        monkeypatch.setenv(TOKEN, f"{secret}\r\n")  # as from a file
+        assert sskt("ls", url)[0] == 0
+        for odd in (f"{secret}\nX: y", f"{secret} y", f"{secret}\u00fc"):
+            monkeypatch.setenv(TOKEN, odd)
+            status, _, err = sskt("ls", url)
+            assert status == 2 and f"what {TOKEN} holds is no token" in err and secret not in err
+
+
 def test_nobody_there(sskt: Call, large: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     status, _, err = sskt("ls", url)
@@ -468,6 +506,7 @@ def test_what_is_kept_is_not_used_without_its_server(large: Path, tmp_path: Path
         remote = fetched(url, tmp_path, wait_minutes=0)
         everything(remote)
     assert len(list(tmp_path.rglob("*.shard"))) == 8
+    http_client._MET.clear()  # as another process
     with pytest.raises(InputError, match=f"cannot reach {url}"):
         fetched(url, tmp_path)
 
@@ -519,6 +558,56 @@ def test_pauses_that_the_server_asks_for(status: int, monkeypatch: pytest.Monkey
     assert [round(p) for p in pauses] == [7, pytest.approx(39, abs=1.01), 0, 300]
 
 
+def test_very_many_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a wait of hours."""
+    server = Server("http://host:1")
+    http_client._MET.add(server.url)
+    pauses: list[float] = []
+    monkeypatch.setattr(server, "pause", pauses.append)
+
+    def attempt() -> int:
+        if len(pauses) < 1100:
+            raise Unavailable("away")
+        return 1
+
+    assert server.patiently(attempt) == 1
+    assert max(pauses) <= 0.05
+
+
+def test_a_busy_server_is_there_even_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy: tuple[int, dict[str, str], bytes] = (
+        429,
+        {},
+        b'{"title": "too many requests at once", "detail": "16 requests"}',
+    )
+    monkeypatch.setattr(http_client, "FIRST_SECONDS", 0)
+    with scripted(*[busy] * 9, GOOD) as url:
+        assert Server(url).json("/v1/server") == {"on_demand": False}
+
+
+def test_a_server_that_was_there_is_waited_for_by_the_next_training(
+    config: TrainConfig, label_cache: Path, tmp_path: Path, log: Heard
+) -> None:
+    port = free_port()
+    with serving(label_cache, port=port) as url:
+        remote = from_server(config, url, label_cache=tmp_path / "node")
+        make_plan(remote)
+    server = contextlib.ExitStack()
+
+    def restart() -> None:
+        assert log.heard.wait(30)
+        server.enter_context(serving(label_cache, port=port))
+
+    waiting = threading.Thread(target=restart)
+    with server:
+        waiting.start()
+        try:
+            make_plan(remote)
+        finally:
+            log.heard.set()
+            waiting.join()
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -556,6 +645,8 @@ def test_a_stale_connection_is_no_failure(large: Path, log: Heard) -> None:
         ("http://host/?set=1", "expected http://HOST:PORT"),
         ("https://me:secret@host", f"token for host into the environment variable {TOKEN}"),
         ("http://[::1", "no address"),
+        ("http://a..b", "no address"),
+        ("http://h ost:1", "expected http://HOST:PORT"),
     ],
 )
 def test_what_is_no_address(url: str, said: str) -> None:
@@ -738,7 +829,7 @@ def test_a_temporary_folder_goes_with_its_last_user(
         assert [path.name for path in base.iterdir()] == ["lock"]
     base.chmod(0o755)
     with pytest.raises(InputError, match="is not this user's alone"):
-        node_cache.private_folder()
+        private_folder()
 
 
 def test_threads_of_a_process_share_a_download(large: Path, tmp_path: Path) -> None:
@@ -792,6 +883,45 @@ def test_a_budget_is_kept_and_the_labels_are_right(large: Path, tmp_path: Path) 
             assert 0.3 * size < kept <= budget
         assert same(fetched(url, tmp_path, gibibytes=1 / 2**30), only(large))
     assert mine.exists()
+
+
+def test_what_lies_there_does_not_shrink_a_temporary_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    free = [8 * 2**20]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    cache = node_cache.NodeCache("http://host:1")
+    before = cache._budget
+    (cache._home / "set").mkdir()
+    (cache._home / "set" / "labels.c.0.0.0@x.shard").write_bytes(bytes(3 * 2**20))
+    free[0] -= 3 * 2**20
+    cache.set_budget(None)
+    assert cache._budget == before == 4 * 2**20
+
+
+def test_another_process_that_is_waited_for_is_told(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be stopped, or wait for the server itself."""
+    monkeypatch.setattr(node_cache, "TOLD_SECONDS", 0.01)
+    heard = Heard("another process of this machine")
+    logging.getLogger("sskt").addHandler(heard)
+    with serving(large) as url:
+        remote = fetched(url, tmp_path)
+        node = remote.place.session.node()  # type: ignore[attr-defined]
+        files = [(node._home / "locks" / str(i)).open("w") for i in range(node_cache._LOCKS)]
+        for file in files:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        reader = threading.Thread(target=everything, args=(remote,))
+        reader.start()
+        told = heard.heard.wait(20)
+        for file in files:
+            file.close()
+        reader.join()
+    logging.getLogger("sskt").removeHandler(heard)
+    assert told and len(heard.said) == 1
 
 
 def test_a_folder_that_cannot_be_used(large: Path, tmp_path: Path) -> None:

@@ -142,9 +142,11 @@ class Plan:
         }
 
 
-def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
+def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = True) -> Plan:
     """Opens target and label sets and checks that they fit each other.
 
+    ask: whether a label server that computes on demand is to compute what is missing, so that
+    the plan can be carried out.
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
     served = is_served(config.labels or config.cache or "")
@@ -186,7 +188,7 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
         sets = {n.name: find_label_set(cache, n, views) for n in names if cache is not None}
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
-        require_seeds(label_set, min(seeds, config.epochs))
+        require_seeds(label_set, min(seeds, config.epochs), ask=ask)
         require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
     if config.batch_size < ranks.world:
         raise InputError(
@@ -196,6 +198,7 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = ()) -> Plan:
     test = _test_views(config, views, download=download)
     if config.download and ranks.first:
         ranks.wait()
+    seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
     return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
 
 
