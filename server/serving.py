@@ -162,27 +162,23 @@ def run_folder() -> Iterator[Path]:
     """
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for other in folder.parent.glob(f"{PREFIX}*"):
-            if other != folder:
-                _sweep(other)
-        for name in ("slabs", "prometheus", "queue"):
-            (folder / name).mkdir()
-        yield folder
-        os.close(lock)
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for other in folder.parent.glob(f"{PREFIX}*"):
+                if other != folder and other.lstat().st_uid == os.getuid():
+                    _sweep(other)
+            for name in ("slabs", "prometheus", "queue"):
+                (folder / name).mkdir()
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # somebody else's, or gone, or in use
-        lock = os.open(folder / LOCK, os.O_RDWR)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+    # Somebody else's, gone, or in use.
+    with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
