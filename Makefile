@@ -27,6 +27,7 @@ benchmarks: $(READY)
 	$(VENV)/bin/python benchmarks/step.py
 	$(VENV)/bin/python benchmarks/pictures.py
 	$(VENV)/bin/python benchmarks/memory.py
+	$(VENV)/bin/python benchmarks/server.py
 
 dist: $(READY)
 	rm -rf dist
