@@ -334,16 +334,29 @@ def test_an_unreadable_set_hides_no_other(cache: Path, monkeypatch: pytest.Monke
         assert get(url, "/readyz")[0] == 503
 
 
+@pytest.fixture(scope="module", params=["f32", "golden"])
+def readable(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
+    """A served cache and its URL: three seeds in f32, or the golden sets (f16, u8, top-k)."""
+    if request.param == "f32":
+        yield request.getfixturevalue("cache"), request.getfixturevalue("url")
+        return
+    golden = Path(__file__).with_name("golden") / "cache"
+    assert {str(s.encoding) for s in list_label_sets(golden)} >= {"f16", "u8"}
+    with serving(golden) as address:
+        yield golden, address
+
+
 def arrays(cache: Path) -> Iterator[tuple[str, Any]]:
     import zarr
 
-    (label_set,) = list_label_sets(cache)
-    for name in label_set.arrays:
-        found = zarr.open_array(label_set.path / name, mode="r")
-        yield f"{label_set.name}/{name}", np.asarray(found[:])
+    for label_set in list_label_sets(cache):
+        for name in label_set.arrays:
+            found = zarr.open_array(label_set.path / name, mode="r")
+            yield f"{label_set.name}/{name}", np.asarray(found[:])
 
 
-def test_zarr_over_obstore(cache: Path, url: str) -> None:
+def test_zarr_over_obstore(readable: tuple[Path, str]) -> None:
+    cache, url = readable
     import zarr
     from obstore.store import HTTPStore
     from zarr.storage import ObjectStore
@@ -356,7 +369,8 @@ def test_zarr_over_obstore(cache: Path, url: str) -> None:
         assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
 
 
-def test_zarr_over_fsspec(cache: Path, url: str) -> None:
+def test_zarr_over_fsspec(readable: tuple[Path, str]) -> None:
+    cache, url = readable
     import zarr
     from zarr.storage import FsspecStore
 
@@ -366,7 +380,8 @@ def test_zarr_over_fsspec(cache: Path, url: str) -> None:
         assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
 
 
-def test_tensorstore(cache: Path, url: str) -> None:
+def test_tensorstore(readable: tuple[Path, str]) -> None:
+    cache, url = readable
     import tensorstore
 
     for path, expected in arrays(cache):
