@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.server.surveys import Survey
+from sskt.teacher_cache.label_set import seed_ranges
 
 CELLS = 64
 """Blocks that are drawn as cells of their own; more are drawn as a bar of so many steps."""
@@ -121,8 +122,6 @@ def percent(share: float) -> str:
 
 def coverage_words(survey: Survey) -> str:
     """The coverage of a set in a sentence."""
-    from sskt.teacher_cache.catalog import seed_ranges
-
     seeds = len(survey.stored)
     if not seeds:
         return "no seeds"

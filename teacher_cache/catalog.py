@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sskt.teacher_cache.errors import (
     CorruptStore,
@@ -12,6 +12,7 @@ from sskt.teacher_cache.errors import (
     MissingData,
     SpecMismatch,
 )
+from sskt.teacher_cache.label_set import seed_ranges
 from sskt.teacher_cache.places import CacheName, is_served
 from sskt.teacher_cache.spec import Spec, first_difference, name_of, require
 from sskt.teacher_cache.store import Damaged, LabelSet, Shard, look_over
@@ -143,19 +144,6 @@ def require_seeds(label_set: LabelSet, seeds: int, *, ask: bool = True) -> None:
             f"label set {label_set.name} lacks {seed_ranges(lacking)} of {seeds}; run sskt "
             f"cache-teachers again with --seeds {seeds}, or train with fewer: --seeds N"
         )
-
-
-def seed_ranges(seeds: Iterable[int]) -> str:
-    """``seeds 0, 3-5``."""
-    runs: list[list[int]] = []
-    for seed in seeds:
-        if runs and seed == runs[-1][-1] + 1:
-            runs[-1].append(seed)
-        else:
-            runs.append([seed])
-    names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
-    many = len(runs) > 1 or len(runs[0]) > 1
-    return f"seed{'s' if many else ''} {', '.join(names)}"
 
 
 def same_views(sets: Sequence[LabelSet]) -> None:

@@ -277,3 +277,16 @@ class LabelSet:
             for array in [*self.arrays[1:], "view_check"]:
                 self.place.update(f"{array}/{GROUP}", widen)
         self._arrays.clear()
+
+
+def seed_ranges(seeds: Iterable[int]) -> str:
+    """``seeds 0, 3-5``."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+    many = len(runs) > 1 or len(runs[0]) > 1
+    return f"seed{'s' if many else ''} {', '.join(names)}"

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.catalog import seed_ranges, shard_name
+from sskt.teacher_cache.catalog import shard_name
 from sskt.teacher_cache.encodings import Encoded, as_tensors, soft_labels
 from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.images import UInt8
+from sskt.teacher_cache.label_set import seed_ranges
 from sskt.teacher_cache.philox import PROBE, below, draw
 from sskt.teacher_cache.policies import POLICIES, Policy
 from sskt.teacher_cache.samples import Target

@@ -394,7 +394,8 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
     """Many clients ask for a big file and take nothing: each costs a piece, not the file."""
     import socket
 
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     big = cache / "set" / "big"
     size, clients = 64 * 2**20, 12
     with big.open("wb") as file:

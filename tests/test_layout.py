@@ -53,7 +53,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_a_server_worker_needs_no_torch() -> None:
-    code = "import sys, sskt.server.app; sys.exit('torch' in sys.modules)"
+    code = "import sys, sskt.server.app, sskt.server.cards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
