@@ -224,14 +224,14 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
     lines: list[str] = []
     for name, study in studies.items():
         results: dict[str, dict[str, float]] = {}
-        several: list[Path] = []
+        drawn: list[tuple[bool, Path]] = []
         for row in study.rows:
             for run in sorted((out / name / folder_of(row)).glob("seed-*")):
                 found = records.read_metrics(run) if (run / records.METRICS).exists() else []
                 if records.is_finished(found, study.base["epochs"]):
                     results.setdefault(row, {})[run.name] = result_of(found)
-            if len(results.get(row, {})) > 1:
-                several.append(out / name / folder_of(row))
+            if row in results:
+                drawn.append((len(results[row]) > 1, out / name / folder_of(row)))
         base = results.get("scratch", {})
         lines += [f"### {study.title}", "", "| row | by seed | mean ± std, % | against scratch |",
                   "|---|---|---|---|"]  # fmt: skip
@@ -246,7 +246,9 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
             ]
             lines.append(f"| {' | '.join(cells)} |")
         image = path.with_name(f"results-{name}.png")
-        draw_curves(compare(find_runs(several)[0]), image)
+        # Where some rows have several seeds, only those are drawn.
+        folders = [folder for many, folder in drawn if many or not any(m for m, _ in drawn)]
+        draw_curves(compare(find_runs(folders)[0]), image)
         lines += ["", f"![{study.title}]({image.name})", ""]
     durable_write(path, "\n".join(lines).encode())
 
