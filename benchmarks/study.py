@@ -1,19 +1,22 @@
-"""The study of docs/results.md: scratch against SSKT on real images, three seeds each.
+"""The study of docs/results.md: training from scratch against SSKT on real images.
 
     python benchmarks/study.py --data ../shared/data --out runs/study [--part 0/2] [--only cifar]
 
-Real CIFAR-10 (as JPEGs) and MiniPlaces, real ImageNet and Places365 sources, ResNet-20. Labels
-are cached first, then every row is trained; a run that is there is kept, one that was cut goes on.
-``--write FILE`` writes the tables and curves from what is there.
+Trains ResNet-20 on real CIFAR-10 images (as JPEGs) and on MiniPlaces, with labels of a real
+ImageNet and a real Places365 network. Labels are cached first, then every row is trained with three
+seeds. A finished run is kept, an interrupted one continues. Finished runs are also copied to
+``--kept`` (configuration and metrics only), which is part of the repository, so that the study can
+be continued on another machine. ``--write FILE`` writes tables and curves of the finished runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shutil
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +28,29 @@ from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.stage import cache_teachers
 from sskt.trainer import records
 from sskt.trainer.comparing import compare, find_runs
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.drawing import draw_curves
 from sskt.trainer.runs import run_training
 from sskt.trainer.summary import mean_std, result_of
 
 RUNS = 3
 IN, PL = "imagenet", "places365"
+LONG = "scratch, twice as long"
+KEPT = Path(__file__).parent / "study"
+KEPT_METRICS = ("epoch", "loss", "loss_primary", "train_top1", "test_loss", "test_top1", "images",
+                "seconds")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Study:
-    """Rows of one target that share everything but what is named in a row.
+    """Rows of one target that share everything but the fields that a row names.
 
-    Rows in ``once`` are trained with one seed only. The sources see ``size`` pixels, and
-    ``view_seeds`` views of each sample are cached.
+    The sources see images of ``size`` pixels; ``view_seeds`` views of each sample are cached.
     """
 
     title: str
     target: str
     base: dict[str, Any]
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    once: tuple[str, ...] = ()
     size: int = 74
     view_seeds: int = 8
 
@@ -55,59 +59,39 @@ def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
     return {"source": list(sources), **fields}
 
 
+ROWS: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "P": sskt(PL),
+    "I": sskt(IN),
+    "P+I": sskt(PL, IN),
+    "P, TM": sskt(PL, tm=True),
+    "I, TM": sskt(IN, tm=True),
+    "P+I, TM": sskt(PL, IN, tm=True),
+    LONG: {},
+    "P+I, T 3, alpha 0.1": sskt(PL, IN, alpha=0.1, temperature=3.0),
+    "P+I, TM, T 3, alpha 0.1": sskt(PL, IN, tm=True, alpha=0.1, temperature=3.0),
+}
+"""T = 1 and alpha = 1 unless a row says otherwise."""
+
+TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0, "temperature": 1.0}
+
 STUDIES = {
-    "cifar": Study(
-        "CIFAR-10, 1,000 images (100 a class), 30 epochs",
+    "cifar1k": Study(
+        "CIFAR-10, 1,000 images (100 a class), 60 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 30, "batch_size": 64, "lr": 0.05},
-        {
-            "scratch": {},
-            "I": sskt(IN),
-            "I, TM": sskt(IN, tm=True),
-            "P": sskt(PL),
-            "P, TM": sskt(PL, tm=True),
-            "P+I": sskt(PL, IN),
-            "P+I, TM": sskt(PL, IN, tm=True),
-            "P+I, CE+KD as meant": sskt(PL, IN, loss="ce+kd"),
-            "P+I, CE+KD as released": sskt(PL, IN, loss="ce+kd-released"),
-            "I, alpha 0.03": sskt(IN, alpha=0.03),
-            "I, alpha 0.3": sskt(IN, alpha=0.3),
-            "I, alpha 1": sskt(IN, alpha=1.0),
-            "I, T 1": sskt(IN, temperature=1.0),
-        },
-        ("P", "P, TM", "P+I, CE+KD as meant", "I, alpha 0.03", "I, alpha 0.3", "I, T 1"),
+        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 60, **TRAINING},
     ),
     "places": Study(
-        "MiniPlaces, 2,000 images (20 a class, 100 classes), views of 48 pixels, 10 epochs",
+        "MiniPlaces, 2,000 images (20 a class, 100 classes), views of 48 pixels, 60 epochs",
         "miniplaces",
-        {
-            "policy": "random-resized-crop-flip:size=48,scale_min=0.3",
-            "epochs": 10,
-            "batch_size": 32,
-            "lr": 0.05,
-        },
-        {
-            "scratch": {},
-            "P, alpha 1": sskt(PL, alpha=1.0),
-            "P, TM, alpha 1": sskt(PL, tm=True, alpha=1.0),
-            "I, alpha 1": sskt(IN, alpha=1.0),
-        },
+        {"policy": "random-resized-crop-flip:size=48,scale_min=0.3", "epochs": 60, **TRAINING},
         size=96,
     ),
     "cifar5k": Study(
-        "CIFAR-10, 5,000 images (500 a class), 15 epochs",
+        "CIFAR-10, 5,000 images (500 a class), 40 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "limit": 5000, "epochs": 15, "batch_size": 64, "lr": 0.05},
-        {"scratch": {}, "I": sskt(IN), "P+I, TM": sskt(PL, IN, tm=True)},
+        {"policy": "pad-crop-flip", "limit": 5000, "epochs": 40, **TRAINING},
         view_seeds=4,
-    ),
-    "cifar50k": Study(
-        "CIFAR-10, all 50,000 images, 2 epochs",
-        "cifar10",
-        {"policy": "pad-crop-flip", "epochs": 2, "batch_size": 128, "lr": 0.1},
-        {"scratch": {}, "I": sskt(IN)},
-        ("scratch", "I"),
-        view_seeds=1,
     ),
 }
 
@@ -118,24 +102,48 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--only", default="", help="names of studies, by commas")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th run from the I-th")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="finished runs, kept in git")
     parser.add_argument("--write", type=Path, help="write results to FILE, train nothing")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
     chosen = asked.only.split(",") if asked.only else list(STUDIES)
     if asked.write:
-        write({name: STUDIES[name] for name in chosen}, asked.out, asked.write)
+        write({name: STUDIES[name] for name in chosen}, asked.kept, asked.write)
         return
     part, parts = map(int, asked.part.split("/"))
     torch.set_num_threads(max(1, torch.get_num_threads() // parts))
-    for name in chosen:
-        study = STUDIES[name]
-        target = unpacked(asked.data, asked.out, study.target)
-        cache = asked.out / "labels" / name
-        label(study, target, asked.data, cache, asked.device)
-        for i, config in enumerate(configs(name, study, target, cache, asked.out, asked.device)):
-            if i % parts == part:
-                last = run_training(config)[-1]
-                print(f"{config.out}: {last['test_top1']:.2f} %", flush=True)
+    for seed in range(RUNS):
+        for name in chosen:
+            study = STUDIES[name]
+            target = unpacked(asked.data, asked.out, study.target)
+            cache = asked.out / "labels" / name
+            label(study, target, asked.data, cache, asked.device)
+            for i, row in enumerate(ROWS):
+                config = config_of(study, row, seed, target, cache, asked.out / name)
+                if i % parts == part and not finished(asked.kept / name / place_of(row, seed)):
+                    last = run_training(replace(config, device=asked.device))[-1]
+                    keep(asked.out, asked.kept, config)
+                    print(f"{config.out}: {last['test_top1']:.2f} %", flush=True)
+
+
+def finished(run: Path) -> list[dict[str, Any]]:
+    """The records of a finished run; empty for any other folder."""
+    found = records.read_metrics(run) if (run / records.METRICS).exists() else []
+    whole = found and records.is_finished(found, read_config(run / records.CONFIG)["epochs"])
+    return found if whole else []
+
+
+def keep(out: Path, kept: Path, config: TrainConfig) -> None:
+    """Copies the configuration and the metrics of a finished run."""
+    assert config.out
+    folder = kept / config.out.relative_to(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(config.out / records.CONFIG, folder)
+    lines = [
+        json.dumps({k: round(record[k], 4) for k in KEPT_METRICS if k in record})
+        for record in records.read_metrics(config.out)
+    ]
+    (folder / records.METRICS).write_text("\n".join(lines) + "\n")
 
 
 def unpacked(data: Path, out: Path, target: str) -> Path:
@@ -180,38 +188,30 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
         IN: f"{IN}:efficientnet_lite0@{study.size}",
         PL: f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
     }
-    used = {name for row in study.rows.values() for name in row.get("source", ())}
-    sources = tuple(known[name] for name in known if name in used)
-    job = Job(sources, str(target), str(cache), policy=study.base["policy"],
+    job = Job(tuple(known.values()), str(target), str(cache), policy=study.base["policy"],
               limit=study.base.get("limit"), device=device)  # fmt: skip
     opened = open_job_sources(job)
     views = open_job_views(job)
     report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,
                             job.options(opened))  # fmt: skip
-    print(f"{cache}: {report.written} labels written, {report.reused} were there", flush=True)
+    print(f"{cache}: {report.written} labels written, {report.reused} reused", flush=True)
 
 
-def configs(
-    name: str, study: Study, target: Path, cache: Path, out: Path, device: str
-) -> Iterator[TrainConfig]:
-    """Seed by seed, so that an unfinished study has some of every row."""
-    for seed in range(RUNS):
-        for row, fields in study.rows.items():
-            if seed and row in study.once:
-                continue
-            place = out / name / folder_of(row) / f"seed-{seed}"
-            yield TrainConfig(
-                target=str(target),
-                seed=seed,
-                out=place,
-                cache=cache if fields.get("source") else None,
-                seeds=study.view_seeds,
-                eval_every=study.base["epochs"] // 2,
-                save_minutes=0,
-                device=device,
-                **study.base,
-                **fields,
-            )
+def config_of(
+    study: Study, row: str, seed: int, target: Path, cache: Path, out: Path
+) -> TrainConfig:
+    epochs = study.base["epochs"] * (2 if row == LONG else 1)
+    fields = study.base | ROWS[row] | {"epochs": epochs}
+    return TrainConfig(
+        target=str(target),
+        seed=seed,
+        out=out / place_of(row, seed),
+        cache=cache if fields.get("source") else None,
+        seeds=study.view_seeds,
+        eval_every=epochs // 6,
+        save_minutes=0,
+        **fields,
+    )
 
 
 def write(studies: dict[str, Study], out: Path, path: Path) -> None:
@@ -225,10 +225,9 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
     for name, study in studies.items():
         results: dict[str, dict[str, float]] = {}
         drawn: list[tuple[bool, Path]] = []
-        for row in study.rows:
+        for row in ROWS:
             for run in sorted((out / name / folder_of(row)).glob("seed-*")):
-                found = records.read_metrics(run) if (run / records.METRICS).exists() else []
-                if records.is_finished(found, study.base["epochs"]):
+                if found := finished(run):
                     results.setdefault(row, {})[run.name] = result_of(found)
             if row in results:
                 drawn.append((len(results[row]) > 1, out / name / folder_of(row)))
@@ -251,6 +250,10 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
         draw_curves(compare(find_runs(folders)[0]), image)
         lines += ["", f"![{study.title}]({image.name})", ""]
     durable_write(path, "\n".join(lines).encode())
+
+
+def place_of(row: str, seed: int) -> Path:
+    return Path(folder_of(row), f"seed-{seed}")
 
 
 def folder_of(row: str) -> str:

@@ -13,10 +13,8 @@ from fastapi.responses import JSONResponse, Response
 
 from sskt.server.on_demand import why_not
 from sskt.server.openapi import problems
-from sskt.server.problems import Problem, problem_of
 from sskt.server.state import State, state_of
 from sskt.server.surveys import survey
-from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.label_set import LabelSet
 from sskt.teacher_cache.store import summary
 
@@ -213,11 +211,7 @@ async def healthz() -> Response:
 )
 async def readyz(request: Request) -> Response:
     """Needs no token. 503 while the cache cannot be listed."""
-    state = state_of(request)
-    try:
-        sets = await asyncio.to_thread(state.sets.all)
-    except SsktError as error:
-        raise Problem(503, "not ready", str(error), {"Retry-After": "5"}) from error
+    sets = await asyncio.to_thread(state_of(request).sets.all)
     return JSONResponse({"status": "ready", "label_sets": len(sets)})
 
 
@@ -239,8 +233,5 @@ def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
 
 
 async def _told(found: Any) -> Response:
-    """JSON from a function that may wait for a disk or a bucket. Raises ``Problem``."""
-    try:
-        return JSONResponse(await asyncio.to_thread(found), headers={"Cache-Control": "no-cache"})
-    except SsktError as error:
-        raise problem_of(error) from error
+    """JSON from a function that may wait for a disk or a bucket; app.py tells its failures."""
+    return JSONResponse(await asyncio.to_thread(found), headers={"Cache-Control": "no-cache"})

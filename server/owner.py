@@ -5,7 +5,6 @@ It takes what waits in the queue and labels it as ``sskt cache-teachers`` does, 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging.config
 import multiprocessing
@@ -21,6 +20,7 @@ import torch
 
 from sskt.server.logs import log_config
 from sskt.server.metrics import Metrics
+from sskt.server.parent import end_with_parent, parent_is_there
 from sskt.server.settings import Settings
 from sskt.server.shard_queue import Entry, Queue
 from sskt.teacher_cache.durable import Locks
@@ -48,7 +48,6 @@ IDLE_SECONDS = 600.0
 """After so long without work they are closed, and the accelerator's memory is given back."""
 
 MESSAGE_LENGTH = 1000
-_PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger("sskt.server")
 
@@ -60,7 +59,7 @@ def own(settings: Settings) -> None:
     was being computed goes back into the queue when the next owner starts. Exits with 1 if the
     device or the cache cannot be used.
     """
-    _end_with_parent()
+    end_with_parent()
     logging.config.dictConfig(log_config(settings.log))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends us
@@ -74,7 +73,7 @@ def own(settings: Settings) -> None:
     with closing(Locks(owner.queue.folder / "owner")) as only:
         only.claim(0, wait=True)  # a former owner may be dying still
         owner.recover()
-        while _parent_is_there():
+        while parent_is_there():
             if not owner.step():
                 time.sleep(POLL_SECONDS)
 
@@ -252,16 +251,3 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, BadImage):
         text += "; to leave such samples out, run sskt cache-teachers with --on-error skip"
     return text[:MESSAGE_LENGTH]
-
-
-def _end_with_parent() -> None:
-    """The kernel ends us when the thread that started us is gone, even in mid-shard."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not _parent_is_there():
-        sys.exit(1)
-
-
-def _parent_is_there() -> bool:
-    parent = multiprocessing.parent_process()
-    return parent is None or parent.is_alive()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 
@@ -12,9 +11,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies, however it dies."""
-    parent = multiprocessing.parent_process()
-    if sys.platform == "linux" and parent is not None:
+    """The kernel kills this process when the thread that started it is gone, however it goes."""
+    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent.pid:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
+    if not parent_is_there():  # it died before the call
+        sys.exit(1)
+
+
+def parent_is_there() -> bool:
+    """Whether the process that started this one by multiprocessing lives; True if none did."""
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()

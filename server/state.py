@@ -12,7 +12,7 @@ from pathlib import Path
 from starlette.requests import HTTPConnection
 
 from sskt.server.metrics import Metrics
-from sskt.server.problems import Problem
+from sskt.server.problems import DAMAGED, Problem
 from sskt.server.settings import Settings
 from sskt.server.shard_queue import Queue
 from sskt.server.slabs import Slabs
@@ -44,7 +44,7 @@ class Sets:
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self) -> list[LabelSet]:
-        """All readable sets by name. Raises ``SsktError`` if the cache cannot be listed."""
+        """All readable sets by name. Raises ``Problem`` 503 if the cache cannot be listed."""
         with self._guard:
             if time.monotonic() >= self._until:
                 self._look()
@@ -60,7 +60,7 @@ class Sets:
         if len(fitting) == 1:
             return fitting[0]
         if name in self.damaged:
-            raise Problem(500, "label set damaged", self.damaged[name])
+            raise Problem(500, DAMAGED, self.damaged[name])
         raise Problem(404, "no such label set", f"no label set {name!r}; /v1/label-sets lists them")
 
     def recent(self, name: str) -> LabelSet | None:
@@ -76,7 +76,7 @@ class Sets:
         return known[1] if known else None
 
     def _look_again(self) -> None:
-        with contextlib.suppress(SsktError, Problem):  # who asks for a listing is told
+        with contextlib.suppress(Problem):  # who asks for a listing is told
             self.all()
 
     def _look(self) -> None:
