@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import tarfile
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,14 @@ def unpacked(data: Path, out: Path, target: str) -> Path:
     folder = out / "targets" / target
     if target == "cifar10" and not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
         with tarfile.open(data / "cifar10-jpeg.tar.gz") as archive:
-            archive.extractall(folder.parent / "part", **SAFELY)
-        inner = folder.parent / "part"
-        while not (inner / "train").is_dir():
-            (inner,) = [p for p in inner.iterdir() if p.is_dir()]
-        inner.rename(folder)
+            archive.extractall(part, **SAFELY)
+        try:
+            next(path for path in part.rglob("train")).parent.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another part of the study unpacked it meanwhile
+                raise
     if target == "miniplaces":
         return manifest(data / "miniplaces", out / "targets" / "miniplaces.csv")
     return folder
