@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, print_json, print_table, progress
+from sskt.cli.output import as_json, print_json, print_table, progress, say
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
     from sskt.teacher_cache import stage
     from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
 
-    click.echo(f"caching {SOURCE} over shapes, {seeds} view seeds", err=True)
+    say(f"caching {SOURCE} over shapes, {seeds} view seeds")
     job = Job((SOURCE,), "shapes", str(config.cache), limit=config.limit, device=config.device)
     opened = open_job_sources(job)
     sources, options = [one.source for one in opened], job.options(opened)
@@ -97,13 +97,13 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
     import shutil
 
-    from sskt.cli.training import hooks_of
+    from sskt.cli.following import hooks_of
     from sskt.trainer.loop import Trainer
     from sskt.trainer.plan import make_plan
 
-    click.echo(f"training into {out}", err=True)
+    say(f"training into {out}")
     shutil.rmtree(out, ignore_errors=True)
-    hooks = hooks_of(config.epochs, bar(out.name), bar("reading images"))
+    hooks = hooks_of(config, bar, name=out.name)
     return Trainer(make_plan(config), hooks).run(out)
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.locations import data_line
+from sskt.teacher_cache.errors import raise_missing
+
 if TYPE_CHECKING:
     from sskt.teacher_cache.jobs import Job
 
@@ -28,7 +31,11 @@ _OPTIONS = (
         help="Known target (sskt datasets), a folder of class folders (pictures or clips), or a "
         ".csv or .parquet manifest.",
     ),
-    click.option("--root", type=click.Path(path_type=Path), help="Where the target's data lives."),
+    click.option(
+        "--root",
+        type=click.Path(path_type=Path),
+        help="Folder of the target's data. Default: $SSKT_DATA, else ./data (or NAME in it).",
+    ),
     click.option("--split", default="train", show_default=True),
     click.option(
         "--seeds",
@@ -177,6 +184,25 @@ def _with(options: Sequence[Command], command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def require_ready(given: dict[str, Any]) -> None:
+    """Checks what the options name, before torch is imported, and says which data was taken.
+
+    Raises:
+        UnknownName: For a source or a target that is not known.
+        MissingData: Names all files that are missing.
+    """
+    from sskt.teacher_cache.source_names import parse_source
+    from sskt.teacher_cache.targets import lacking_data
+
+    target, root = given["target"], given["root"]
+    files = [parse_source(text).file for text in given["sources"]]
+    problems = [f"no file {file}" for file in files if file is not None and not file.is_file()]
+    lacking = lacking_data(target, root, download=given["download"])
+    raise_missing([*problems, lacking] if lacking else problems)
+    if line := data_line(target, root):
+        click.echo(line, err=True)
 
 
 def job_of(cache: str, given: dict[str, Any], **more: Any) -> Job:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.look import root_option, sets_argument, target_option
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress
 from sskt.cli.teachers import error_text
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import SsktError
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.store import LabelSet
@@ -43,7 +44,10 @@ AUDIT = (
 
 
 @click.command("ls")
-@click.option("--cache", help="Folder or URL (s3://..., http://HOST:PORT) of the label sets.")
+@click.option(
+    "--cache",
+    help=f"Folder or URL (s3://..., http://HOST:PORT) of the label sets. {DEFAULT_LABELS}",
+)
 @sets_argument
 @click.option(
     "-v",
@@ -74,8 +78,7 @@ def ls(
 
     if cache is None and sets and "://" in sets[0]:
         cache, sets = sets[0], sets[1:]
-    if cache is None:
-        raise InputError("which cache? give --cache DIR, or a URL: sskt ls http://HOST:PORT")
+    cache = located_cache(cache)
     chosen, damaged = choose_all(cache, sets)
     found = [summary(s) for s in chosen]
     if audited:

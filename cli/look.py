@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sskt.cli.locations import cache_option as label_cache_option
 from sskt.cli.output import as_json, print_json, print_table, progress
 from sskt.teacher_cache.errors import InputError
 
@@ -21,11 +22,7 @@ OWN_NETWORKS = (
     "  NAME:timm/ARCH for timm networks with other classes",
 )
 
-cache_option = click.option(
-    "--cache",
-    required=True,
-    help="Folder or URL (s3://..., http://HOST:PORT) of the label sets.",
-)
+cache_option = label_cache_option("Folder or URL (s3://..., http://HOST:PORT) of the label sets.")
 sets_argument = click.argument("sets", nargs=-1, metavar="[SET]...")
 root_option = click.option(
     "--root", type=click.Path(path_type=Path), help="Where the target's data lives now."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sskt.cli.locations import cache_option
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress
 from sskt.cli.teachers import error_text
 from sskt.teacher_cache.errors import InputError
@@ -49,7 +50,7 @@ def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command("rm")
-@click.option("--cache", required=True, help=f"Where the label sets are: {PLACES}.")
+@cache_option(f"Cache of the label sets: {PLACES}.", writable=True)
 @click.argument("sets", nargs=-1, required=True, metavar="SET...")
 @click.option("--seeds", metavar="0,3-5", help="Only the labels of these view seeds.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -123,7 +124,7 @@ def _print_removable(found: list[Removable]) -> None:
 
 
 @click.command("export")
-@click.option("--cache", required=True, help=f"Where the label set is: {PLACES}.")
+@cache_option(f"Cache of the label set: {PLACES}.")
 @click.argument("label_set", metavar="SET")
 @click.option("--encoding", required=True, metavar="f16|u8|topk-K", help="The new encoding.")
 @click.option("--out", required=True, help="Cache for the new label set; may be the same one.")

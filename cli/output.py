@@ -49,6 +49,18 @@ def _is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
 
 
+_shown: list[Console] = []
+"""Consoles of the progress bars that are shown now."""
+
+
+def say(text: str) -> None:
+    """Prints a line on standard error, above the progress bars if there are any."""
+    if _shown:
+        _shown[-1].print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        click.echo(text, err=True)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], Step]]:
     """Bars on standard error: ``bar(name)`` gives a function of (done, total)."""
@@ -74,7 +86,11 @@ def progress() -> Iterator[Callable[[str], Step]]:
 
             return step
 
-        yield bar
+        _shown.append(console)
+        try:
+            yield bar
+        finally:
+            _shown.remove(console)
 
 
 @contextmanager

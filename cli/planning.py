@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from sskt.cli.job_options import job_of, job_options, run_options
+from sskt.cli.job_options import job_of, job_options, require_ready, run_options
+from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 
 
 @click.command("plan")
 @job_options
 @click.option(
-    "--cache", default="", help="Labels stored there already are not counted as to be made."
+    "--cache", help=f"Cache of label sets; labels stored there are not counted. {DEFAULT_WRITABLE}"
 )
 @run_options
 @click.option(
@@ -40,7 +41,12 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
 )
 @as_json
 def plan(
-    cache: str, machines: tuple[int, ...], epochs: int, probe: float, as_json: bool, **given: Any
+    cache: str | None,
+    machines: tuple[int, ...],
+    epochs: int,
+    probe: float,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """What cache-teachers with the same options will cost: bytes, hours, when it pays.
 
@@ -52,7 +58,8 @@ def plan(
         from sskt.teacher_cache.jobs import open_job_sources, open_job_views
         from sskt.teacher_cache.plan import plan as plan_run
 
-    job = job_of(cache, given)
+    require_ready(given)
+    job = job_of(located_cache(cache, writable=True, make=True), given)
     with progress() as bar:
         views = open_job_views(job, bar("reading files"))
     with working(f"measuring for {probe:g} s"):

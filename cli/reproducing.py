@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, say, working
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import INDIFFERENT
 from sskt.trainer.tables import (
@@ -266,7 +266,7 @@ def _run(
         table_runs.require_networks(configs)
         digests: dict[tuple[Any, ...], dict[str, str]] = {}
         for wanted in table_runs.label_passes(configs):
-            click.echo(f"labels: {_pass_text(wanted)}", err=True)
+            say(f"labels: {_pass_text(wanted)}")
             found = table_runs.cache_labels(wanted, cache, encoding, weights, preprocessing, bar)
             digests.setdefault(table_runs.views_key(wanted.config), {}).update(found)
     for training, config in zip(trainings, configs, strict=True):
@@ -292,12 +292,12 @@ def _limited(configs: Sequence[TrainConfig], fraction: float, bar: Bar) -> list[
 
 def _train(row: Row, config: TrainConfig) -> float:
     with working("loading"):
-        from sskt.cli.training import hooks_of
+        from sskt.cli.following import hooks_of
         from sskt.trainer.runs import open_live_sources, run_training
         from sskt.trainer.summary import result_of
     click.echo(f"row {row.number}, {row.name}: {config.out}", err=True)
     with progress() as bar:
-        hooks = hooks_of(config.epochs, bar(row.name), bar("reading images"))
+        hooks = hooks_of(config, bar, name=row.name)
         return result_of(run_training(config, hooks, open_live_sources(config)))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from sskt.cli.locations import cache_option
+
 
 @click.command("serve")
-@click.option("--cache", required=True, help="Folder or URL (s3://...) of the label sets.")
+@cache_option("Folder or URL (s3://...) of the label sets.", writable=True)
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, print_json, print_table, progress, working
-from sskt.cli.training import _all_options, hooks_of
+from sskt.cli.following import hooks_of
+from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.training import _all_options
 from sskt.teacher_cache.errors import (
     IncompleteLabels,
     InputError,
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.sources import Source
     from sskt.trainer.config import TrainConfig
     from sskt.trainer.drawing import Graph
-    from sskt.trainer.progress import Hooks
-    from sskt.trainer.sweeping import Outcomes, Sweep, Training
+    from sskt.trainer.sweeping import Outcomes, Sweep
 
 RESULTS, PICTURE = "results.json", "figure.png"
 
@@ -169,7 +169,6 @@ def _train(planned: Sweep, out: Path) -> Outcomes:
     live: list[Source] = []
     opened = -1
     with progress() as bar:
-        hooks = _hooks(bar)
         overall = bar("trainings")
         for i, training in enumerate(planned.trainings):
             overall(i, total)
@@ -179,7 +178,11 @@ def _train(planned: Sweep, out: Path) -> Outcomes:
                     live = open_live_sources(planned.panels[training.panel].config)
                     opened = training.panel
                 own = live if training.config.source else []
-                records = run_training(training.config, hooks(training), own)
+                records = run_training(
+                    training.config,
+                    hooks_of(training.config, bar, name="this training", lines=False),
+                    own,
+                )
                 outcomes.results[i] = result_of(records)
                 outcomes.metrics[training.panel] = main_metric(records) or ""
                 said = f"{outcomes.results[i]:.2f} %"
@@ -195,18 +198,9 @@ def _train(planned: Sweep, out: Path) -> Outcomes:
                     f"{len(outcomes.results)} of {total} trainings are finished and kept; the "
                     "same command continues"
                 ) from None
-            click.echo(f"[{i + 1}/{total}] {title}, {training}: {said}", err=True)
+            say(f"[{i + 1}/{total}] {title}, {training}: {said}")
             _save(planned, outcomes, out)
     return outcomes
-
-
-def _hooks(bar: Any) -> Any:
-    training_bar, loading = bar("this training"), bar("reading images")
-
-    def hooks(training: Training) -> Hooks:
-        return hooks_of(training.config.epochs, training_bar, loading, quiet=True)
-
-    return hooks
 
 
 def _save(planned: Sweep, outcomes: Outcomes, out: Path) -> None:

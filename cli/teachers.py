@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.job_options import job_of, job_options, run_options
+from sskt.cli.job_options import job_of, job_options, require_ready, run_options
+from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 from sskt.teacher_cache.errors import InputError
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 @click.command("cache-teachers")
 @job_options
 @click.option(
-    "--cache", required=True, help="Where the label sets live: a folder, or s3://, gs://, az://."
+    "--cache",
+    help=f"Cache of the label sets: a folder, or s3://, gs://, az://. {DEFAULT_WRITABLE}",
 )
 @run_options
 @as_json
 def cache_teachers(
-    cache: str,
+    cache: str | None,
     share: str,
     engine: str,
     address: str,
@@ -41,8 +43,8 @@ def cache_teachers(
         raise InputError("--share goes with --engine local: a Ray cluster divides the run itself")
     if engine == "local" and (address or task_gpus is not None):
         raise InputError("--address and --task-gpus go with --engine ray")
-    job = job_of(cache, given)
-    _open_for_writing(cache)
+    require_ready(given)
+    job = job_of(located_cache(cache, writable=True, make=True), given)
     part = None
     try:
         with progress() as bar:
@@ -60,25 +62,20 @@ def cache_teachers(
     _report(report, part, as_json)
 
 
-def _open_for_writing(cache: str) -> None:
-    with working("opening the cache"):
-        from sskt.teacher_cache.places import open_cache
-
-        open_cache(cache, make=True)
-
-
 def _here(job: Any, share: str, bar: Any) -> tuple[StageReport, Share | None]:
     with working("loading"):
         from dataclasses import replace
 
         from sskt.teacher_cache import stage
         from sskt.teacher_cache.jobs import open_job_sources, open_job_views
+        from sskt.teacher_cache.places import open_cache
         from sskt.teacher_cache.shares import parse_share
 
     part = parse_share(share)
     views = open_job_views(job, bar("reading files"))
     with working("opening sources"):
         opened = open_job_sources(job)
+        open_cache(job.cache, make=True)
     options = replace(job.options(opened), share=part)
     sources = [one.source for one in opened]
     report = stage.cache_teachers(

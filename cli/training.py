@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from sskt.cli.output import as_json, print_json, print_table, progress, working
+from sskt.cli.following import first_line, hooks_of
+from sskt.cli.output import as_json, print_json, print_table, progress, say, working
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
-
-if TYPE_CHECKING:
-    from sskt.trainer.progress import Hooks
+from sskt.trainer.preflight import require_present
 
 Command = Callable[..., None]
-Bar = Callable[[int, int], None]
 
 
 def _option(name: str) -> Callable[[Command], Command]:
@@ -77,6 +74,7 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
             raise InputError("--resume needs --out, the folder of the run")
         layers.append(read_config(options["out"] / "config.json"))
     config = make_config(*layers, options)
+    require_present(config)
     with working("opening target and labels"):
         from sskt.trainer.distributed import leave
         from sskt.trainer.loop import Trainer
@@ -91,11 +89,12 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         else:
             _print_plan(described)
         return
-    out = config.out or Path("runs") / default_name(config)
+    if plan.ranks.first:
+        say(first_line(config, plan))
+    out = config.out or Path("runs") / default_name(plan.config)
     try:
         with progress() as bar:
-            hooks = hooks_of(config.epochs, bar("training"), bar("reading images"))
-            mine = hooks if plan.ranks.first else None
+            mine = hooks_of(plan.config, bar) if plan.ranks.first else None
             records = Trainer(plan, mine, out if resume else None).run(out, resume=resume)
     except KeyboardInterrupt:
         kept = "finished epochs are kept"
@@ -122,43 +121,15 @@ def _results(record: dict[str, Any]) -> str:
 
 def default_name(config: TrainConfig) -> str:
     """A run's folder when --out is not given."""
-    sources = (
-        "+".join(s.split(":")[0].split("=")[0].split("#")[0] for s in config.source) or "scratch"
-    )
+    from sskt.teacher_cache.source_names import parse_source
+
+    names = [parse_source(text, stored=True).name for text in config.source]
+    sources = "+".join(names) or "scratch"
     if config.method == "maxl":
         sources = f"maxl{config.psi}"
     model = Path(config.model.partition(":")[0]).stem
     tm = "-tm" if config.tm and config.source else ""
     return f"{Path(config.target).name}-{model}-{sources}{tm}-{config.seed}"
-
-
-def hooks_of(epochs: int, training: Bar, loading: Bar, *, quiet: bool = False) -> Hooks:
-    """A run followed by two bars and, unless ``quiet``, a line an epoch."""
-    from sskt.trainer.progress import Hooks
-
-    def step(epoch: int, done: int, total: int) -> None:
-        training(epoch * total + done, epochs * total)
-
-    bars = Hooks(step=step, load=loading)
-    return bars if quiet else dataclasses.replace(bars, epoch=print_epoch)
-
-
-def print_epoch(record: dict[str, Any]) -> None:
-    """One line an epoch, on standard error beside the bars."""
-    parts = [f"epoch {record['epoch'] + 1:3d}", f"loss {record['loss']:.4f}"]
-    parts += [
-        f"{k.removeprefix('loss_')} {v:.4f}" for k, v in record.items() if k.startswith("loss_")
-    ]
-    shown = {
-        "train_top1": "train",
-        "test_video_top1": "test by video",
-        "test_ap": "test AP",
-        "test_map": "mAP",
-        "test_top1": "test",
-    }
-    parts += [f"{name} {record[key]:.2f} %" for key, name in shown.items() if key in record]
-    parts.append(f"{record['images'] / record['seconds']:.0f} images/s")
-    click.echo("  ".join(parts), err=True)
 
 
 def _print_plan(described: dict[str, Any]) -> None:

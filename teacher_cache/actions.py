@@ -21,7 +21,7 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.listing import entries, read_list, rows_there, sizes_of_clips
 from sskt.teacher_cache.samples import Asked, Files, Names, Target
-from sskt.teacher_cache.targets import TARGETS, root_of
+from sskt.teacher_cache.targets import TARGETS
 from sskt.teacher_cache.video import VIDEO_EXTENSIONS, is_frame_folder
 
 UCF101_LISTS = ("ucfTrainTestlist", ".", "../ucfTrainTestlist")
@@ -90,7 +90,7 @@ def _root(asked: Asked) -> Path:
             f"sskt cannot download {asked.name}: its host offers .rar archives only; {info.get} "
             f"as {info.layout}, and leave out --download"
         )
-    return root_of(asked)
+    return asked.root
 
 
 def _fold(split: str) -> tuple[str, int]:

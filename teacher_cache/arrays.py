@@ -7,14 +7,14 @@ import numpy as np
 from sskt.teacher_cache import shapes
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.samples import Asked, Names, Target
-from sskt.teacher_cache.targets import TARGETS, root_of
+from sskt.teacher_cache.targets import TARGETS
 
 
 def torchvision_arrays(asked: Asked) -> Target:
     """cifar10, cifar100 or stl10 as torchvision reads (and downloads) them."""
     from torchvision import datasets
 
-    name, split, folder = asked.name, asked.split, root_of(asked)
+    name, split, folder = asked.name, asked.split, asked.root
     try:
         if name == "stl10":
             stl = datasets.STL10(str(folder), split=split, download=asked.download)
@@ -28,8 +28,8 @@ def torchvision_arrays(asked: Asked) -> Target:
     except (RuntimeError, OSError) as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingData(
-            f"{name} {split} not found under {folder} ({what}); expected {TARGETS[name].layout}, "
-            "or pass --download"
+            f"{name} {split} not found under {folder} ({what}); expected "
+            f"{TARGETS[name].layout}; {TARGETS[name].get}"
         ) from error
     images = np.ascontiguousarray(data)
     return Target(name, split, classes, labels, _numbers(len(labels)), images=images)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import (
     CorruptStore,
@@ -14,10 +15,12 @@ from sskt.teacher_cache.errors import (
 )
 from sskt.teacher_cache.label_set import seed_ranges
 from sskt.teacher_cache.places import CacheName, is_served
-from sskt.teacher_cache.spec import Spec, first_difference, name_of, require
+from sskt.teacher_cache.source_names import SourceName
+from sskt.teacher_cache.spec import Spec, first_difference, name_of
 from sskt.teacher_cache.store import Damaged, LabelSet, Shard, look_over
-from sskt.teacher_cache.views import Views
-from sskt.teacher_cache.zoo import SourceName
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.views import Views
 
 
 def choose_sets(cache: CacheName, wanted: Sequence[str]) -> list[LabelSet]:
@@ -52,42 +55,62 @@ def choose_all(cache: CacheName, wanted: Sequence[str]) -> tuple[list[LabelSet],
     return fitting, broken
 
 
-def find_label_set(cache: CacheName, source: SourceName, views: Views) -> LabelSet:
-    """The one label set of ``source`` over exactly this target and these views (any f_s).
+def readable_sets(
+    cache: CacheName, target: Mapping[str, Any], wanted: Sequence[SourceName] | None
+) -> list[LabelSet]:
+    """The label sets of a target.
 
-    Raises ``MissingData`` if the source has no set at all, ``SpecMismatch`` (first differing
-    field, both values) if it has sets for something else only, ``InputError`` if several fit,
-    ``CorruptStore`` if one that may be it is damaged.
+    Args:
+        cache: Where the label sets are.
+        target: Fields of the target's identity; sets that differ in one are left out.
+        wanted: Sources that matter; None for all.
+
+    Raises:
+        MissingData: If the cache is a folder that does not exist.
+        CorruptStore: If a set that cannot be read may be one of those wanted.
     """
-    expected: Spec = {"target": views.target.identity(), "views": replayed(views.identity())}
     everything, damaged = look_over(cache)
     for name, error in damaged.items():
-        if _could_be(name, source, expected):
-            raise CorruptStore(
-                f"{error}; it may be the label set that is wanted: remove it (sskt rm) and cache "
-                f"it again, or name another one with --source {source.name}#DIGEST"
-            ) from error
-    sets = [s for s in everything if _is_of(s, source)]
-    if not sets:
-        arch = f" ({source.recorded_arch})" if source.recorded_arch else ""
-        where = f"DIR, where DIR is what {cache} serves" if is_served(cache) else cache
-        raise MissingData(
-            f"no labels of source {source.name}{arch} in {cache}; make them with sskt "
-            f"cache-teachers --source {source.name} --target ... --cache {where}"
-        )
-    fitting = [s for s in sets if first_difference(expected, s.spec) is None]
-    if not fitting:
-        closest = min(sets, key=lambda s: _distance(expected, s.spec))
-        require(expected, closest.spec, closest.name)
-    if len(fitting) > 1:
-        names = ", ".join(
-            f"{s.digest[:12]} ({s.encoding}, {s.spec['source']['arch']})" for s in fitting
+        for source in wanted or [None]:
+            if _could_be(name, source, target):
+                raise CorruptStore(
+                    f"{error}; it may be the label set that is wanted: remove it (sskt rm) and "
+                    f"cache it again, or name another one with --source "
+                    f"{source.name if source else 'NAME'}#DIGEST"
+                ) from error
+    return [s for s in everything if first_difference(target, s.spec["target"]) is None]
+
+
+def find_label_set(cache: CacheName, source: SourceName, views: Views) -> LabelSet | None:
+    """The label set of a source over exactly these samples and views (any f_s).
+
+    Returns:
+        The set; None if there is none.
+
+    Raises:
+        InputError: If several sets fit.
+        CorruptStore: If a set that cannot be read may be the one wanted.
+    """
+    expected: Spec = {"target": views.target.identity(), "views": replayed(views.identity())}
+    fitting = [
+        s
+        for s in readable_sets(cache, expected["target"], [source])
+        if is_of(s, source) and first_difference(expected, s.spec) is None
+    ]
+    return only(source.name, fitting) if fitting else None
+
+
+def only(name: str, sets: Sequence[LabelSet]) -> LabelSet:
+    """The one label set of a source. Raises ``InputError`` if there are several."""
+    if len(sets) > 1:
+        found = ", ".join(
+            f"{s.digest[:12]} ({s.encoding}, {s.spec['source']['arch']})" for s in sets
         )
         raise InputError(
-            f"several label sets of source {source.name} fit: {names}; "
-            f"choose one with --source {source.name}#DIGEST"
+            f"several label sets of source {name} fit: {found}; choose one with "
+            f"--source {name}#DIGEST"
         )
-    return fitting[0]
+    return sets[0]
 
 
 def replayed(views: Spec) -> Spec:
@@ -95,7 +118,8 @@ def replayed(views: Spec) -> Spec:
     return {key: value for key, value in views.items() if key != "f_s"}
 
 
-def _is_of(label_set: LabelSet, source: SourceName) -> bool:
+def is_of(label_set: LabelSet, source: SourceName) -> bool:
+    """Whether a label set is of this source, as far as the source was described."""
     spec = label_set.spec["source"]
     size = spec["preprocessing"]["size"]
     return (
@@ -106,22 +130,21 @@ def _is_of(label_set: LabelSet, source: SourceName) -> bool:
     )
 
 
-def _could_be(name: str, source: SourceName, expected: Spec) -> bool:
-    """Whether a set that cannot be read, judged by its folder's name, may be the wanted one."""
+def _could_be(name: str, source: SourceName | None, target: Mapping[str, Any]) -> bool:
+    """Whether a set that cannot be read, judged by its folder's name, may be a wanted one."""
     readable, _, digest = name.rpartition(".")
     if not re.fullmatch("[0-9a-f]{12}", digest):
         return True
-    arch = source.recorded_arch
-    parts = {"target": expected["target"], "source": {"name": source.name, "arch": arch or ""}}
+    arch = source.recorded_arch if source else None
+    parts = {
+        "target": target,
+        "source": {"name": source.name if source else "", "arch": arch or ""},
+    }
     wanted = name_of(parts).rpartition(".")[0]
+    if source is None:
+        return readable.startswith(wanted.removesuffix("-"))
     same = readable == wanted if arch else readable.startswith(wanted)
     return same and digest.startswith(source.digest[:12])
-
-
-def _distance(expected: Spec, found: Spec) -> int:
-    """Number of top-level parts, then fields, that differ: to name the nearest candidate."""
-    fields = [(part, key) for part in expected for key in expected[part]]
-    return sum(expected[part][key] != found.get(part, {}).get(key) for part, key in fields)
 
 
 def require_seeds(label_set: LabelSet, seeds: int, *, ask: bool = True) -> None:

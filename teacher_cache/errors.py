@@ -6,7 +6,7 @@ any other ``SsktError`` is a failure of the run itself (exit status 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SsktError(Exception):
@@ -71,3 +71,12 @@ class Diverged(SsktError):
 
 class TeacherMoved(SsktError):
     """A frozen source changed while it was labelling."""
+
+
+def raise_missing(problems: Sequence[str]) -> None:
+    """Raises ``MissingData`` with all problems in one message, if there are any."""
+    if len(problems) == 1:
+        raise MissingData(problems[0])
+    if problems:
+        numbered = "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems, 1))
+        raise MissingData(f"{len(problems)} things are missing: {numbered}")

@@ -15,13 +15,14 @@ from sskt.teacher_cache.batchnorm import parse_batchnorm
 from sskt.teacher_cache.encodings import Encoding, parse_encoding
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.samples import Target
 from sskt.teacher_cache.shares import MEMORY
 from sskt.teacher_cache.sources import Source, usable_device
 from sskt.teacher_cache.stage import StageOptions
 from sskt.teacher_cache.store import SHARD_ROWS
-from sskt.teacher_cache.targets import default_policy, is_own, open_target
+from sskt.teacher_cache.targets import TARGETS, default_policy, is_own, open_target
 from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import open_source, parse_source
 
@@ -94,7 +95,7 @@ class Job:
         made: dict[str, Any] = {
             **opened.arguments,
             "target": full_path(self.target) if is_own(self.target) else self.target,
-            "root": full_path(self.root) if self.root else None,
+            "root": self.data_root(),
             "limit": self.limit,
             "batch_size": self.batch_size,
             "device": f"{device.type} ({where})",
@@ -106,6 +107,14 @@ class Job:
             "frame_sampling": self._frame_sampling() if self.frame_sampling else "",
         }
         return made | {key: value for key, value in more.items() if value}
+
+    def data_root(self) -> str | None:
+        """The absolute path of the folder with the target's data; None if the target needs none."""
+        if self.root is not None:
+            return full_path(self.root)
+        if is_own(self.target) or not TARGETS[self.target].markers:
+            return None
+        return full_path(data_location(self.target).value)
 
     def _frame_sampling(self) -> str:
         file, colon, function = self.frame_sampling.rpartition(":")

@@ -25,7 +25,7 @@ from sskt.teacher_cache.listing import (
     subfolders,
 )
 from sskt.teacher_cache.samples import Asked, Files, Int64, Names, Target
-from sskt.teacher_cache.targets import TARGETS, root_of
+from sskt.teacher_cache.targets import TARGETS
 from sskt.teacher_cache.voc_labels import VOC_CLASSES, voc_labels
 
 IMAGENET_FILES = {"train": 1_281_167, "val": 50_000}
@@ -47,7 +47,7 @@ def imagenet(asked: Asked) -> Target:
     """
     from sskt.teacher_cache.zoo import imagenet_classes
 
-    root = root_of(asked)
+    root = asked.root
     places = root / asked.split, root / KAGGLE / asked.split
     base = next((place for place in places if is_folder(place)), None)
     if base is None:
@@ -200,7 +200,7 @@ def places365(asked: Asked) -> Target:
 def _places365(asked: Asked) -> Target:
     from sskt.teacher_cache.zoo import places365_classes
 
-    root = root_of(asked)
+    root = asked.root
     size = "256" if asked.name == "places365-small" else "large"
     train = asked.split == "train"
     path = root / f"places365_{'train_standard' if train else 'val'}.txt"
@@ -272,7 +272,7 @@ def voc(asked: Asked) -> Target:
 
 
 def _voc(asked: Asked) -> Target:
-    root, year = root_of(asked), asked.name.upper()
+    root, year = asked.root, asked.name.upper()
     places = [root / year, root / "VOCdevkit" / year]
     # The folder itself may have any name, but not that of another year.
     if not re.fullmatch(r"VOC\d{4}", root.resolve().name) or root.resolve().name == year:
@@ -332,7 +332,7 @@ def _or_downloaded(
     try:
         return load(asked)
     except MissingData:
-        if not asked.download or asked.root is None:
+        if not asked.download:
             raise
     try:
         download(asked)

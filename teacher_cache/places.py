@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sskt.teacher_cache.durable import DurableStore, Locks, durable_write, sync_folder
-from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.locations import require_folder
 
 LOCKS = ".locks"
 SCHEMES = ("s3", "gs", "az")
@@ -141,11 +142,7 @@ class LocalPlace:
 
     def folders(self) -> list[str]:
         """See ``Place``. Raises ``MissingData`` if there is no such folder."""
-        if not self.path.is_dir():
-            raise MissingData(
-                f"no cache folder {self.path}; make one with sskt cache-teachers "
-                f"--cache {self.path}"
-            )
+        require_folder(self.path)
         return sorted(
             p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir()
         )

@@ -122,7 +122,7 @@ def _everywhere(job: Job) -> Job:
         sources=tuple(map(source, job.sources)),
         weights=tuple(map(weights, job.weights)),
         target=_full(job.target) if is_own(job.target) else job.target,
-        root=_full(job.root) if job.root else None,
+        root=job.data_root(),
         frame_sampling=f"{_full(file)}:{function}" if colon else job.frame_sampling,
         cache=job.cache if "://" in job.cache else _full(job.cache),
     )

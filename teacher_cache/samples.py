@@ -86,7 +86,7 @@ class Asked:
 
     name: str
     split: str
-    root: Path | None = None
+    root: Path
     download: bool = False
     partial: bool = False
     decoder: str = "pyav"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.folders import FOLDER_LAYOUT, open_folder
+from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.samples import Asked, Target
 
 Progress = Callable[[int, int], None]
@@ -27,8 +28,9 @@ CLIP_POLICY = "clip-corner-crop-flip"
 class TargetInfo:
     """A row of the table: how a target is opened, and what it is seen through by default.
 
-    ``loader`` is ``module:function`` of this package, a function of ``Asked``. ``get`` tells
-    how to get the files.
+    ``loader`` is ``module:function`` of this package, a function of ``Asked``. ``markers``: files
+    or folders under root, one of which is there if the data is. ``get`` tells how to get the
+    files.
     """
 
     about: str
@@ -37,7 +39,13 @@ class TargetInfo:
     policy: str
     layout: str
     loader: str
-    get: str = "or pass --download"
+    markers: tuple[str, ...]
+    get: str = "add --download to get it"
+
+    @property
+    def downloads(self) -> bool:
+        """Whether ``--download`` gets the files."""
+        return "--download" in self.get
 
     def load(self, asked: Asked) -> Target:
         """The split asked for."""
@@ -57,6 +65,7 @@ TARGETS: dict[str, TargetInfo] = {
         "pad-crop-flip",
         "cifar-10-batches-py/ (the Python version, unpacked)",
         "arrays:torchvision_arrays",
+        ("cifar-10-batches-py",),
     ),
     "cifar100": TargetInfo(
         "32x32, 50,000 / 10,000",
@@ -65,6 +74,7 @@ TARGETS: dict[str, TargetInfo] = {
         "pad-crop-flip",
         "cifar-100-python/ (the Python version, unpacked)",
         "arrays:torchvision_arrays",
+        ("cifar-100-python",),
     ),
     "stl10": TargetInfo(
         "96x96, 5,000 / 8,000 (unlabeled: 100,000)",
@@ -73,6 +83,7 @@ TARGETS: dict[str, TargetInfo] = {
         "pad-crop-flip",
         "stl10_binary/ (train_X.bin, train_y.bin, ...)",
         "arrays:torchvision_arrays",
+        ("stl10_binary",),
     ),
     "imagenet": TargetInfo(
         "1,000 classes, 1,281,167 / 50,000",
@@ -81,6 +92,7 @@ TARGETS: dict[str, TargetInfo] = {
         IMAGE_POLICY,
         "train/WNID/*.JPEG and val/WNID/*.JPEG, or val/*.JPEG with ILSVRC2012_devkit_t12/",
         "pictures:imagenet",
+        ("train", "val", "ILSVRC"),
         "get it from image-net.org (it needs an account)",
     ),
     "places365": TargetInfo(
@@ -91,6 +103,7 @@ TARGETS: dict[str, TargetInfo] = {
         "data_large_standard/, val_large/, places365_train_standard.txt, places365_val.txt, "
         "categories_places365.txt",
         "pictures:places365",
+        ("data_large_standard", "val_large", "places365_train_standard.txt"),
     ),
     "places365-small": TargetInfo(
         "365 scenes, 256x256, 1,803,460 / 36,500",
@@ -100,6 +113,7 @@ TARGETS: dict[str, TargetInfo] = {
         "data_256_standard/, val_256/, places365_train_standard.txt, places365_val.txt, "
         "categories_places365.txt",
         "pictures:places365",
+        ("data_256_standard", "val_256", "places365_train_standard.txt"),
     ),
     "voc2007": TargetInfo(
         "20 classes, several a picture, 5,011 / 4,952",
@@ -108,6 +122,7 @@ TARGETS: dict[str, TargetInfo] = {
         IMAGE_POLICY,
         "[VOCdevkit/]VOC2007/{JPEGImages,Annotations,ImageSets/Main}/",
         "pictures:voc",
+        ("VOC2007", "VOCdevkit"),
     ),
     "voc2012": TargetInfo(
         "20 classes, several a picture, 5,717 / 5,823",
@@ -116,6 +131,7 @@ TARGETS: dict[str, TargetInfo] = {
         IMAGE_POLICY,
         "[VOCdevkit/]VOC2012/{JPEGImages,Annotations,ImageSets/Main}/",
         "pictures:voc",
+        ("VOC2012", "VOCdevkit"),
     ),
     "ucf101": TargetInfo(
         "clips, 101 actions, 9,537 / 3,783 (split 1 of 3)",
@@ -124,6 +140,7 @@ TARGETS: dict[str, TargetInfo] = {
         CLIP_POLICY,
         "UCF-101/CLASS/*.avi (or frames in CLASS/VIDEO/image_00001.jpg) and ucfTrainTestlist/",
         "actions:ucf101",
+        ("*",),
         "get UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip from "
         "crcv.ucf.edu/data/UCF101.php and unpack them",
     ),
@@ -135,6 +152,7 @@ TARGETS: dict[str, TargetInfo] = {
         "videos/CLASS/*.avi (or frames in CLASS/VIDEO/image_00001.jpg) and "
         "splits/CLASS_test_splitN.txt",
         "actions:hmdb51",
+        ("*",),
         "get hmdb51_org.rar and test_train_splits.rar from "
         "serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database and unpack them "
         "(hmdb51_org.rar holds one more .rar a class)",
@@ -146,18 +164,45 @@ TARGETS: dict[str, TargetInfo] = {
         "pad-crop-flip",
         "nothing: it is rendered",
         "arrays:rendered_shapes",
+        (),
         "",
     ),
 }
 
 
-def root_of(asked: Asked) -> Path:
-    """The folder given with --root. Raises ``MissingData`` (with the expected layout) if none."""
-    if asked.root is None:
-        name = asked.name
-        own = f"; for your own folder of that name write ./{name}" if Path(name).is_dir() else ""
-        raise MissingData(f"target {name} needs --root with {TARGETS[name].layout}{own}")
-    return asked.root
+def lacking_data(name: str, root: str | Path | None = None, *, download: bool = False) -> str:
+    """Why a known target cannot be opened, judged by a few names of files.
+
+    Args:
+        name: As in ``open_target``; folders and manifests of the user are not looked at.
+        root: The folder of the target, if one was given.
+        download: Whether what is missing may be downloaded.
+
+    Returns:
+        The problem, its cause and the next step; empty if no problem was found.
+
+    Raises:
+        UnknownName: If the target is not known.
+    """
+    if is_own(name):
+        return ""
+    if name not in TARGETS:
+        raise _unknown(name)
+    info, found = TARGETS[name], data_location(name, root)
+    if not info.markers or (download and info.downloads):
+        return ""
+    if any(next(Path(found.value).glob(marker), None) for marker in info.markers):
+        return ""
+    own = f"; for your own folder of that name write ./{name}" if Path(name).is_dir() else ""
+    return (
+        f"no data of {name} in {found}: expected {info.layout}; {info.get}, or give its folder "
+        f"with --root{own}"
+    )
+
+
+def _unknown(name: str) -> UnknownName:
+    hint = f"or the path of a folder laid out as {FOLDER_LAYOUT}, or of a .csv or .parquet"
+    return UnknownName("target", name, TARGETS, hint)
 
 
 def is_own(name: str) -> bool:
@@ -199,12 +244,15 @@ def open_target(
             target = open_folder(Path(name), split, decoder)
     else:
         if name not in TARGETS:
-            hint = f"or the path of a folder laid out as {FOLDER_LAYOUT}, or of a .csv or .parquet"
-            raise UnknownName("target", name, TARGETS, hint)
+            raise _unknown(name)
         info = TARGETS[name]
+        lacking = lacking_data(name, download=download) if root is None else ""
+        if lacking:
+            raise MissingData(lacking)
         if split not in info.splits:
             raise UnknownName(f"split of {name}", split, info.splits)
-        target = info.load(Asked(name, split, root, download, partial, decoder))
+        where = Path(data_location(name, root).value)
+        target = info.load(Asked(name, split, where, download, partial, decoder))
     target = target.limited(limit)
     if target.clips:
         from sskt.teacher_cache.index import count_clips

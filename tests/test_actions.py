@@ -325,11 +325,6 @@ def test_download_says_how_to_get_it(tmp_path: Path, name: str) -> None:
         TARGETS[name].load(Asked(name, "train", tmp_path, download=True))
 
 
-def test_no_root() -> None:
-    with pytest.raises(MissingData, match="--root"):
-        TARGETS["ucf101"].load(Asked("ucf101", "train"))
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -588,7 +588,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "unknown target": ({"--target": "cifar11"}, "unknown target 'cifar11'; known: cifar10, "),
     "missing folder": ({"--target": "/no/such/folder"}, "no folder /no/such/folder; expected DIR"),
     "target without its files": ({"--target": "cifar10", "--root": "/no/such"}, "/no/such"),
-    "target without --root": ({"--target": "cifar10"}, "target cifar10 needs --root"),
+    "target without --root": ({"--target": "cifar10"}, "no data of cifar10 in data (default)"),
     "unknown split": ({"--target": "shapes", "--split": "val"}, "unknown split of shapes 'val'"),
     "unknown policy": ({"--policy": "mixup"}, "unknown policy 'mixup'; known: none, pad-crop-flip"),
     "unknown parameter": ({"--policy": "pad-crop-flip:pad=2"}, "'pad'; known: padding"),
@@ -643,7 +643,7 @@ def test_cache_that_is_a_file(images: Path, tmp_path: Path, sskt: Sskt) -> None:
         status, _, err = sskt(*stage_arguments(images, cache))
         assert status == 2 and f"cannot use {cache} as cache folder" in one_line(err)
     status, _, err = sskt("verify", "--cache", path)
-    assert status == 2 and f"no cache folder {path}" in one_line(err)
+    assert status == 2 and f"the cache folder {path} does not exist" in one_line(err)
     assert path.read_text() == "mine"
 
 
@@ -744,11 +744,14 @@ def cached(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 MISMATCHES: dict[str, tuple[list[str], str]] = {
     "parameter": (
         ["--policy", "pad-crop-flip:padding=3"],
-        "views.parameters.padding is 4, expected 3",
+        "made with --policy pad-crop-flip:padding=4, but --policy pad-crop-flip:padding=3 was",
     ),
-    "policy": (["--policy", "none"], "views.policy is 'pad-crop-flip', expected 'none'"),
+    "policy": (["--policy", "none"], "padding=4, but --policy none was given"),
     "seeds": (["--seeds", "4"], "lacks seeds 2-3 of 4"),
-    "fewer samples": (["--limit", "30"], "target.size is 60, expected 30"),
+    "fewer samples": (
+        ["--limit", "30"],
+        "--limit 60 (all 60 samples; leave --limit out), but --limit 30",
+    ),
     "source": (["--source", f"other={TINY}:build"], "no labels of source other"),
 }
 
@@ -784,4 +787,4 @@ def test_training_on_changed_files(images: Path, cached: Path, tmp_path: Path, s
     command = ["train", "--target", folder, "--cache", cached, "--out", tmp_path / "run"]
     more = ["--source", SOURCE, "--policy", "pad-crop-flip", "--epochs", "1", "--device", "cpu"]
     status, _, err = sskt(*command, *more)
-    assert status == 2 and "target.fingerprint is 'sha256:" in one_line(err)
+    assert status == 2 and "sizes of the files (or the pixels) have changed" in one_line(err)

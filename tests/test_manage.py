@@ -527,7 +527,7 @@ def test_export_refusals(made: Path, tmp_path: Path, sskt: Sskt) -> None:
         (("u8", "u8"), "is stored as u8 already"),
         (("f16", "f8"), "unknown encoding 'f8'"),
         (("f16", "topk-13"), "the source has only 12 classes"),
-        (("no-such-cache", "u8"), "no cache folder"),
+        (("no-such-cache", "u8"), "does not exist"),
     ]
     for (found, wanted), said in cases:
         status, _, err = sskt(*exporting(made / found, wanted, tmp_path / "to"))

@@ -135,7 +135,7 @@ def test_nothing_there_names_the_layout(name: str, tmp_path: Path) -> None:
             assert message.startswith(f"{name} train not found under {root} (")
             assert message.endswith(f"; expected {TARGETS[name].layout}; {TARGETS[name].get}")
             assert "\n" not in message
-    with pytest.raises(MissingData, match=f"target {name} needs --root"):
+    with pytest.raises(MissingData, match=f"no data of {name} in data"):
         open_target(name)
 
 
@@ -685,7 +685,7 @@ def test_places365_is_downloaded_once(
     pack(folder / "filelist_places365-standard.tar", tmp_path / "made")
 
     root = tmp_path / "root"
-    with pytest.raises(MissingData, match="or pass --download"):
+    with pytest.raises(MissingData, match="add --download to get it"):
         open_target("places365-small", root=root)
     assert not asked
     target = open_target("places365-small", root=root, download=True)

@@ -39,7 +39,7 @@ def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table3"], "target stl10 needs --root"),
+        (["table3"], "no data of stl10 in data (default)"),
         (["table10"], "cannot read recipe table10: No such file or directory; shipped recipes: "),
         (["table8", "--row", 14], "starts from K: get Kinetics-400 weights"),
         (["table8", "--weights", "K=nothing.pth"], "--weights K=nothing.pth: no such file"),
@@ -103,13 +103,13 @@ def test_a_table_is_made_and_continued_after_a_cut(
 
     epochs = []
 
-    def stop(record: dict[str, Any]) -> None:
+    def stop(lines: object, record: dict[str, Any]) -> None:
         epochs.append(record["epoch"])
         if len(epochs) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sskt.cli.training.print_epoch", stop)
+        patch.setattr("sskt.cli.following.EpochLines.__call__", stop)
         status, _, err = sskt(*small, "--out", cut)
     assert status == 130 and "the same command continues" in err
     assert epochs == [0, 1, 0]

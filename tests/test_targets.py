@@ -343,7 +343,7 @@ def test_splits_of_one_target_differ(name: str, roots: Path) -> None:
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
 def test_missing_data_names_the_expected_layout(name: str, tmp_path: Path) -> None:
     layout = re.escape(TARGETS[name].layout)
-    with pytest.raises(MissingData, match=f"target {name} needs --root.*{layout}"):
+    with pytest.raises(MissingData, match=rf"no data of {name} in data \(default\): .*{layout}"):
         open_target(name)
     with pytest.raises(MissingData, match=layout) as caught:
         open_target(name, "test", root=tmp_path)

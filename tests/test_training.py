@@ -177,15 +177,18 @@ def test_a_changed_image_is_named_in_the_first_epoch(config: TrainConfig) -> Non
 
 
 def test_refusals_name_the_field_or_the_seeds(config: TrainConfig, label_cache: Path) -> None:
-    with pytest.raises(SpecMismatch, match=r"views\.policy is 'pad-crop-flip', expected 'none'"):
+    with pytest.raises(
+        SpecMismatch,
+        match=r"padding=4, but --policy none was given",
+    ):
         make_plan(dataclasses.replace(config, policy="none"))
-    with pytest.raises(SpecMismatch, match=r"views\.parameters\.padding is 4, expected 2"):
+    with pytest.raises(SpecMismatch, match=r"padding=4, but --policy pad-crop-flip:padding=2 was"):
         make_plan(dataclasses.replace(config, policy="pad-crop-flip:padding=2"))
-    with pytest.raises(SpecMismatch, match=r"target\.size is 60, expected 30"):
+    with pytest.raises(SpecMismatch, match=r"--limit 60 \(all 60 samples; leave --limit out\)"):
         make_plan(dataclasses.replace(config, limit=30))
     with pytest.raises(IncompleteLabels, match=r"lacks seeds 3-4 of 5; run sskt cache-teachers"):
         make_plan(dataclasses.replace(config, seeds=5, epochs=5))
-    with pytest.raises(MissingData, match=r"no labels of source imagenet in .*cache-teachers"):
+    with pytest.raises(MissingData, match=r"no labels of source imagenet over .*cache-teachers"):
         make_plan(dataclasses.replace(config, source=["imagenet"]))
     with pytest.raises(MissingData, match=r"no labels of source tiny \(other:build\)"):
         make_plan(dataclasses.replace(config, source=["tiny=other.py:build"]))
@@ -444,8 +447,8 @@ def test_divergence_is_said(config: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--live"], "--live needs --source"),
-        (["--tm"], "--tm needs --source"),
+        (["--live"], "name them with --source"),
+        (["--tm"], "no label sets in labels (default); make them with: sskt cache-teachers"),
         (["--weights", "x"], "--weights goes with --live"),
         (["--momentum", "-1"], "momentum must be in 0 .. 1"),
         (["--memory", "inf"], "memory must be finite"),

@@ -19,6 +19,9 @@ from typing import Any
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.trainer.recipe_files import load_recipe
 
+AUTO = "auto"
+"""Left to the target, or to the label sets that are trained from."""
+
 
 def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
     metadata = {"about": about, "choices": choices}
@@ -32,19 +35,32 @@ class TrainConfig:
     """What a run is. Fields that change its numbers are compared when it is resumed."""
 
     target: str = _option("", "known target (sskt datasets), folder of class folders or manifest")
-    root: Path | None = _option(None, "where the target's data lives")
+    root: Path | None = _option(
+        None, "folder of the target's data; default: $SSKT_DATA, else ./data"
+    )
     split: str = _option("train", "split to train on")
     test_split: str = _option("auto", "split to measure accuracy on; 'none' for no evaluation")
-    limit: int | None = _option(None, "use only this many training samples, all classes alike")
+    limit: int | None = _option(
+        None,
+        "use only this many training samples, all classes alike; default: as many as are labelled",
+    )
     partial: bool = _option(False, "take what is there of an official list of files")
-    decoder: str = _option("pyav", "of clips", ("pyav", "decord"))
+    decoder: str = _option(
+        AUTO,
+        "decoder of clips; auto: that of the label sets, else pyav",
+        (AUTO, "pyav", "decord"),
+    )
     strict_fingerprint: bool = _option(False, "compare files by contents, not names and sizes")
     eval_every: int = _option(1, "epochs between two evaluations; the last epoch has one always")
-    policy: str = _option("auto", "view policy, NAME[:key=value,...]; auto: the target's own")
+    policy: str = _option(
+        AUTO,
+        "view policy, NAME[:key=value,...]; auto: that of the label sets, else the target's own",
+    )
     frame_sampling: str = _option("", "with --live: f_s, the stills that sources see of a clip")
     model: str = _option(
-        "resnet20",
-        "target network: resnet20-110, resnet18-152, mobilenet_v2, densenet121, vgg16, "
+        AUTO,
+        "target network; auto: resnet20 for images up to 96 pixels, resnet18 above, resnet3d18 "
+        "for clips; resnet20-110, resnet18-152, mobilenet_v2, densenet121, vgg16, "
         "resnet3d10-50, another of torchvision's, FILE.py:factory",
     )
     stem: str = _option("auto", "cifar: for 32-pixel pictures", ("auto", "cifar", "imagenet"))
@@ -56,7 +72,11 @@ class TrainConfig:
     )
     method: str = _option("sskt", "maxl: the rival of table 9", ("sskt", "maxl"))
     psi: int = _option(5, "MAXL: auxiliary classes for each class of the target")
-    source: list[str] = _option([], "source whose labels to train from; repeat; none: scratch")
+    source: list[str] = _option(
+        [],
+        "source whose labels to train from; repeat; auto: all in the cache that fit, as is "
+        "assumed with --tm or another option of the auxiliary task; none: training from scratch",
+    )
     tm: bool = _option(False, "transfer modules on every stage as auxiliary heads")
     loss: str = _option(
         "auto",
@@ -94,7 +114,11 @@ class TrainConfig:
     clip_grad: float | None = _option(None, "largest norm of the gradient")
     ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
     early_stop: int | None = _option(None, "stop after this many epochs without a better result")
-    cache: str | Path | None = _option(None, "folder or URL (s3://...) of the label sets")
+    cache: str | Path | None = _option(
+        None,
+        "folder or URL (s3://...) of the label sets; default: $SSKT_CACHE or $SSKT_LABELS, else "
+        "./labels",
+    )
     labels: str | None = _option(None, "instead of --cache: a label server, http://HOST:PORT")
     label_cache: Path | None = _option(
         None, "keep what a label server sent in this folder; default: a temporary one"
@@ -160,6 +184,11 @@ class TrainConfig:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
         return {k: list(v) if isinstance(v, list) else v for k, v in plain.items()}
 
+    @property
+    def used_decoder(self) -> str:
+        """The decoder of clips: pyav, if it was not chosen."""
+        return "pyav" if self.decoder == AUTO else self.decoder
+
     def resolved_milestones(self) -> list[int]:
         """Epochs of the learning-rate steps: as given, or 60, 120, 160 of 200 scaled."""
         return self.milestones or sorted({max(1, round(self.epochs * x)) for x in (0.3, 0.6, 0.8)})
@@ -167,6 +196,21 @@ class TrainConfig:
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
+AUXILIARY = frozenset(
+    ("tm", "alpha", "temperature", "source_weight", "force_topk", "cache", "labels", "label_cache")
+)
+"""Fields of the auxiliary task: with one of them given, labels are trained from."""
+FOLLOWED: dict[str, Any] = {
+    "policy": AUTO,
+    "limit": None,
+    "partial": False,
+    "decoder": AUTO,
+    "strict_fingerprint": False,
+    "model": AUTO,
+    "source": [AUTO],
+    "seeds": None,
+}
+"""Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(
     ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
 ) | frozenset(("label_cache", "label_cache_size", "label_wait"))
@@ -225,6 +269,9 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         if layer.get("cache") is not None or layer.get("labels") is not None:
             merged |= {"cache": None, "labels": None}  # two names of the same thing
         merged |= layer
+    scratch = merged.get("method") == "maxl" or not any(merged.get(name) for name in AUXILIARY)
+    if "source" not in merged and not scratch:
+        merged["source"] = [AUTO]
     config = TrainConfig(**merged)
     if not config.target:
         raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
@@ -236,9 +283,10 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         raise InputError("--schedule plateau follows the test loss; give a --test-split")
     if config.method == "maxl" and config.source:
         raise InputError("--method maxl makes its own auxiliary labels; leave --source out")
-    for name in ("live", "tm"):
-        if getattr(config, name) and not config.source:
-            raise InputError(f"--{name} needs --source")
+    if AUTO in config.source and len(config.source) > 1:
+        raise InputError("--source auto takes all sources of the cache; leave the others out")
+    if config.live and config.source in ([], [AUTO]):
+        raise InputError("--live runs the sources in every step; name them with --source")
     for name in ("weights", "preprocessing", "frame_sampling"):
         if getattr(config, name) and not config.live:
             option = name.replace("_", "-")
@@ -251,11 +299,6 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
                 f"--labels takes a label server, http://HOST:PORT, found {config.labels}; a folder "
                 "or s3://... goes with --cache"
             )
-    if config.source and config.cache is None and config.labels is None and not config.live:
-        raise InputError(
-            "training from labels needs --cache DIR or --labels http://HOST:PORT (or --live to "
-            "run the sources)"
-        )
     return config
 
 
@@ -275,12 +318,23 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a run's configuration") from error
 
 
+def adopted(stored: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
+    """The configuration with what an earlier part of its run found out: see ``FOLLOWED``."""
+    found = {
+        name: stored[name]
+        for name, open_value in FOLLOWED.items()
+        if getattr(config, name) == open_value and stored.get(name) not in (None, open_value)
+    }
+    return dataclasses.replace(config, **found)
+
+
 def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
     """Raises ``InputError`` naming the first field in which a resumed run would differ."""
+    config = adopted(stored, config)
     for name in FIELDS:
         if name in INDIFFERENT or name not in stored:
             continue
-        if name == "seeds" and config.seeds is None:
+        if name in FOLLOWED and stored[name] == FOLLOWED[name]:
             continue
         if stored[name] != getattr(config, name):
             now = getattr(config, name)

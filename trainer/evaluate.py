@@ -30,6 +30,7 @@ def evaluate(
     primary: Callable[..., Tensor],
     device: torch.device,
     ranks: Ranks | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Record:
     """Mean loss and metrics (%) on a split; the processes share its batches.
 
@@ -47,7 +48,9 @@ def evaluate(
     counts: dict[str, Tensor] = {}
     kept: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     images = torch.zeros((), device=device)
-    for batch in feed(batches[ranks.rank :: ranks.world], 0):
+    mine = batches[ranks.rank :: ranks.world]
+    for done, batch in enumerate(feed(mine, 0), 1):
+        progress(done, len(mine))
         if not len(batch.samples):
             continue
         truth = labels[torch.from_numpy(batch.samples)].to(device)

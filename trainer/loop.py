@@ -303,9 +303,16 @@ class Trainer:
                 logits: Tensor = network(x)[0]
             return logits
 
-        plan = self.plan
+        plan, hook = self.plan, self.hooks.test
         return evaluate(
-            forward, network, self.test, self._test_feed, self._primary, plan.device, plan.ranks
+            forward,
+            network,
+            self.test,
+            self._test_feed,
+            self._primary,
+            plan.device,
+            plan.ranks,
+            hook,
         )
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:

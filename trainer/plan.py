@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from sskt.teacher_cache.catalog import find_label_set, require_seeds
+from sskt.teacher_cache.catalog import require_seeds
 from sskt.teacher_cache.encodings import require_temperature
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.places import Place, is_served, open_cache
 from sskt.teacher_cache.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.remote import Fetching, open_server
@@ -21,10 +22,11 @@ from sskt.teacher_cache.store import LabelSet
 from sskt.teacher_cache.targets import default_policy, evaluation_split, open_target
 from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import parse_source
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import AUTO, TrainConfig
 from sskt.trainer.distributed import Ranks, batch_count, join
 from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.initial import freeze_before, load_initial
+from sskt.trainer.label_choice import choose_label_sets, require_identity
 from sskt.trainer.labels import Window, epoch_windows
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.maxl import LOSSES
@@ -35,8 +37,12 @@ from sskt.trainer.networks import (
     is_three_dimensional,
     parameters_of,
 )
+from sskt.trainer.preflight import require_present
 
 Record = dict[str, Any]
+
+SMALL_VIEW = 96
+"""Largest views, in pixels, for which ``--model auto`` takes a small ResNet."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,6 @@ class Plan:
         """The resolved configuration, sizes of the networks, steps, label sets found."""
         network = self.build()
         resolved = self.config.as_dict() | {
-            "policy": str(self.views.policy),
             "test_split": self.test.target.split if self.test else "none",
             "milestones": self.config.resolved_milestones(),
             "seeds": self.seeds,
@@ -149,43 +154,49 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     the plan can be carried out.
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
-    served = is_served(config.labels or config.cache or "")
+    require_present(config)
+    reads = bool(config.source) and not config.live
+    served = reads and is_served(label_location(config.labels or config.cache).value)
     ranks, device = join(config.device, config.label_wait if served else 0)
     if config.download and not ranks.first:
         ranks.wait()  # the first process downloads
     download = config.download and ranks.first
+    sets: dict[str, LabelSet] = {}
+    if config.source and not config.live:
+        config, sets = choose_label_sets(config, open_labels(config))
     target = open_split(config, config.split, limit=config.limit, download=download)
     loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
-    if is_three_dimensional(config.model) != target.clips:
-        what, other = ("clips", "a 3-D") if target.clips else ("pictures", "a 2-D")
-        raise InputError(
-            f"{config.target} has {what}: --model {config.model} is not made for them; choose "
-            f"{other} network"
-        )
     chosen = config.policy
-    if chosen == "auto":
+    if chosen == AUTO:
         chosen = default_policy(config.target, clips=target.clips)
     f_s = parse_frame_sampling(config.frame_sampling) if config.frame_sampling else None
     views = open_views(target, parse_policy(chosen), f_s)
+    require_identity(views, sets)
+    config = replace(config, policy=str(views.policy), decoder=target.decoder or config.decoder)
+    if config.model == AUTO:
+        config = replace(config, model=_usual_model(views))
+    if is_three_dimensional(config.model) != target.clips:
+        what, network = ("clips", "3-D network, such as resnet3d18")
+        if not target.clips:
+            what, network = ("images", "2-D network, such as resnet18")
+        raise InputError(
+            f"--model {config.model} does not take {what}, which {config.target} holds; choose a "
+            f"{network}, or leave --model out"
+        )
     if not target.multi_label and (target.labels < 0).any():
         raise InputError(
             f"{config.target} {config.split} has no labels to train the target task on"
         )
-    names = [parse_source(text, stored=not config.live) for text in config.source]
-    if len({n.name for n in names}) < len(names):
+    names = list(sets) or [parse_source(text).name for text in config.source]
+    if len(set(names)) < len(names):
         raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
-    heads = [MAXL] if config.method == MAXL else [n.name for n in names]
+    heads = [MAXL] if config.method == MAXL else names
     parse_source_weights(config.source_weight, heads)
     if config.method == MAXL and (target.multi_label or loss[1] not in LOSSES):
         raise InputError(
             f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
             f"found --loss {'+'.join(loss)} over {config.target}"
         )
-    sets: dict[str, LabelSet] = {}
-    if not config.live:
-        cache = open_labels(config)
-        assert cache is not None or not names
-        sets = {n.name: find_label_set(cache, n, views) for n in names if cache is not None}
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs), ask=ask)
@@ -202,14 +213,16 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
 
 
-def open_labels(config: TrainConfig) -> Place | None:
-    """Where the configuration's labels are, opened; None if it names no place."""
-    name = config.labels or config.cache
-    if name is None:
-        return None
+def open_labels(config: TrainConfig) -> Place:
+    """Opens the cache of the configuration, or the default one.
+
+    Raises:
+        InputError: If it cannot be reached.
+    """
+    name = label_location(config.labels or config.cache).value
     if is_served(name):
         how = Fetching(config.label_wait, config.label_cache, config.label_cache_size)
-        return open_server(str(name), how)
+        return open_server(name, how)
     return open_cache(name)
 
 
@@ -229,7 +242,7 @@ def open_split(
         limit=limit,
         download=download,
         partial=config.partial,
-        decoder=config.decoder,
+        decoder=config.used_decoder,
         strict=config.strict_fingerprint,
         progress=progress,
     )
@@ -258,6 +271,14 @@ def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views |
             "measured on it; choose another --test-split, or none"
         )
     return open_views(test, evaluation_policy(views.policy))
+
+
+def _usual_model(views: Views) -> str:
+    """The network of the paper for such views: ResNet-20 up to STL10's 96 pixels."""
+    if views.target.clips:
+        return "resnet3d18"
+    size = _view_size(views)
+    return "resnet20" if size is not None and size <= SMALL_VIEW else "resnet18"
 
 
 def _view_size(views: Views) -> int | None:

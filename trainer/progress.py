@@ -16,10 +16,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a caller follows a run: steps of an epoch, images loaded, an epoch's record."""
+    """How a caller follows a run.
+
+    Steps of an epoch, images loaded, batches tested, and the record of an epoch.
+    """
 
     step: Callable[[int, int, int], None] = lambda epoch, done, total: None
     load: Callable[[int, int], None] = lambda done, total: None
+    test: Callable[[int, int], None] = lambda done, total: None
     epoch: Callable[[Record], None] = lambda record: None
 
 

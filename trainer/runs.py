@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.sources import Source
 from sskt.trainer import records
-from sskt.trainer.config import TrainConfig, read_config, require_same
+from sskt.trainer.config import TrainConfig, adopted, read_config, require_same
 from sskt.trainer.distributed import join
 from sskt.trainer.loop import Trainer
 from sskt.trainer.plan import make_plan
@@ -34,8 +33,8 @@ def run_training(
     if begun:
         stored = read_config(out / records.CONFIG)
         require_same(stored, config, out)
-        # More may have been cached since; the run cycles through those that it began with.
-        config = dataclasses.replace(config, seeds=config.seeds or stored.get("seeds"))
+        # More may have been cached since; the run goes on with what it began with.
+        config = adopted(stored, config)
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):
             return done

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.source_names import SOURCES
-from sskt.trainer.config import FIELDS, TrainConfig
+from sskt.trainer.caching_command import VIEW_FIELDS, caching_command
+from sskt.trainer.config import TrainConfig
 from sskt.trainer.tables import (
     COLUMNS,
     TRAINING_SAMPLES,
@@ -29,19 +29,6 @@ if TYPE_CHECKING:
 
 Bar = Callable[[str], Callable[[int, int], None]]
 RESULTS, RESULTS_TEXT = "results.json", "results.md"
-
-_VIEWS = (
-    "target",
-    "root",
-    "split",
-    "limit",
-    "partial",
-    "decoder",
-    "strict_fingerprint",
-    "policy",
-    "download",
-)
-"""Fields that decide what the sources see."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ class LabelPass:
 
 def views_key(config: TrainConfig) -> tuple[Any, ...]:
     """Equal for configurations that train on the same views."""
-    return tuple(getattr(config, name) for name in _VIEWS)
+    return tuple(getattr(config, name) for name in VIEW_FIELDS)
 
 
 def label_passes(configs: Sequence[TrainConfig]) -> list[LabelPass]:
@@ -174,7 +161,7 @@ def _job(wanted: LabelPass, cache: str) -> Job:
         policy=config.policy,
         limit=config.limit,
         partial=config.partial,
-        decoder=config.decoder,
+        decoder=config.used_decoder,
         strict=config.strict_fingerprint,
         download=config.download,
         device=config.device,
@@ -185,11 +172,11 @@ def _job(wanted: LabelPass, cache: str) -> Job:
 
 def _found(text: str, cache: str, views: Views) -> LabelSet | None:
     from sskt.teacher_cache.catalog import find_label_set
-    from sskt.teacher_cache.zoo import parse_source
+    from sskt.teacher_cache.source_names import parse_source
 
     try:
         return find_label_set(cache, parse_source(text, stored=True), views)
-    except (MissingData, SpecMismatch):
+    except MissingData:
         return None
 
 
@@ -229,15 +216,7 @@ def lacking_labels(config: TrainConfig) -> TrainConfig | None:
 
 def cache_command(wanted: LabelPass) -> str:
     """The ``sskt cache-teachers`` that makes the labels of a pass."""
-    words = ["sskt", "cache-teachers"]
-    for text in wanted.sources:
-        words += ["--source", text.partition("#")[0]]
-    for name in _VIEWS:
-        value, option = getattr(wanted.config, name), f"--{name.replace('_', '-')}"
-        if value != FIELDS[name].default:
-            words += [option] if value is True else [option, str(value)]
-    words += ["--seeds", str(wanted.seeds), "--cache", str(wanted.config.cache)]
-    return shlex.join(words)
+    return caching_command(wanted.config, wanted.sources, wanted.seeds)
 
 
 def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
