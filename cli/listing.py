@@ -72,16 +72,17 @@ def ls(
     A cache's URL may also come first: sskt ls http://HOST:PORT [SET]... Exit status 1 if a set is
     damaged.
     """
-    from sskt.teacher_cache.catalog import choose_all
-    from sskt.teacher_cache.store import summary
-    from sskt.teacher_cache.verify import Reopen
-
     if cache is None and sets and "://" in sets[0]:
         cache, sets = sets[0], sets[1:]
     cache = located_cache(cache)
+    from sskt.teacher_cache.catalog import choose_all
+    from sskt.teacher_cache.store import summary
+
     chosen, damaged = choose_all(cache, sets)
     found = [summary(s) for s in chosen]
     if audited:
+        from sskt.teacher_cache.verify import Reopen
+
         instead = Reopen(target=target, root=root)
         with progress() as bar:
             for label_set, shown in zip(chosen, found, strict=True):
