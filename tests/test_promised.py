@@ -81,7 +81,7 @@ def lab(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_promised_commands(lab: Path, sskt: Sskt) -> None:
+def test_the_promised_commands(lab: Path, sskt: Sskt, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = sskt(*["cache-teachers", "--source", "places365", "--target", "ucf101"])
     assert status == 0, err
     assert "data: data/ucf101 (default)" in err and "labels: labels (default)" in err
@@ -90,8 +90,18 @@ def test_the_promised_commands(lab: Path, sskt: Sskt) -> None:
     assert status == 0, err
     assert "data: data (default)" in err
 
-    status, out, err = sskt(*["train", "--target", "stl10", "--tm"])
-    assert status == 0, err
+    seen: list[Any] = []
+    print_line = EpochLines.__call__
+
+    def two_epochs(lines: EpochLines, record: dict[str, Any]) -> None:
+        print_line(lines, record)
+        seen.append(record)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EpochLines, "__call__", two_epochs)
+    status, _, err = sskt(*["train", "--target", "stl10", "--tm"])
+    assert status == 130, err
     first, legend, epoch = err.splitlines()[:3]
     assert first.startswith(
         "stl10 train: 10 samples under pad-crop-flip:padding=4; resnet20 (chosen for such views) "
@@ -100,7 +110,7 @@ def test_the_promised_commands(lab: Path, sskt: Sskt) -> None:
     )
     assert legend.startswith("loss = primary + ") and "x (places365)" in legend
     assert epoch.startswith("epoch   1/200  loss ") and "/epoch, ends " in epoch
-    assert "written to runs/stl10-resnet20-places365-tm-0" in out
+    assert "--resume --out runs/stl10-resnet20-places365-tm-0 continues" in err
     (found,) = (s for s in list_label_sets(lab / "labels") if s.name.startswith("stl10"))
     kept = read_config(lab / "runs/stl10-resnet20-places365-tm-0/config.json")
     assert kept["source"] == [f"places365#{found.digest[:12]}"]
@@ -148,7 +158,7 @@ def test_variables_name_data_and_labels(
     lab: Path, images: Path, label_cache: Path, sskt: Sskt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSKT_CACHE", str(label_cache))
-    status, out, err = sskt("ls")
+    status, _, err = sskt("ls")
     assert status == 0 and f"labels: {label_cache} ($SSKT_CACHE)" in err
     monkeypatch.setenv("SSKT_DATA", str(lab / "data"))
     monkeypatch.chdir("/")
