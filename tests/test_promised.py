@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torchvision import datasets
 from torchvision.models import resnet50
 
+from sskt.cli.following import EpochLines
 from sskt.teacher_cache import known_networks
 from sskt.teacher_cache.images import read_image
 from sskt.teacher_cache.store import list_label_sets
