@@ -91,6 +91,8 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         else:
             _print_plan(described)
         return
+    if config.init and plan.ranks.first:
+        click.echo(f"input scale: {plan.config.input_scale} ({plan.input_scale_reason})", err=True)
     out = config.out or Path("runs") / default_name(config)
     try:
         with progress() as bar:

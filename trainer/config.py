@@ -27,6 +27,11 @@ def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
+AUTO = "auto"
+UNSTATED = {"input_scale": "imagenet"}
+"""Fields that a stored configuration may lack, if their value is then not the default."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run is. Fields that change its numbers are compared when it is resumed."""
@@ -51,6 +56,12 @@ class TrainConfig:
     shortcut: str = _option("b", "of 3-D ResNets: a pads with zeros, b is 1x1x1", ("a", "b"))
     taps: list[str] = _option([], "module whose output is a stage, for TM; repeat, in order")
     init: str = _option("", "start from FILE, or imagenet (torchvision's weights of --model)")
+    input_scale: str = _option(
+        "auto",
+        "normalisation of the target network's input: imagenet (mean and std), or kinetics (0-255 "
+        "minus the mean); auto: what the --init weights expect, imagenet where that is not known",
+        (AUTO, "imagenet", "kinetics"),
+    )
     finetune_from: int | None = _option(
         None, "train the stages from this one on (1 = first) and the heads; freeze what is before"
     )
@@ -81,6 +92,9 @@ class TrainConfig:
     optimizer: str = _option("sgd", "rule of the steps", ("sgd", "adamw"))
     lr: float = _option(0.1, "learning rate")
     momentum: float = _option(0.9, "momentum of SGD")
+    dampening: float = _option(
+        0.0, "dampening of SGD: the momentum takes in 1 - dampening of each gradient"
+    )
     weight_decay: float = _option(5e-4, "L2 penalty; of AdamW, decoupled")
     schedule: str = _option(
         "multistep", "of the learning rate", ("multistep", "cosine", "plateau", "constant")
@@ -91,6 +105,12 @@ class TrainConfig:
     )
     gamma: float = _option(0.2, "factor of lr at a milestone, or on a plateau")
     patience: int = _option(10, "epochs without a better test loss that make a plateau")
+    plateau_on: str = _option(
+        "primary",
+        "test loss that a plateau follows: the primary one, or the total of equation 1; total needs "
+        "labels of the test split too (cache-teachers --split), or --live",
+        ("primary", "total"),
+    )
     clip_grad: float | None = _option(None, "largest norm of the gradient")
     ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
     early_stop: int | None = _option(None, "stop after this many epochs without a better result")
@@ -129,6 +149,7 @@ class TrainConfig:
             ("label_wait", self.label_wait >= 0, "at least 0"),
             ("workers", self.workers is None or self.workers >= 0, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
+            ("dampening", 0 <= self.dampening <= 1, "in 0 .. 1"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("gamma", self.gamma > 0, "above 0"),
             ("eval_every", self.eval_every >= 1, "at least 1"),
@@ -159,6 +180,11 @@ class TrainConfig:
         """Plain values, as written to ``config.json``."""
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
         return {k: list(v) if isinstance(v, list) else v for k, v in plain.items()}
+
+    @property
+    def needs_test_labels(self) -> bool:
+        """Whether the auxiliary losses are also computed on the test split."""
+        return self.plateau_on == "total" and bool(self.source)
 
     def resolved_milestones(self) -> list[int]:
         """Epochs of the learning-rate steps: as given, or 60, 120, 160 of 200 scaled."""
@@ -234,6 +260,19 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         raise InputError("--early-stop follows the test result; give a --test-split")
     if config.schedule == "plateau" and config.test_split == "none":
         raise InputError("--schedule plateau follows the test loss; give a --test-split")
+    if config.plateau_on == "total" and config.schedule != "plateau":
+        raise InputError(
+            f"--plateau-on total goes with --schedule plateau, found {config.schedule}; give "
+            "--plateau-on primary with other schedules"
+        )
+    if config.plateau_on == "total" and config.method == "maxl":
+        raise InputError(
+            "--method maxl has no auxiliary labels of the test split; give --plateau-on primary"
+        )
+    if config.dampening and config.optimizer != "sgd":
+        raise InputError(
+            f"--dampening is a setting of SGD; leave it out with --optimizer {config.optimizer}"
+        )
     if config.method == "maxl" and config.source:
         raise InputError("--method maxl makes its own auxiliary labels; leave --source out")
     for name in ("live", "tm"):
@@ -267,11 +306,11 @@ def config_json(config: TrainConfig) -> bytes:
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
     try:
-        stored = json.loads(path.read_text())
+        stored = UNSTATED | json.loads(path.read_text())
         return {k: typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
     except OSError as error:
         raise MissingData(f"no run to resume: cannot read {path}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not a run's configuration") from error
 
 
@@ -281,6 +320,8 @@ def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) ->
         if name in INDIFFERENT or name not in stored:
             continue
         if name == "seeds" and config.seeds is None:
+            continue
+        if name == "input_scale" and config.input_scale == AUTO:
             continue
         if stored[name] != getattr(config, name):
             now = getattr(config, name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sskt.teacher_cache.catalog import find_label_set, require_seeds
 from sskt.teacher_cache.encodings import require_temperature
@@ -23,8 +24,9 @@ from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import parse_source
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.distributed import Ranks, batch_count, join
+from sskt.trainer.evaluation_labels import find_test_sets
 from sskt.trainer.heads import SSKTNetwork
-from sskt.trainer.initial import freeze_before, load_initial
+from sskt.trainer.initial import freeze_before, input_scale_of, load_initial
 from sskt.trainer.labels import Window, epoch_windows
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.maxl import LOSSES
@@ -35,6 +37,7 @@ from sskt.trainer.networks import (
     is_three_dimensional,
     parameters_of,
 )
+from sskt.trainer.normalisation import NORMALISATIONS
 
 Record = dict[str, Any]
 
@@ -52,6 +55,10 @@ class Plan:
     device: torch.device
     loss: tuple[str, str]
     ranks: Ranks = field(default_factory=Ranks)
+    test_sets: dict[str, LabelSet] = field(default_factory=dict)
+    """Labels of the test split, if a plateau follows the total loss."""
+    input_scale_reason: str = ""
+    """Why ``config.input_scale`` was taken."""
 
     @property
     def source_classes(self) -> dict[str, int]:
@@ -80,6 +87,10 @@ class Plan:
         rows = int(self.config.memory * 2**30 / self.ranks.local / 2 / row)
         block = max(s.rows for s in sets)
         return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """uint8 views as float32 input of the target network; see ``Normalisation``."""
+        return NORMALISATIONS[self.config.input_scale](views)
 
     def build_target(self, classes: int) -> TargetNetwork:
         """A target network with fresh parameters, drawn from torch's generator."""
@@ -149,6 +160,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     the plan can be carried out.
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
+    scale, reason = input_scale_of(config.input_scale, config.init)
+    config = replace(config, input_scale=scale)
     served = is_served(config.labels or config.cache or "")
     ranks, device = join(config.device, config.label_wait if served else 0)
     if config.download and not ranks.first:
@@ -182,8 +195,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
             f"found --loss {'+'.join(loss)} over {config.target}"
         )
     sets: dict[str, LabelSet] = {}
+    cache = None if config.live else open_labels(config)
     if not config.live:
-        cache = open_labels(config)
         assert cache is not None or not names
         sets = {n.name: find_label_set(cache, n, views) for n in names if cache is not None}
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
@@ -198,8 +211,13 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     test = _test_views(config, views, download=download)
     if config.download and ranks.first:
         ranks.wait()
+    test_sets: dict[str, LabelSet] = {}
+    if test is not None and cache is not None and config.needs_test_labels:
+        test_sets = find_test_sets(cache, config, sets, test, ask=ask)
     seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
-    return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
+    return Plan(
+        config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason
+    )
 
 
 def open_labels(config: TrainConfig) -> Place | None:

@@ -10,7 +10,7 @@ from typing import Any
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.sources import Source
 from sskt.trainer import records
-from sskt.trainer.config import TrainConfig, read_config, require_same
+from sskt.trainer.config import AUTO, TrainConfig, read_config, require_same
 from sskt.trainer.distributed import join
 from sskt.trainer.loop import Trainer
 from sskt.trainer.plan import make_plan
@@ -36,6 +36,8 @@ def run_training(
         require_same(stored, config, out)
         # More may have been cached since; the run cycles through those that it began with.
         config = dataclasses.replace(config, seeds=config.seeds or stored.get("seeds"))
+        if config.input_scale == AUTO:  # the file of initial weights may be gone
+            config = dataclasses.replace(config, input_scale=stored["input_scale"])
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):
             return done
