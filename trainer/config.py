@@ -107,7 +107,7 @@ class TrainConfig:
     patience: int = _option(10, "epochs without a better test loss that make a plateau")
     plateau_on: str = _option(
         "primary",
-        "test loss that a plateau follows: the primary one, or the total of equation 1; total needs "
+        "test loss that a plateau follows: the primary one, or the total of equation 1; that needs "
         "labels of the test split too (cache-teachers --split), or --live",
         ("primary", "total"),
     )
