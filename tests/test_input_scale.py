@@ -44,7 +44,8 @@ def by_rule(views: np.ndarray[Any, Any], scale: str) -> np.ndarray[Any, Any]:
         "kinetics": ((114.7748, 107.7354, 99.4750), (1.0, 1.0, 1.0)),
     }[scale]
     shape = (1, 3, *(1,) * (pixels.ndim - 2))
-    return (pixels - np.reshape(mean, shape)) / np.reshape(std, shape)
+    scaled: np.ndarray[Any, Any] = (pixels - np.reshape(mean, shape)) / np.reshape(std, shape)
+    return scaled
 
 
 # --- the numbers --------------------------------------------------------------------------------
@@ -92,12 +93,19 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain(images: Path, clips: Path, kind: str, **fields: Any) -> TrainConfig:
     """A small training from scratch on made images or clips."""
-    of = {
+    of: dict[str, dict[str, Any]] = {
         "images": {"target": str(images), "policy": "pad-crop-flip", "limit": 12},
         "clips": {"target": str(clips), "policy": CLIPS, "model": "resnet3d10"},
-    }[kind]
-    fixed = {"epochs": 1, "batch_size": 6, "device": "cpu", "workers": 0, "seeds": 1, "lr": 1e-3}
-    return TrainConfig(**of | fixed | fields)
+    }
+    fixed: dict[str, Any] = {
+        "epochs": 1,
+        "batch_size": 6,
+        "device": "cpu",
+        "workers": 0,
+        "seeds": 1,
+        "lr": 1e-3,
+    }
+    return TrainConfig(**of[kind] | fixed | fields)
 
 
 @contextmanager
@@ -427,6 +435,5 @@ def test_the_fine_tuned_video_row_learns(
     found = records.read_metrics(folder)
     losses = [r["loss"] for r in found]
     primary = [r["loss_primary"] for r in found]
-    print(losses, primary)
     assert losses[-1] < 0.8 * losses[0] and primary[-1] < 0.8 * primary[0]
     assert all(r["test_loss_total"] > r["test_loss"] for r in found)

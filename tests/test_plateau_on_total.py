@@ -79,8 +79,13 @@ MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_the_total_is_equation_1_on_the_test_split(
-    following: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+    following: TrainConfig,
+    images: Path,
+    tiny: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sskt.trainer.evaluate.BATCH", 10)  # batches of 10, 10 and 4
     label(images, tiny, tmp_path / "cache", "test")
     trainer = Trainer(make_plan(following))
     trainer.train_epoch()

@@ -66,7 +66,10 @@ def input_scale_of(chosen: str, init: str) -> tuple[str, str]:
         return IMAGENET, "the network starts from fresh parameters"
     if init == IMAGENET:
         return IMAGENET, "the scale of torchvision's weights"
-    return IMAGENET, f"{init} is not a Kinetics checkpoint of Hara et al.; else give --input-scale"
+    return IMAGENET, (
+        f"{init} is not recognised as a Kinetics checkpoint of Hara et al. (2017); if it is one, "
+        "give --input-scale kinetics"
+    )
 
 
 def _is_kinetics_release(checkpoint: dict[str, Any]) -> bool:
