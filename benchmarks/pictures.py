@@ -24,7 +24,8 @@ from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.trainer.distributed import batches_of
-from sskt.trainer.feed import Feed, in_memory, normalise
+from sskt.trainer.feed import Feed, in_memory
+from sskt.trainer.normalisation import NORMALISATIONS
 from sskt.trainer.resident import resident_feed
 
 WORKERS, BATCH, ROUNDS = 2, 128, 5
@@ -82,7 +83,7 @@ def by_us(views: Views, device: torch.device, size: int) -> Callable[[], None]:
 
     def run() -> None:
         for batch in feed(batches_of(order, size), 0):
-            touch(normalise(batch.views.to(device, non_blocking=True)))
+            touch(NORMALISATIONS["imagenet"](batch.views.to(device, non_blocking=True)))
 
     return run
 

@@ -293,9 +293,13 @@ def _limited(configs: Sequence[TrainConfig], fraction: float, bar: Bar) -> list[
 def _train(row: Row, config: TrainConfig) -> float:
     with working("loading"):
         from sskt.cli.following import hooks_of
+        from sskt.trainer.initial import input_scale_of
         from sskt.trainer.runs import open_live_sources, run_training
         from sskt.trainer.summary import result_of
     click.echo(f"row {row.number}, {row.name}: {config.out}", err=True)
+    if config.init:
+        scale, reason = input_scale_of(config.input_scale, config.init)
+        click.echo(f"input scale: {scale} ({reason})", err=True)
     with progress() as bar:
         hooks = hooks_of(config, bar, name=row.name)
         return result_of(run_training(config, hooks, open_live_sources(config)))
@@ -303,7 +307,8 @@ def _train(row: Row, config: TrainConfig) -> float:
 
 def _pass_text(wanted: LabelPass) -> str:
     sources, target = ", ".join(wanted.sources), wanted.config.target
-    return f"{sources} over {target}, view seeds 0 .. {wanted.seeds - 1}"
+    split = f"{target} {wanted.config.split}"
+    return f"{sources} over {split}, view seeds 0 .. {wanted.seeds - 1}"
 
 
 def _dry_run(
@@ -330,6 +335,7 @@ def _dry_run(
                 {
                     "source": text,
                     "target": wanted.config.target,
+                    "split": wanted.config.split,
                     "samples": samples,
                     "seeds": wanted.seeds,
                     "bytes": size,
@@ -349,7 +355,11 @@ def _dry_run(
         print_json({"table": table.name, "cache": cache, "label_sets": sets, "trainings": runs})
         return
     click.echo(f"{table.name}: {table.title}\n\nlabel sets in {cache}, where not there already")
-    rows = [[str(s[k] or "?") for k in ("source", "target", "samples", "seeds")] for s in sets]
+    rows = [
+        [s["source"], s["target"] + ("" if s["split"] == "train" else f" {s['split']}")]
+        + [str(s[k] or "?") for k in ("samples", "seeds")]
+        for s in sets
+    ]
     sizes = [human_bytes(s["bytes"]) if s["bytes"] else "?" for s in sets]
     columns = ["source", "target", "samples", "view seeds", f"{encoding}, at most"]
     print_table(columns, [[*row, size] for row, size in zip(rows, sizes, strict=True)])

@@ -91,6 +91,8 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         return
     if plan.ranks.first:
         say(first_line(config, plan))
+        if config.init:
+            say(f"input scale: {plan.config.input_scale} ({plan.input_scale_reason})")
     out = config.out or Path("runs") / default_name(plan.config)
     try:
         with progress() as bar:

@@ -16,7 +16,7 @@ from sskt.teacher_cache.errors import (
 from sskt.teacher_cache.label_set import seed_ranges
 from sskt.teacher_cache.places import CacheName, is_served
 from sskt.teacher_cache.source_names import SourceName
-from sskt.teacher_cache.spec import Spec, first_difference, name_of
+from sskt.teacher_cache.spec import Spec, digest_of, first_difference, name_of
 from sskt.teacher_cache.store import Damaged, LabelSet, Shard, look_over
 
 if TYPE_CHECKING:
@@ -111,6 +111,30 @@ def only(name: str, sets: Sequence[LabelSet]) -> LabelSet:
             f"--source {name}#DIGEST"
         )
     return sets[0]
+
+
+def find_alike(cache: CacheName, label_set: LabelSet, views: Views) -> LabelSet | None:
+    """Finds labels of other views that are made as those of a label set are.
+
+    Args:
+        cache: Where to look.
+        label_set: A label set.
+        views: A target under a policy.
+
+    Returns:
+        The label set over ``views`` with the same source, encoding and f_s; None if there is none.
+
+    Raises:
+        CorruptStore: If there is one, and it is damaged.
+    """
+    spec = label_set.spec
+    seen = views.identity() | {"f_s": spec["views"]["f_s"]}
+    wanted = spec | {"target": views.target.identity(), "views": seen}
+    sets, damaged = look_over(cache)
+    if error := damaged.get(name_of(wanted)):
+        raise CorruptStore(f"{error}; remove it (sskt rm) and cache it again") from error
+    digest = digest_of(wanted)
+    return next((s for s in sets if s.digest == digest), None)
 
 
 def replayed(views: Spec) -> Spec:

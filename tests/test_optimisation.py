@@ -175,18 +175,39 @@ def test_groups_keep_their_own_lr() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
 
 
-def test_sgd_written_out() -> None:
-    """v = momentum * v + (g + decay * w), w = w - lr * v: Nesterov and dampening are off."""
-    made = config(lr=0.1, momentum=0.9, weight_decay=0.01)
+@pytest.mark.parametrize("dampening", [0.0, 0.9])
+def test_sgd_written_out(dampening: float) -> None:
+    """v = momentum * v + (1 - dampening) * (g + decay * w), w = w - lr * v; Nesterov is off.
+
+    The first v is the gradient itself, as in PyTorch.
+    """
+    made = config(lr=0.1, momentum=0.9, weight_decay=0.01, dampening=dampening)
     weight = nn.Parameter(torch.tensor([2.0]))
     optimizer = build_optimizer(made, [weight])
     w, v = 2.0, 0.0
-    for gradient in (1.0, -0.5, 0.25):
+    for i, gradient in enumerate((1.0, -0.5, 0.25)):
         weight.grad = torch.tensor([gradient])
         optimizer.step()
-        v = 0.9 * v + gradient + 0.01 * w
+        share = 1 - dampening if i else 1.0
+        v = 0.9 * v + share * (gradient + 0.01 * w)
         w -= 0.1 * v
     assert float(weight.detach()) == pytest.approx(w, rel=1e-6)
+
+
+def test_dampening_makes_the_steps_under_a_constant_gradient_ten_times_smaller() -> None:
+    """With momentum 0.9: v tends to g / (1 - 0.9) without dampening, and to g with 0.9."""
+    steps = {}
+    for dampening in (0.0, 0.9):
+        weight = nn.Parameter(torch.zeros(1))
+        made = config(lr=0.1, momentum=0.9, weight_decay=0.0, dampening=dampening)
+        optimizer = build_optimizer(made, [weight])
+        for _ in range(300):
+            before = float(weight.detach())
+            weight.grad = torch.ones(1)
+            optimizer.step()
+        steps[dampening] = before - float(weight.detach())
+    assert steps[0.0] == pytest.approx(1.0, rel=1e-3)
+    assert steps[0.9] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_adamw_decays_apart_from_the_gradient() -> None:

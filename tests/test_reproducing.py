@@ -26,7 +26,8 @@ def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
     status, out, err = sskt("reproduce", "table8", *arguments)
     assert status == 0, err
     shown: dict[str, Any] = json.loads(out)
-    assert [s["target"] for s in shown["label_sets"]] == ["ucf101"]
+    labelled = [(s["target"], s["split"]) for s in shown["label_sets"]]
+    assert labelled == [("ucf101", "train"), ("ucf101", "test")]
     configs = [t["config"] for t in shown["trainings"]]
     assert [c["out"].split("/")[-2:] for c in configs] == [
         ["u101-3dr18-ft-ce", "seed-0"],

@@ -25,12 +25,12 @@ from sskt.teacher_cache.philox import permutation
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
-from sskt.trainer import loop, maxl_pass, records
+from sskt.trainer import records
 from sskt.trainer.config import TrainConfig, make_config
 from sskt.trainer.distributed import Ranks, batch_count, batches_of
-from sskt.trainer.feed import normalise
 from sskt.trainer.loop import Trainer
-from sskt.trainer.plan import make_plan
+from sskt.trainer.normalisation import NORMALISATIONS
+from sskt.trainer.plan import Plan, make_plan
 from sskt.trainer.progress import Hooks
 from sskt.trainer.resident import resident_feed
 from sskt.trainer.runs import run_training
@@ -457,12 +457,11 @@ def test_maxl_normalises_a_batch_once(config: TrainConfig, monkeypatch: pytest.M
     config = dataclasses.replace(config, method="maxl", psi=2, source=[], tm=False, cache=None)
     trainer, seen = Trainer(make_plan(config)), []
 
-    def counted(views: torch.Tensor) -> torch.Tensor:
+    def counted(plan: Plan, views: torch.Tensor) -> torch.Tensor:
         seen.append(len(views))
-        return normalise(views)
+        return NORMALISATIONS["imagenet"](views)
 
-    for module in (loop, maxl_pass):
-        monkeypatch.setattr(module, "normalise", counted)
+    monkeypatch.setattr(Plan, "normalise", counted)
     samples = np.arange(6)
     parts = trainer.step(samples, torch.from_numpy(trainer.views.batch(samples, 0)))
     assert seen == [6] and parts["loss_maxl"] > 0

@@ -31,9 +31,10 @@ from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.feed import in_memory, normalise
+from sskt.trainer.feed import in_memory
 from sskt.trainer.labels import StoredLabels, Window, epoch_windows
 from sskt.trainer.loop import Trainer
+from sskt.trainer.normalisation import NORMALISATIONS
 from sskt.trainer.plan import make_plan
 from sskt.trainer.progress import Hooks
 
@@ -291,7 +292,8 @@ def test_normalise_is_imagenets() -> None:
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    torch.testing.assert_close(normalise(views), chain(views.permute(0, 3, 1, 2)))
+    found = NORMALISATIONS["imagenet"](views)
+    torch.testing.assert_close(found, chain(views.permute(0, 3, 1, 2)))
 
 
 def test_recipe_below_options(sskt: Call, images: Path, label_cache: Path, tmp_path: Path) -> None:
@@ -451,6 +453,11 @@ def test_divergence_is_said(config: TrainConfig) -> None:
         (["--tm"], "no label sets in labels (default); make them with: sskt cache-teachers"),
         (["--weights", "x"], "--weights goes with --live"),
         (["--momentum", "-1"], "momentum must be in 0 .. 1"),
+        (["--dampening", "1.1"], "dampening must be in 0 .. 1, found 1.1"),
+        (
+            ["--dampening", "0.9", "--optimizer", "adamw"],
+            "--dampening is a setting of SGD; leave it out with --optimizer adamw",
+        ),
         (["--memory", "inf"], "memory must be finite"),
         (["--device", "cuda:77"], "device cuda:77 cannot be used"),
         (["--model", "resnet21"], "unknown model 'resnet21'; known: resnet20"),

@@ -24,7 +24,12 @@ VIEW_FIELDS = (
 
 
 def caching_command(
-    config: TrainConfig, sources: Sequence[str], seeds: int | None, *, download: bool = False
+    config: TrainConfig,
+    sources: Sequence[str],
+    seeds: int | None,
+    more: Sequence[str] = (),
+    *,
+    download: bool = False,
 ) -> str:
     """The ``sskt cache-teachers`` that makes the labels of a training, ready to be typed.
 
@@ -32,6 +37,7 @@ def caching_command(
         config: The training.
         sources: ``--source`` arguments.
         seeds: View seeds; None for the command's default.
+        more: Further options.
         download: Whether to add ``--download`` if the target can be downloaded.
     """
     words = ["sskt", "cache-teachers"]
@@ -45,6 +51,7 @@ def caching_command(
             words += [option] if value is True else [option, str(value)]
     if seeds is not None:
         words += ["--seeds", str(seeds)]
+    words += more
     if config.cache is not None:
         words += ["--cache", str(config.cache)]
     return shlex.join(words)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError
 from sskt.trainer import records
+from sskt.trainer.initial import INPUT_SCALE
 from sskt.trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def identity(plan: Plan) -> Record:
         "seeds": plan.seeds,
         "processes": plan.ranks.world,
         "rows of labels at a time": len(plan.windows(0)[0].samples),
+        INPUT_SCALE: plan.config.input_scale,
     }
 
 
@@ -44,6 +46,7 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
     if better:
         network = trainer.average.network if trainer.average else trainer.network
         best = {"epoch": trainer.epoch - 1, "model": network.state_dict()}
+        best[INPUT_SCALE] = plan.config.input_scale
         records.save_checkpoint(out, best, records.BEST)
     records.save_checkpoint(out, state | {"records": trainer.records})
 

@@ -30,6 +30,11 @@ def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
+AUTO = "auto"
+UNSTATED = {"input_scale": "imagenet"}
+"""Fields that a stored configuration may lack, if their value is then not the default."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run is. Fields that change its numbers are compared when it is resumed."""
@@ -67,6 +72,12 @@ class TrainConfig:
     shortcut: str = _option("b", "of 3-D ResNets: a pads with zeros, b is 1x1x1", ("a", "b"))
     taps: list[str] = _option([], "module whose output is a stage, for TM; repeat, in order")
     init: str = _option("", "start from FILE, or imagenet (torchvision's weights of --model)")
+    input_scale: str = _option(
+        "auto",
+        "normalisation of the target network's input: imagenet (mean and std), or kinetics (0-255 "
+        "minus the mean); auto: what the --init weights expect, imagenet where that is not known",
+        (AUTO, "imagenet", "kinetics"),
+    )
     finetune_from: int | None = _option(
         None, "train the stages from this one on (1 = first) and the heads; freeze what is before"
     )
@@ -101,6 +112,9 @@ class TrainConfig:
     optimizer: str = _option("sgd", "rule of the steps", ("sgd", "adamw"))
     lr: float = _option(0.1, "learning rate")
     momentum: float = _option(0.9, "momentum of SGD")
+    dampening: float = _option(
+        0.0, "dampening of SGD: the momentum takes in 1 - dampening of each gradient"
+    )
     weight_decay: float = _option(5e-4, "L2 penalty; of AdamW, decoupled")
     schedule: str = _option(
         "multistep", "of the learning rate", ("multistep", "cosine", "plateau", "constant")
@@ -111,6 +125,12 @@ class TrainConfig:
     )
     gamma: float = _option(0.2, "factor of lr at a milestone, or on a plateau")
     patience: int = _option(10, "epochs without a better test loss that make a plateau")
+    plateau_on: str = _option(
+        "primary",
+        "test loss that a plateau follows: the primary one, or the total of equation 1; that needs "
+        "labels of the test split too (cache-teachers --split), or --live",
+        ("primary", "total"),
+    )
     clip_grad: float | None = _option(None, "largest norm of the gradient")
     ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
     early_stop: int | None = _option(None, "stop after this many epochs without a better result")
@@ -153,6 +173,7 @@ class TrainConfig:
             ("label_wait", self.label_wait >= 0, "at least 0"),
             ("workers", self.workers is None or self.workers >= 0, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
+            ("dampening", 0 <= self.dampening <= 1, "in 0 .. 1"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("gamma", self.gamma > 0, "above 0"),
             ("eval_every", self.eval_every >= 1, "at least 1"),
@@ -189,6 +210,11 @@ class TrainConfig:
         """The decoder of clips: pyav, if it was not chosen."""
         return "pyav" if self.decoder == AUTO else self.decoder
 
+    @property
+    def needs_test_labels(self) -> bool:
+        """Whether the auxiliary losses are also computed on the test split."""
+        return self.plateau_on == "total" and bool(self.source)
+
     def resolved_milestones(self) -> list[int]:
         """Epochs of the learning-rate steps: as given, or 60, 120, 160 of 200 scaled."""
         return self.milestones or sorted({max(1, round(self.epochs * x)) for x in (0.3, 0.6, 0.8)})
@@ -208,6 +234,7 @@ FOLLOWED: dict[str, Any] = {
     "strict_fingerprint": False,
     "model": AUTO,
     "source": [AUTO],
+    "input_scale": AUTO,
     "seeds": None,
 }
 """Fields that are found out when a training begins, and the value that leaves them open."""
@@ -281,6 +308,19 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
         raise InputError("--early-stop follows the test result; give a --test-split")
     if config.schedule == "plateau" and config.test_split == "none":
         raise InputError("--schedule plateau follows the test loss; give a --test-split")
+    if config.plateau_on == "total" and config.schedule != "plateau":
+        raise InputError(
+            f"--plateau-on total goes with --schedule plateau, found {config.schedule}; give "
+            "--plateau-on primary with other schedules"
+        )
+    if config.plateau_on == "total" and config.method == "maxl":
+        raise InputError(
+            "--method maxl has no auxiliary labels of the test split; give --plateau-on primary"
+        )
+    if config.dampening and config.optimizer != "sgd":
+        raise InputError(
+            f"--dampening is a setting of SGD; leave it out with --optimizer {config.optimizer}"
+        )
     if config.method == "maxl" and config.source:
         raise InputError("--method maxl makes its own auxiliary labels; leave --source out")
     if AUTO in config.source and len(config.source) > 1:
@@ -310,11 +350,11 @@ def config_json(config: TrainConfig) -> bytes:
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
     try:
-        stored = json.loads(path.read_text())
+        stored = UNSTATED | json.loads(path.read_text())
         return {k: typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
     except OSError as error:
         raise MissingData(f"no run to resume: cannot read {path}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not a run's configuration") from error
 
 

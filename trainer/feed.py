@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.samples import Target
-from sskt.teacher_cache.sources import IMAGENET_MEAN, IMAGENET_STD
 from sskt.teacher_cache.views import Views
 
 Int64 = NDArray[np.int64]
@@ -128,23 +126,3 @@ def in_memory(
     identity = replace(target, images=images)
     assert identity.fingerprint == target.fingerprint
     return identity
-
-
-def normalise(views: Tensor) -> Tensor:
-    """What the target network sees: ImageNet mean and std, float32 ``[n, 3, (D,) H, W]``.
-
-    Channels-last in memory, as the uint8 views ``[n, (D,) H, W, 3]`` are.
-    """
-    # Whole rows of pixels at a time, in place: loops of three channels are ten times as slow.
-    mean, scale = _mean_and_scale(views.device, views.shape[-2])
-    rows = views.reshape(*views.shape[:-2], -1).float()
-    return rows.sub_(mean).mul_(scale).view(views.shape).movedim(-1, 1)
-
-
-@functools.lru_cache(64)
-def _mean_and_scale(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    """For rows of ``width`` pixels; kept, as a copy to a GPU would wait for the step before."""
-    with torch.inference_mode(False):
-        mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
-        scale = 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
-        return mean.repeat(width), scale.repeat(width)

@@ -120,3 +120,13 @@ class SSKTNetwork(nn.Module):
         heads = zip(self.sources, self.heads, strict=True)
         auxiliary = {name: head(features) for name, head in heads}
         return self.target.fc(features.pooled), auxiliary
+
+
+def to_channels_last(network: SSKTNetwork) -> SSKTNetwork:
+    """The network with the memory layout of its convolutions changed, in place."""
+    if network.target.dimensions == 2:
+        return network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+    return network

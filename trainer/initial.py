@@ -3,19 +3,93 @@
 from __future__ import annotations
 
 import pickle
+import re
 import urllib.error
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
 from sskt.teacher_cache.weights import read_weights
+from sskt.trainer.config import AUTO
 from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.networks import TargetNetwork
+from sskt.trainer.normalisation import NORMALISATIONS
 
-IMAGENET = "imagenet"
+IMAGENET, KINETICS = "imagenet", "kinetics"
+INPUT_SCALE = "input_scale"
+"""The key under which a run's checkpoints state the input scale that they were trained with."""
+
+
+def input_scale_of(chosen: str, init: str) -> tuple[str, str]:
+    """Decides on which input scale a network trains.
+
+    Args:
+        chosen: A key of ``NORMALISATIONS``, or ``auto`` for what the initial weights expect.
+        init: What the network starts from, as in ``load_initial``; empty for fresh parameters.
+
+    Returns:
+        The key of ``NORMALISATIONS``, and in words why it was taken.
+
+    Raises:
+        BadCheckpoint: If a run's checkpoint states an unknown scale.
+        InputError: If ``chosen`` is not the scale that a run's checkpoint states.
+        MissingData: If ``chosen`` is ``auto`` and the file is missing.
+    """
+    checkpoint: dict[str, Any] = {}
+    if init and init != IMAGENET:
+        if chosen == AUTO and not Path(init).is_file():
+            raise MissingData(f"no weights file {init}")
+        checkpoint = _checkpoint(Path(init)) or {}
+    if _target_state(checkpoint):
+        # Before checkpoints stated their scale, every run was normalised as for ImageNet.
+        stated = str(checkpoint.get(INPUT_SCALE, IMAGENET))
+        if stated not in NORMALISATIONS:
+            raise BadCheckpoint(
+                f"wrong checkpoint {init}: it was trained with the unknown input scale '{stated}'; "
+                "read it with the version of sskt that wrote it"
+            )
+        if chosen not in (AUTO, stated):
+            raise InputError(
+                f"--input-scale {chosen} contradicts {init}, which was trained with {stated}; "
+                "leave --input-scale out"
+            )
+        return stated, f"{init} was trained with it"
+    if chosen != AUTO:
+        return chosen, "as given with --input-scale"
+    if _is_kinetics_release(checkpoint):
+        return KINETICS, f"{init} is a checkpoint of Hara et al. (2017)"
+    if not init:
+        return IMAGENET, "the network starts from fresh parameters"
+    if init == IMAGENET:
+        return IMAGENET, "the scale of torchvision's weights"
+    return IMAGENET, (
+        f"{init} is not recognised as a Kinetics checkpoint of Hara et al. (2017); if it is one, "
+        "give --input-scale kinetics"
+    )
+
+
+def _is_kinetics_release(checkpoint: dict[str, Any]) -> bool:
+    """Whether the scripts of Hara et al. of 2017 wrote a checkpoint.
+
+    They and the later ones write ``epoch``, ``arch`` (``resnet-18``), ``state_dict`` and
+    ``optimizer``. The later ones (from November 2018 on), which divide by a standard deviation,
+    also write ``scheduler``. Their released files may lack everything but ``arch`` and
+    ``state_dict``, but then hold ``num_batches_tracked``, which PyTorch has had since 0.4.1 (July
+    2018) and which the files of 2017 cannot hold.
+    """
+    arch, state = checkpoint.get("arch"), checkpoint.get("state_dict")
+    if not isinstance(arch, str) or not re.fullmatch(r"resnet-\d+", arch):
+        return False
+    if not isinstance(state, dict) or "scheduler" in checkpoint:
+        return False
+    stem = state.get("module.conv1.weight", state.get("conv1.weight"))
+    if not isinstance(stem, Tensor) or stem.ndim != 5:
+        return False
+    return "optimizer" in checkpoint or not any(k.endswith("num_batches_tracked") for k in state)
 
 
 def load_initial(target: TargetNetwork, init: str, model: str) -> list[str]:
@@ -28,7 +102,7 @@ def load_initial(target: TargetNetwork, init: str, model: str) -> list[str]:
     first parameter that does not fit.
     """
     where = f"{IMAGENET} weights of {model}" if init == IMAGENET else init
-    own = None if init == IMAGENET else _of_a_run(Path(init))
+    own = None if init == IMAGENET else _target_state(_checkpoint(Path(init)) or {})
     if own is None:
         found = _imagenet(model) if init == IMAGENET else read_weights(Path(init))
         own = {target.own_key(key): value for key, value in found.items()}
@@ -93,20 +167,27 @@ def _imagenet(model: str) -> dict[str, Tensor]:
     return state
 
 
-def _of_a_run(path: Path) -> dict[str, Tensor] | None:
-    """The target network in a run's checkpoint; None if the file is something else."""
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    """What a file that ``torch.save`` wrote holds; None if the file is something else."""
     if not path.is_file() or path.suffix == ".safetensors":
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = state["model"]
-        target = {k.removeprefix("target."): v for k, v in model.items() if k.startswith("target.")}
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (
         *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile),
         *(KeyError, TypeError, AttributeError, ValueError),
     ):
         return None  # read_weights says what is wrong with it, if anything is
-    return target or None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _target_state(checkpoint: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The target network in a run's checkpoint; None in any other."""
+    model = checkpoint.get("model")
+    if not isinstance(model, dict):
+        return None
+    own = {k: v for k, v in model.items() if isinstance(k, str) and k.startswith("target.")}
+    return {k.removeprefix("target."): v for k, v in own.items()} or None
 
 
 def freeze_before(network: SSKTNetwork, stage: int) -> None:

@@ -78,6 +78,18 @@ class Labels(Protocol):
     def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
         """softmax(z_s / T) by source, on the device: float32 ``[n, C_m]``."""
 
+    def close(self) -> None:
+        """Ends reading ahead."""
+
+
+def labels_over(
+    views: Views, sets: Mapping[str, LabelSet], live: Sequence[Source], device: torch.device
+) -> Labels:
+    """The soft labels of views: from ``live`` sources, else from label sets, else none."""
+    if live:
+        return LiveLabels(live, views)
+    return StoredLabels(sets, device) if sets else NoLabels()
+
 
 @dataclass(frozen=True)
 class _Slab:
@@ -224,6 +236,9 @@ class LiveLabels:
             for s in self._sources
         }
 
+    def close(self) -> None:
+        """See ``Labels``: nothing is read."""
+
 
 class NoLabels:
     """Training from scratch."""
@@ -239,3 +254,6 @@ class NoLabels:
     def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
         """See ``Labels``: no auxiliary task."""
         return {}
+
+    def close(self) -> None:
+        """See ``Labels``: nothing is read."""

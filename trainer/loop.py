@@ -25,10 +25,10 @@ from sskt.teacher_cache.views import Views
 from sskt.trainer import checkpoints, records
 from sskt.trainer.config import config_json, read_config, require_same
 from sskt.trainer.distributed import batches_of
-from sskt.trainer.evaluate import evaluate
-from sskt.trainer.feed import Batch, Feed, in_memory, normalise
-from sskt.trainer.heads import SSKTNetwork
-from sskt.trainer.labels import CHECKED_ROWS, Labels, LiveLabels, NoLabels, StoredLabels, Window
+from sskt.trainer.evaluate import AuxiliaryLoss, evaluate
+from sskt.trainer.feed import Batch, Feed, in_memory
+from sskt.trainer.heads import to_channels_last
+from sskt.trainer.labels import CHECKED_ROWS, Labels, Window, labels_over
 from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_source_weights, total_loss
 from sskt.trainer.maxl import SOURCE as MAXL
 from sskt.trainer.maxl_pass import build_maxl, meta_pass
@@ -64,16 +64,15 @@ class Trainer:
         self.truth = torch.from_numpy(self.views.target.labels).to(plan.device)
         self.maxl = build_maxl(plan, self.network) if config.method == MAXL else None
         if config.channels_last:
-            self.network = _channels_last(self.network)
+            self.network = to_channels_last(self.network)
         self.optimizer = build_optimizer(config, self.network.parameters())
         self.schedule = Schedule(config, self.optimizer, plan.steps_per_epoch)
         self.average = Average(self.network, config.ema) if config.ema else None
         self.early = EarlyStop(config.early_stop)
-        self.labels: Labels = NoLabels()
-        if plan.live:
-            self.labels = LiveLabels(plan.live, self.views)
-        elif plan.label_sets:
-            self.labels = StoredLabels(plan.label_sets, plan.device)
+        self.labels = labels_over(self.views, plan.label_sets, plan.live, plan.device)
+        self.test_labels: Labels | None = None
+        if self.test and config.needs_test_labels:
+            self.test_labels = labels_over(self.test, plan.test_sets, plan.live, plan.device)
         self.feed = self._feed(self.views)
         self._test_feed: Feed | ResidentFeed | None = None
         self._shape: tuple[int, ...] | None = None
@@ -111,24 +110,23 @@ class Trainer:
         config = self.plan.config
         soft = self.labels.soft(samples, views, self._temperature)
         truth = self.truth[torch.from_numpy(samples).to(self.plan.device, non_blocking=True)]
-        x = normalise(views)
+        x = self.plan.normalise(views)
         if self.maxl:
             soft = {MAXL: self.maxl.labels(x, truth)}
         with self._autocast():
             logits, auxiliary = self._forward(x if config.channels_last else x.contiguous())
         primary = self._primary(logits.float(), truth)
-        parts = {
-            name: self._auxiliary(
-                auxiliary[name], soft[name], self._temperature, config.focal_gamma
-            )
-            for name in soft
-        }
+        parts = self._parts(auxiliary, soft)
         loss = total_loss(primary, parts, config.alpha, self._weights)
         scalars = {"loss": loss, "loss_primary": primary}
         scalars |= {f"loss_{name}": part for name, part in parts.items()}
         if truth.ndim == 1:
             scalars["right"] = (logits.argmax(1) == truth).sum()
         return loss, scalars
+
+    def _parts(self, logits: dict[str, Tensor], soft: dict[str, Tensor]) -> dict[str, Tensor]:
+        more = (self._temperature, self.plan.config.focal_gamma)
+        return {name: self._auxiliary(logits[name], soft[name], *more) for name in soft}
 
     def step(self, samples: Int64, views: Tensor, whole: int | None = None) -> Record:
         """One optimizer step on this process's part of a batch of ``whole`` samples.
@@ -161,7 +159,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.network.eval()  # a blank picture must not reach BatchNorm
         blank = torch.zeros((1, *self._shape), dtype=torch.uint8, device=self.plan.device)
-        logits, auxiliary = self._forward(normalise(blank))
+        logits, auxiliary = self._forward(self.plan.normalise(blank))
         torch.autograd.backward(0 * sum((x.sum() for x in auxiliary.values()), logits.sum()))
         self._update()
 
@@ -290,29 +288,38 @@ class Trainer:
         return self.labels.check(batch.samples[:CHECKED_ROWS], few)
 
     def evaluate(self) -> Record:
-        """Mean loss and metrics (%) on the test split; empty without one."""
+        """Mean losses and metrics (%) on the test split; empty without one."""
         if self.test is None:
             return {}
         network = self.average.network if self.average else self.network
         if not self._test_feed:
             self._test_feed = self._feed(self.test)
-        self.plan.ranks.share_buffers(network)
+        plan, primary = self.plan, self._primary
+        plan.ranks.share_buffers(network)
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with self._autocast():
-                logits: Tensor = network(x)[0]
-            return logits
+                logits, auxiliary = network(plan.normalise(views))
+            return logits.float(), auxiliary
 
-        plan, hook = self.plan, self.hooks.test
+        def weighted(logits: dict[str, Tensor], soft: dict[str, Tensor]) -> Tensor:
+            none = torch.zeros((), device=plan.device)
+            return total_loss(none, self._parts(logits, soft), plan.config.alpha, self._weights)
+
+        extra = None
+        if self.test_labels:
+            n = len(self.test.target)
+            extra = AuxiliaryLoss(self.test_labels, n, self._temperature, weighted)
         return evaluate(
             forward,
             network,
             self.test,
             self._test_feed,
-            self._primary,
+            primary,
             plan.device,
             plan.ranks,
-            hook,
+            extra,
+            self.hooks.test,
         )
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:
@@ -340,8 +347,8 @@ class Trainer:
         finally:
             if events:
                 events.close()
-            if isinstance(self.labels, StoredLabels):
-                self.labels.close()
+            for labels in filter(None, (self.labels, self.test_labels)):
+                labels.close()
         if first:
             records.plot_runs({out.name: self.records}, out / records.PLOT)
         self.plan.ranks.wait()
@@ -360,7 +367,7 @@ class Trainer:
         name = main_metric([record])
         better = name is not None and self.early.better(record[name])
         record |= {"stopped_early": True} if self.early.stop else {}
-        self.schedule.end_epoch(record.get("test_loss"))
+        self.schedule.end_epoch(record.get("test_loss_total", record.get("test_loss")))
         self.epoch += 1
         self.records.append(record)
         checkpoints.save(self, out, better=better)
@@ -388,12 +395,3 @@ class Trainer:
         }
         found |= {"average": self.average} if self.average else {}
         return found | ({"maxl": self.maxl} if self.maxl else {})
-
-
-def _channels_last(network: SSKTNetwork) -> SSKTNetwork:
-    if network.target.dimensions == 2:
-        return network.to(memory_format=torch.channels_last)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
-    return network

@@ -13,7 +13,6 @@ from torch import Tensor
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.philox import permutation
 from sskt.trainer.distributed import batches_of
-from sskt.trainer.feed import normalise
 from sskt.trainer.heads import SSKTNetwork
 from sskt.trainer.maxl import AuxiliaryLabels, Maxl
 
@@ -53,7 +52,7 @@ def meta_pass(trainer: Trainer, maxl: Maxl, step: Callable[[int, int], None]) ->
         if not len(batch.samples):
             continue
         trainer.seed_step("meta", done)
-        x = normalise(batch.views.to(plan.device, non_blocking=True))
+        x = plan.normalise(batch.views.to(plan.device, non_blocking=True))
         truth = trainer.truth[torch.from_numpy(batch.samples).to(plan.device, non_blocking=True)]
         for name, value in maxl.meta_step(x, truth, lr).items():
             scaled = len(batch.samples) * value

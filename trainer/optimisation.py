@@ -20,7 +20,7 @@ from sskt.trainer.config import TrainConfig
 
 
 def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """SGD (momentum, L2 penalty) or AdamW (decoupled decay) of the parameters that train.
+    """SGD (momentum, dampening, L2 penalty) or AdamW (decoupled decay) of what trains.
 
     Raises ``InputError`` if none of them does.
     """
@@ -29,16 +29,22 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
         raise InputError("no parameter of the network trains; choose an earlier --finetune-from")
     if config.optimizer == "adamw":
         return AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    return SGD(trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return SGD(
+        trained,
+        lr=config.lr,
+        momentum=config.momentum,
+        dampening=config.dampening,
+        weight_decay=config.weight_decay,
+    )
 
 
 class Schedule:
     """The learning rate as a function of the epoch position and, on a plateau, of test losses.
 
     ``multistep``: times gamma at each milestone. ``cosine``: falls to 0 over the epochs, step by
-    step. ``plateau``: times gamma after more than ``patience`` epochs without a better test loss,
-    as PyTorch's ReduceLROnPlateau. Warm-up multiplies any of them by a factor that reaches 1 with
-    the last step of ``warmup`` epochs.
+    step. ``plateau``: times gamma after more than ``patience`` epochs without a better test loss
+    (the primary or the total one, ``plateau_on``), as PyTorch's ReduceLROnPlateau. Warm-up
+    multiplies any of them by a factor that reaches 1 with the last step of ``warmup`` epochs.
     """
 
     THRESHOLD = 1e-4  # a test loss is better if it is lower by this fraction: PyTorch's default

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sskt.teacher_cache.catalog import require_seeds
 from sskt.teacher_cache.encodings import require_temperature
@@ -24,8 +25,9 @@ from sskt.teacher_cache.views import Views, open_views
 from sskt.teacher_cache.zoo import parse_source
 from sskt.trainer.config import AUTO, TrainConfig
 from sskt.trainer.distributed import Ranks, batch_count, join
+from sskt.trainer.evaluation_labels import find_test_sets
 from sskt.trainer.heads import SSKTNetwork
-from sskt.trainer.initial import freeze_before, load_initial
+from sskt.trainer.initial import freeze_before, input_scale_of, load_initial
 from sskt.trainer.label_choice import choose_label_sets, require_identity
 from sskt.trainer.labels import Window, epoch_windows
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
@@ -37,6 +39,7 @@ from sskt.trainer.networks import (
     is_three_dimensional,
     parameters_of,
 )
+from sskt.trainer.normalisation import NORMALISATIONS
 from sskt.trainer.preflight import require_present
 
 Record = dict[str, Any]
@@ -58,6 +61,10 @@ class Plan:
     device: torch.device
     loss: tuple[str, str]
     ranks: Ranks = field(default_factory=Ranks)
+    test_sets: dict[str, LabelSet] = field(default_factory=dict)
+    """Labels of the test split, if a plateau follows the total loss."""
+    input_scale_reason: str = ""
+    """Why ``config.input_scale`` was taken."""
 
     @property
     def source_classes(self) -> dict[str, int]:
@@ -86,6 +93,10 @@ class Plan:
         rows = int(self.config.memory * 2**30 / self.ranks.local / 2 / row)
         block = max(s.rows for s in sets)
         return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """uint8 views as float32 input of the target network; see ``Normalisation``."""
+        return NORMALISATIONS[self.config.input_scale](views)
 
     def build_target(self, classes: int) -> TargetNetwork:
         """A target network with fresh parameters, drawn from torch's generator."""
@@ -155,6 +166,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
     """
     require_present(config)
+    scale, reason = input_scale_of(config.input_scale, config.init)
+    config = replace(config, input_scale=scale)
     reads = bool(config.source) and not config.live
     served = reads and is_served(label_location(config.labels or config.cache).value)
     ranks, device = join(config.device, config.label_wait if served else 0)
@@ -162,8 +175,9 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
         ranks.wait()  # the first process downloads
     download = config.download and ranks.first
     sets: dict[str, LabelSet] = {}
-    if config.source and not config.live:
-        config, sets = choose_label_sets(config, open_labels(config))
+    cache = open_labels(config) if config.source and not config.live else None
+    if cache is not None:
+        config, sets = choose_label_sets(config, cache)
     target = open_split(config, config.split, limit=config.limit, download=download)
     loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
     chosen = config.policy
@@ -209,8 +223,13 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     test = _test_views(config, views, download=download)
     if config.download and ranks.first:
         ranks.wait()
+    test_sets: dict[str, LabelSet] = {}
+    if test is not None and cache is not None and config.needs_test_labels:
+        test_sets = find_test_sets(cache, config, sets, test, ask=ask)
     seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
-    return Plan(config, views, test, sets, list(live), seeds, device, loss, ranks)
+    return Plan(
+        config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason
+    )
 
 
 def open_labels(config: TrainConfig) -> Place:

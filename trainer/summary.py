@@ -40,6 +40,7 @@ AUXILIARY_ONLY = frozenset(
         "seeds",
         "source_weight",
         "psi",
+        "plateau_on",
     ]
 )
 """Fields that change nothing in a run from scratch."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData
+from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.source_names import SOURCES
 from sskt.trainer.caching_command import VIEW_FIELDS, caching_command
 from sskt.trainer.config import TrainConfig
@@ -58,20 +59,50 @@ def label_passes(configs: Sequence[TrainConfig]) -> list[LabelPass]:
     for config in configs:
         if config.source and not config.live:
             groups.setdefault(views_key(config), []).append(config)
-    passes = []
-    for members in groups.values():
-        seeds = max(view_seeds(c) for c in members)
-        shares: list[list[str]] = []
-        for text in dict.fromkeys(text for c in members for text in c.source):
-            name = source_name(text)
-            free = (s for s in shares if name not in map(source_name, s))
-            share = next(free, None)
-            if share is None:
-                shares.append([text])
-            else:
-                share.append(text)
-        passes += [LabelPass(members[0], tuple(share), seeds) for share in shares]
-    return passes
+    passes = [
+        LabelPass(members[0], tuple(share), max(view_seeds(c) for c in members))
+        for members in groups.values()
+        for share in _shares(members)
+    ]
+    followed: dict[tuple[Any, ...], list[TrainConfig]] = {}
+    for config in configs:
+        if config.needs_test_labels and not config.live:
+            over = evaluation_pass(config, config.source).config
+            followed.setdefault(views_key(over), []).append(config)
+    return passes + [
+        evaluation_pass(members[0], share)
+        for members in followed.values()
+        for share in _shares(members)
+    ]
+
+
+def _shares(configs: Sequence[TrainConfig]) -> list[list[str]]:
+    """The sources of configurations in as few lists as names allow, each name once in a list."""
+    shares: list[list[str]] = []
+    for text in dict.fromkeys(text for c in configs for text in c.source):
+        name = source_name(text)
+        free = (s for s in shares if name not in map(source_name, s))
+        share = next(free, None)
+        if share is None:
+            shares.append([text])
+        else:
+            share.append(text)
+    return shares
+
+
+def evaluation_pass(config: TrainConfig, sources: Sequence[str]) -> LabelPass:
+    """The pass over the test split of a configuration, for a plateau on the total loss."""
+    from sskt.teacher_cache.policies import evaluation_policy, parse_policy
+    from sskt.teacher_cache.targets import default_policy
+    from sskt.trainer.networks import is_three_dimensional
+    from sskt.trainer.plan import split_to_test
+
+    policy = config.policy
+    if policy == "auto":
+        policy = default_policy(config.target, clips=is_three_dimensional(config.model))
+    tested = str(evaluation_policy(parse_policy(policy)))
+    over = replace(config, split=split_to_test(config), policy=tested, limit=None)
+    return LabelPass(over, tuple(text.partition("#")[0] for text in sources), 1)
 
 
 def view_seeds(config: TrainConfig) -> int:
@@ -199,8 +230,8 @@ def lacking_labels(config: TrainConfig) -> TrainConfig | None:
     from sskt.teacher_cache.jobs import Job, open_job_views
     from sskt.teacher_cache.places import is_served
 
-    cache = str(config.cache or "")
-    if not cache or is_served(cache):
+    cache = label_location(config.labels or config.cache).value
+    if is_served(cache):
         return None
     views = open_job_views(_job(LabelPass(config, tuple(config.source), 1), cache))
     lacking: dict[str, int] = {}
@@ -214,9 +245,9 @@ def lacking_labels(config: TrainConfig) -> TrainConfig | None:
     return replace(config, source=list(lacking), seeds=max(lacking.values()))
 
 
-def cache_command(wanted: LabelPass) -> str:
-    """The ``sskt cache-teachers`` that makes the labels of a pass."""
-    return caching_command(wanted.config, wanted.sources, wanted.seeds)
+def cache_command(wanted: LabelPass, more: Sequence[str] = ()) -> str:
+    """The ``sskt cache-teachers`` that makes the labels of a pass; ``more`` are further options."""
+    return caching_command(wanted.config, wanted.sources, wanted.seeds, more)
 
 
 def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
