@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress, working
+from sskt.cli.teachers import error_text
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
 
@@ -133,14 +134,16 @@ def default_name(config: TrainConfig) -> str:
 
 
 def hooks_of(epochs: int, training: Bar, loading: Bar, *, quiet: bool = False) -> Hooks:
-    """A run followed by two bars and, unless ``quiet``, a line an epoch."""
+    """A run followed by two bars and, unless ``quiet``, a line for each remark and epoch."""
     from sskt.trainer.progress import Hooks
 
     def step(epoch: int, done: int, total: int) -> None:
         training(epoch * total + done, epochs * total)
 
     bars = Hooks(step=step, load=loading)
-    return bars if quiet else dataclasses.replace(bars, epoch=print_epoch)
+    if quiet:
+        return bars
+    return dataclasses.replace(bars, epoch=print_epoch, note=lambda text: click.echo(text, err=True))
 
 
 def print_epoch(record: dict[str, Any]) -> None:
@@ -172,5 +175,6 @@ def _print_plan(described: dict[str, Any]) -> None:
         click.echo(f"head {name:<12}{count:,} parameters")
     for name, found in described["label_sets"].items():
         click.echo(
-            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds)"
+            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
+            f"gradient error {error_text(found['error'])})"
         )

@@ -16,11 +16,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a caller follows a run: steps of an epoch, images loaded, an epoch's record."""
+    """How a caller follows a run: steps of an epoch, images loaded, an epoch's record, remarks.
+
+    ``note`` gets what a user must know of the run, one sentence a call, before the first epoch.
+    """
 
     step: Callable[[int, int, int], None] = lambda epoch, done, total: None
     load: Callable[[int, int], None] = lambda done, total: None
     epoch: Callable[[Record], None] = lambda record: None
+    note: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass
