@@ -143,7 +143,9 @@ def hooks_of(epochs: int, training: Bar, loading: Bar, *, quiet: bool = False) -
     bars = Hooks(step=step, load=loading)
     if quiet:
         return bars
-    return dataclasses.replace(bars, epoch=print_epoch, note=lambda text: click.echo(text, err=True))
+    return dataclasses.replace(
+        bars, epoch=print_epoch, note=lambda text: click.echo(text, err=True)
+    )
 
 
 def print_epoch(record: dict[str, Any]) -> None:

@@ -75,7 +75,9 @@ def _curves(panel: Mapping[str, Any], points: int, where: str) -> list[dict[str,
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and bool(values) and all(type(v) in (int, float) for v in values)
+    return (
+        isinstance(values, list) and bool(values) and all(type(v) in (int, float) for v in values)
+    )
 
 
 def panel_graphs(rows: Sequence[Row], measured: Measured) -> list[Graph]:

@@ -335,7 +335,9 @@ class Results:
         notes = ["accuracies in %, mean ± standard deviation over training seeds"]
         notes += [*self.table.notes, *self.changes()]
         title = f"{self.table.name}: {self.table.title}"
-        durable_write(self.folder / RESULTS_TEXT, markdown(title, header(self.table), lines, notes).encode())
+        durable_write(
+            self.folder / RESULTS_TEXT, markdown(title, header(self.table), lines, notes).encode()
+        )
 
 
 def _mean(row: Row, runs: Mapping[str, float]) -> dict[str, float | None]:

@@ -101,7 +101,7 @@ class Row:
         return letters if self.sources else str(letters).split("+")[0]
 
     def cells(self) -> list[str]:
-        """T_s, T_t, model, method, TM, loss, as the paper's columns; of a figure alpha and T too."""
+        """T_s, T_t, model, method, TM and loss, as in the paper; of a figure also alpha and T."""
         target = str(self.fields["target"])
         tm = ("o" if self.fields.get("tm") else "x") if self.sources else "-"
         swept = [f"{self.fields[k]:g}" for k in ("alpha", "temperature")] if self.panel else []
@@ -202,6 +202,9 @@ def _table(name: str, recipe: Recipe) -> PaperTable:
         for i, given in enumerate(read["row"])
     ]
     targets = dict.fromkeys(str(row.fields["target"]) for row in rows)
+    for target in on:
+        if target not in targets:
+            raise UnknownName(f"target in table {name}, on", target, targets)
     sources = {t: own_sources.get(t, read.get("sources", {})) for t in targets}
     for row in rows:
         for letter in row.sources:
