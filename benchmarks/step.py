@@ -35,7 +35,7 @@ from sskt.trainer.plan import make_plan
 
 BATCH, SAMPLES, ROUNDS, STEPS = 16, 64, 7, 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-T, ALPHA = 3.0, 0.1
+T, ALPHA = 1.0, 1.0
 
 
 class Plain(nn.Module):

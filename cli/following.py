@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ def hooks_of(
     def step(epoch: int, done: int, total: int) -> None:
         training(epoch * total + done, config.epochs * total)
 
-    epoch = EpochLines(config) if lines else lambda record: None
-    return Hooks(step=step, load=bars("reading images"), test=bars("testing"), epoch=epoch)
+    hooks = Hooks(step=step, load=bars("reading images"), test=bars("testing"))
+    return replace(hooks, epoch=EpochLines(config), note=say) if lines else hooks
 
 
 class EpochLines:

@@ -1,4 +1,4 @@
-"""``sskt reproduce``: a table of the paper, reported beside measured."""
+"""``sskt reproduce``: a table or figure of the paper, reported beside measured."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, say, working
+from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.reproducing_plan import Training, show_plan
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import INDIFFERENT
+from sskt.trainer.selecting import select_rows
 from sskt.trainer.tables import (
-    COLUMNS,
     Choices,
     PaperTable,
     Row,
+    header,
     parse_settings,
     read_table,
     result_cells,
-    select_rows,
 )
 
 if TYPE_CHECKING:
@@ -28,12 +29,7 @@ if TYPE_CHECKING:
     from sskt.trainer.table_runs import Bar, LabelPass, Results
 
 
-@dataclasses.dataclass(frozen=True)
-class _Training:
-    """One training of one row."""
-
-    row: Row
-    config: TrainConfig
+PICTURE = "figure.png"
 
 
 @click.command("reproduce")
@@ -46,10 +42,17 @@ class _Training:
     help="Only these rows: number, range, or name (with *); repeat. --dry-run lists them.",
 )
 @click.option(
+    "--panel",
+    "panels",
+    multiple=True,
+    metavar="N|N-M|NAME",
+    help="Only these graphs of a figure: number, range, or name (with *); repeat.",
+)
+@click.option(
     "--runs",
     type=click.IntRange(1),
     help="Trainings of each row, with training seeds 0 .. N-1; default: 3 where the paper reports "
-    "a deviation, else 1.",
+    "a deviation or draws error bars, else 1.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option(
@@ -68,6 +71,14 @@ class _Training:
     default="released",
     show_default=True,
     help="CE+KD: divided by batch and classes as in the released code, or by the batch.",
+)
+@click.option(
+    "--focal-schedule",
+    type=click.Choice(["multistep", "cosine"]),
+    default="multistep",
+    show_default=True,
+    help="Learning rate of SSKT with a focal loss: the steps of the other rows, or the cosine that "
+    "the authors may have used for the rows (F) of table 9.",
 )
 @click.option(
     "--source",
@@ -114,11 +125,13 @@ class _Training:
 def reproduce(
     table: str,
     selectors: tuple[str, ...],
+    panels: tuple[str, ...],
     runs: int | None,
     epochs: int | None,
     fraction: float | None,
     seeds: int | None,
     kd: str,
+    focal_schedule: str,
     given_sources: tuple[str, ...],
     weights: tuple[str, ...],
     preprocessing: tuple[str, ...],
@@ -134,12 +147,13 @@ def reproduce(
 ) -> None:
     """Make a table of the paper: cache its labels, train its rows, print reported and measured.
 
-    TABLE is table1 .. table9, or a .toml file of that form. What is there already is kept:
-    the same command continues a run that was cut.
+    TABLE is table1 .. table9, figure2, or a .toml file of that form. Finished labels and trainings
+    are reused: the same command continues a run that was cut. The points of figure2 are its rows,
+    and OUT/figure2/figure.png draws the paper's curves beside the measured ones.
     """
     sources = _pairs(given_sources, "--source")
     paper = read_table(table).with_sources(sources)
-    rows = select_rows(paper, selectors)
+    rows = select_rows(paper, selectors, panels)
     files = _files(paper, _pairs(weights, "--weights"))
     shown = _pairs(preprocessing, "--preprocessing", ":")
     for letter, how in shown.items():
@@ -148,23 +162,26 @@ def reproduce(
             raise InputError(f"--preprocessing {letter}:{how}: {paper.name} has {known}")
     fraction = None if fraction == 1 else fraction
     settings = parse_settings(given_settings) | ({"download": True} if download else {})
+    _require_focal(paper, focal_schedule, settings)
     needed = _placeholders(paper) if dry_run else {}
-    choices = Choices(epochs, seeds, kd, settings, _roots(roots), needed | files)
+    given = settings, _roots(roots), needed | files
+    choices = Choices(epochs, seeds, kd, focal_schedule, *given)
     cache = cache or str(out / "cache")
     trainings = [
-        _Training(row, choices.config(paper, row, **_place(row, cache, out, paper, device, seed)))
-        for seed in range(max(_runs_of(row, runs) for row in rows))
+        Training(row, choices.config(paper, row, **_place(row, cache, out, paper, device, seed)))
+        for seed in range(max(runs or paper.runs_of(row) for row in rows))
         for row in rows
-        if seed < _runs_of(row, runs)
+        if seed < (runs or paper.runs_of(row))
     ]
     if dry_run:
-        _dry_run(paper, trainings, fraction, encoding, cache, as_json)
+        show_plan(paper, trainings, fraction, encoding, cache, as_json)
         return
     from sskt.trainer.table_runs import RESULTS_TEXT, Results
 
     own = {k: v for k, v in settings.items() if k not in INDIFFERENT}
     changes: dict[str, Any] = {"epochs": epochs, "fraction": fraction, "seeds": seeds}
     changes |= {"kd": kd if kd != "released" else None, "sources": sources, "set": own}
+    changes |= {"focal_schedule": focal_schedule if focal_schedule != "multistep" else None}
     changes |= {"preprocessing": shown}
     changed = {k: v for k, v in changes.items() if v not in (None, {})}
     results = Results(out / paper.name, paper, changed)
@@ -172,17 +189,20 @@ def reproduce(
         by_source = _by_source(paper, files), _by_source(paper, shown)
         _run(trainings, fraction, encoding, cache, *by_source, results)
     except KeyboardInterrupt:
+        if results.measured:
+            _draw(rows, results)
         raise KeyboardInterrupt(
             "labels, finished runs and epochs are kept; the same command continues"
         ) from None
+    picture = _draw(rows, results)
     if as_json:
         print_json(results.as_dict())
         return
-    print_table(COLUMNS, result_cells(rows, results.measured))
+    print_table(header(paper), result_cells(rows, results.measured))
     click.echo(f"\nof {paper.name}: {paper.title}; accuracies in %; mean ± deviation over runs")
-    for line in results.changes():
+    for line in (*paper.notes, *results.changes()):
         click.echo(line)
-    click.echo(f"written: {results.folder / RESULTS_TEXT}")
+    click.echo(f"written: {', '.join(map(str, [results.folder / RESULTS_TEXT, *picture]))}")
 
 
 def _pairs(items: Sequence[str], option: str, mark: str = "=") -> dict[str, str]:
@@ -234,8 +254,33 @@ def _by_source(table: PaperTable, given: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _runs_of(row: Row, runs: int | None) -> int:
-    return runs or (1 if row.reported_std is None else 3)
+def _require_focal(table: PaperTable, schedule: str, settings: dict[str, Any]) -> None:
+    if schedule == "multistep":
+        return
+    if not any(row.focal for row in table.rows):
+        raise InputError(
+            f"--focal-schedule {schedule}: {table.name} has no rows with a focal loss; use "
+            f"--set schedule={schedule} for all of its rows"
+        )
+    if "schedule" in settings:
+        raise InputError("--focal-schedule and --set schedule both choose one; leave one out")
+
+
+def _draw(rows: Sequence[Row], results: Results) -> list[Path]:
+    """Draws the panels of a figure that have rows here; the path of the image, if there is one."""
+    shown = dict.fromkeys(row.panel for row in rows if row.panel)
+    if not shown:
+        return []
+    from sskt.trainer.drawing import draw_sweep
+    from sskt.trainer.figures import panel_graphs
+
+    picture = results.folder / PICTURE
+    points = [row for row in results.table.rows if row.panel in shown]
+    try:
+        draw_sweep(panel_graphs(points, results.measured), picture, columns=min(6, 2 * len(shown)))
+    except OSError as error:
+        raise InputError(f"cannot write {picture}: {error.strerror}") from error
+    return [picture]
 
 
 def _place(
@@ -246,7 +291,7 @@ def _place(
 
 
 def _run(
-    trainings: Sequence[_Training],
+    trainings: Sequence[Training],
     fraction: float | None,
     encoding: str,
     cache: str,
@@ -309,76 +354,3 @@ def _pass_text(wanted: LabelPass) -> str:
     sources, target = ", ".join(wanted.sources), wanted.config.target
     split = f"{target} {wanted.config.split}"
     return f"{sources} over {split}, view seeds 0 .. {wanted.seeds - 1}"
-
-
-def _dry_run(
-    table: PaperTable,
-    trainings: Sequence[_Training],
-    fraction: float | None,
-    encoding: str,
-    cache: str,
-    as_json: bool,
-) -> None:
-    """Without opening data: what is there already is not looked up."""
-    from sskt.teacher_cache.source_names import parse_source
-    from sskt.trainer.table_runs import label_bytes, label_passes
-
-    sets: list[dict[str, Any]] = []
-    for wanted in label_passes([t.config for t in trainings]):
-        samples = wanted.samples
-        if samples and fraction is not None:
-            samples = max(1, round(fraction * samples))
-        for text in wanted.sources:
-            parse_source(text)
-            size = label_bytes(text, samples, wanted.seeds, encoding)
-            sets.append(
-                {
-                    "source": text,
-                    "target": wanted.config.target,
-                    "split": wanted.config.split,
-                    "samples": samples,
-                    "seeds": wanted.seeds,
-                    "bytes": size,
-                }
-            )
-    runs = [
-        {
-            "row": t.row.number,
-            "name": t.row.name,
-            "seed": t.config.seed,
-            "reported": t.row.reported,
-            "config": t.config.as_dict(),
-        }
-        for t in trainings
-    ]
-    if as_json:
-        print_json({"table": table.name, "cache": cache, "label_sets": sets, "trainings": runs})
-        return
-    click.echo(f"{table.name}: {table.title}\n\nlabel sets in {cache}, where not there already")
-    rows = [
-        [s["source"], s["target"] + ("" if s["split"] == "train" else f" {s['split']}")]
-        + [str(s[k] or "?") for k in ("samples", "seeds")]
-        for s in sets
-    ]
-    sizes = [human_bytes(s["bytes"]) if s["bytes"] else "?" for s in sets]
-    columns = ["source", "target", "samples", "view seeds", f"{encoding}, at most"]
-    print_table(columns, [[*row, size] for row, size in zip(rows, sizes, strict=True)])
-    click.echo(f"\ntrainings: {len(runs)}")
-    lines = []
-    for row in dict.fromkeys(t.row.number for t in trainings):
-        of_row = [t for t in trainings if t.row.number == row]
-        first = of_row[0]
-        lines.append(
-            [
-                str(row),
-                first.row.name,
-                first.config.target,
-                str(first.config.epochs),
-                str(len(of_row)),
-                f"{first.row.reported:.2f}",
-            ]
-        )
-    print_table(["row", "name", "target", "epochs", "runs", "reported"], lines)
-    for letter, get in table.needs.items():
-        if any(t.row.fields.get("init") == letter for t in trainings):
-            click.echo(f"\nneeds --weights {letter}=FILE: {get}")

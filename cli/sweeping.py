@@ -56,7 +56,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> A
 @click.option(
     "--over",
     type=click.Choice(["alpha", "temperature"]),
-    default="alpha",
+    default="temperature",
     show_default=True,
     help="The axis of the graphs; a line for each value of the other.",
 )
@@ -79,9 +79,9 @@ def sweep(
 ) -> None:
     """Train at every pair of temperature and alpha, and draw it as the paper's figure 2.
 
-    The options of sskt train say what is trained; RECIPE (figure2, or a TOML file with [sweep]
-    and [[panel]]) gives them for several graphs, and options win over it. Labels must be cached:
-    where some are missing, the command that makes them is told.
+    The options of sskt train say what is trained; RECIPE (a TOML file with [sweep] and [[panel]])
+    gives them for several graphs, and options win over it. Labels must be cached: where some are
+    missing, the command that makes them is told. The paper's own figure is sskt reproduce figure2.
     Finished trainings are kept and one that was cut goes on: the same command continues.
     """
     import dataclasses
@@ -145,6 +145,8 @@ def _check(planned: Sweep) -> None:
         )
         try:
             plan = make_plan(hottest.config)
+            for sentence in plan.lossy_labels():
+                click.echo(f"{panel.title}: {sentence}", err=True)
             if not hottest.config.live:
                 plan.build()
         except InputError as error:

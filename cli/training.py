@@ -12,6 +12,7 @@ import click
 
 from sskt.cli.following import first_line, hooks_of
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.teachers import error_text
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
 from sskt.trainer.preflight import require_present
@@ -145,5 +146,6 @@ def _print_plan(described: dict[str, Any]) -> None:
         click.echo(f"head {name:<12}{count:,} parameters")
     for name, found in described["label_sets"].items():
         click.echo(
-            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds)"
+            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
+            f"gradient error {error_text(found['error'])})"
         )

@@ -64,7 +64,8 @@ def seeds_of(folder: Path, config: TrainConfig, last: Sequence[float]) -> None:
 def study(tmp_path: Path) -> Path:
     """Scratch 50, 51, 52; alpha 0.1: 50.5, 51.5, 52.5; alpha 0.5 with TM: 60, 61, 62."""
     seeds_of(tmp_path / "study" / "b-scratch", SCRATCH, [50.0, 51.0, 52.0])
-    seeds_of(tmp_path / "study" / "a-weak", TAUGHT, [50.5, 51.5, 52.5])
+    weak = dataclasses.replace(TAUGHT, alpha=0.1)
+    seeds_of(tmp_path / "study" / "a-weak", weak, [50.5, 51.5, 52.5])
     strong = dataclasses.replace(TAUGHT, alpha=0.5, tm=True)
     seeds_of(tmp_path / "study" / "c-strong", strong, [60.0, 61.0, 62.0])
     return tmp_path / "study"

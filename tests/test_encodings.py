@@ -289,8 +289,15 @@ def test_a_sparse_set_is_refused_at_another_temperature_unless_forced() -> None:
     sparse = parse_encoding("topk-10")
     with pytest.raises(InputError, match=r"topk-10 are wrong at temperature 3 .*--force-topk"):
         require_temperature(sparse, 3.0)
+    error = {"rows": 8, "T=1": {"gradient": 0.0814}, "T=3": {"gradient": 0.523}}
+    with pytest.raises(InputError, match=r"measured: 52 % at T = 3, 8\.1 % at T = 1\)"):
+        require_temperature(sparse, 3.0, error)
     require_temperature(sparse, 3.0, force=True)
-    require_temperature(sparse, 1.0)
+    for one in (1.0, 0.1 + 0.7 + 0.2, 1 - 1e-12):
+        require_temperature(sparse, one)
+    for other in (0.999, 1.001):
+        with pytest.raises(InputError, match="are wrong at temperature"):
+            require_temperature(sparse, other)
     for name in ("f16", "u8", "f32"):
         require_temperature(parse_encoding(name), 3.0)
 

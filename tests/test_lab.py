@@ -76,7 +76,7 @@ def real(cifar: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 TRAININGS = {
     "plain": ["--seed", 1],
     "tm": ["--seed", 2, "--tm"],
-    "hot": ["--seed", 3, "--temperature", 1, "--alpha", 1],
+    "hot": ["--seed", 3, "--temperature", 3, "--alpha", 0.1],
     "small windows": ["--seed", 4, "--tm", "--memory", 0.0001],
 }
 

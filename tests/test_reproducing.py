@@ -22,6 +22,7 @@ def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert re.search(r"imagenet:resnet50 +stl10 +500 +10 +9\.5 MiB", out)
     assert "trainings: 78" in out and "r32-p+i-tm-ce+kd" in out
+    assert "epochs = 200 is the released STL10 script's: the paper gives none" in out
     arguments = ["--row", "14-15", "--epochs", 10, "--out", tmp_path, "--dry-run", "--json"]
     status, out, err = sskt("reproduce", "table8", *arguments)
     assert status == 0, err
@@ -52,6 +53,17 @@ def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
         (["table3", "--root", "stl1=x"], "unknown target in --root 'stl1'; known: "),
         (["table3", "--fraction", 0.5, "--set", "limit=3"], "both say how many samples"),
         (["table3", "--row", 2, "--source", "P=nope:x", "--dry-run"], "unknown source 'nope'"),
+        (["table3", "--panel", 2], "--panel 2: table3 has rows, no panels; use --row"),
+        (["figure2", "--panel", 13], "unknown panel of figure2 '13'; known: 1 STL10 (R20, P, CE)"),
+        (["figure2", "--panel", 2, "--row", 1], "no row chosen by --row 1 lies in panel 2"),
+        (
+            ["table3", "--focal-schedule", "cosine"],
+            "table3 has no rows with a focal loss; use --set",
+        ),
+        (
+            ["table9", "--focal-schedule", "cosine", "--set", "schedule=cosine"],
+            "--focal-schedule and --set schedule both choose one",
+        ),
     ],
 )
 def test_what_is_missing_is_named_in_one_line(

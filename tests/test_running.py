@@ -205,7 +205,7 @@ def test_a_run_killed_within_an_epoch_ends_with_the_numbers_of_an_uninterrupted_
     whole = Trainer(make_plan(config)).run(tmp_path / "whole")
     arguments = [
         *("train", *options(config), "--batch-size", "8", "--model", model, "--ema", "0.9"),
-        *("--schedule", "cosine", "--memory", str(config.memory), "--alpha", "0.1"),
+        *("--schedule", "cosine", "--memory", str(config.memory)),
         *("--warmup", "0", "--out", str(tmp_path / "cut")),
     ]
     arguments = [a for a in arguments if a not in ("--clip-grad", "5")]
@@ -253,7 +253,7 @@ def test_a_finished_run_is_kept_a_cut_one_goes_on_another_is_refused(
     stamp = (tmp_path / "run/last.pt").stat().st_mtime_ns
     assert run_training(config) == found
     assert (tmp_path / "run/last.pt").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"holds a run with alpha = 0\.1, not 0\.5"):
+    with pytest.raises(InputError, match=r"holds a run with alpha = 1\.0, not 0\.5"):
         run_training(dataclasses.replace(config, alpha=0.5))
 
 

@@ -94,15 +94,6 @@ def test_a_panel_s_folder_does_not_depend_on_which_are_trained(tmp_path: Path) -
     assert [p.folder for p in plan_sweep(figure, {}, tmp_path, only=[2]).panels] == both[1:]
 
 
-def test_the_shipped_figure_2_is_a_sweep(tmp_path: Path) -> None:
-    figure = read_figure("figure2")
-    planned = plan_sweep(figure, {"cache": "labels"}, tmp_path)
-    assert len(planned.panels) >= 2
-    assert {Path(p.config.target).name for p in planned.panels} == {"stl10", "voc2012"}
-    points = len(planned.temperatures) * len(planned.alphas)
-    assert len(planned.trainings) == len(planned.panels) * points
-
-
 @pytest.mark.parametrize(
     ("old", "new", "error", "said"),
     [

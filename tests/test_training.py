@@ -27,6 +27,7 @@ from sskt.teacher_cache.errors import (
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.stage import StageOptions, cache_teachers
+from sskt.teacher_cache.store import list_label_sets
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
@@ -151,7 +152,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(
     Trainer(make_plan(config)).run(tmp_path / "run")
     with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
         Trainer(make_plan(config)).run(tmp_path / "run")
-    with pytest.raises(InputError, match=r"a run with alpha = 0\.1, not 0\.2"):
+    with pytest.raises(InputError, match=r"a run with alpha = 1\.0, not 0\.2"):
         other = dataclasses.replace(config, alpha=0.2)
         Trainer(make_plan(other)).run(tmp_path / "run", resume=True)
 
@@ -201,11 +202,37 @@ def test_top_k_labels_are_refused_at_other_temperatures(
     views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
     cache_teachers(views, [tiny], parse_encoding("topk-3"), 1, tmp_path, StageOptions(workers=0))
     sparse = dataclasses.replace(config, cache=tmp_path)
-    with pytest.raises(InputError, match="labels stored as topk-3 are wrong at temperature 3"):
-        make_plan(sparse)
-    make_plan(dataclasses.replace(sparse, force_topk=True))
-    trainer = Trainer(make_plan(dataclasses.replace(sparse, temperature=1.0)))
+    hot = dataclasses.replace(sparse, temperature=3.0)
+    (stored,) = list_label_sets(tmp_path)
+    lost = {t: 100 * stored.attributes["error"][t]["gradient"] for t in ("T=1", "T=3")}
+    with pytest.raises(InputError, match="labels stored as topk-3 are wrong at temperature 3") as e:
+        make_plan(hot)
+    assert f"{lost['T=3']:.2g} % at T = 3, {lost['T=1']:.2g} % at T = 1" in str(e.value)
+    assert 100 > lost["T=3"] > lost["T=1"] > 1
+    make_plan(dataclasses.replace(hot, force_topk=True))
+    trainer = Trainer(make_plan(sparse))
     assert np.isfinite(trainer.train_epoch()["loss"])
+
+
+def test_what_top_k_labels_lose_is_said_before_the_first_epoch(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path, sskt: Call
+) -> None:
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    cache_teachers(views, [tiny], parse_encoding("topk-3"), 1, tmp_path, StageOptions(workers=0))
+    (stored,) = list_label_sets(tmp_path)
+    lost = 100 * stored.attributes["error"]["T=1"]["gradient"]
+    said = f"labels of tiny are stored as topk-3; error of their gradient: {lost:.2g} % at T = 1"
+    base = ["--target", images, "--policy", "pad-crop-flip", "--source", config.source[0]]
+    base += ["--epochs", 1, "--workers", 0, "--device", "cpu"]
+    status, _, err = sskt("train", *base, "--cache", tmp_path, "--out", tmp_path / "run")
+    assert status == 0
+    lines = err.splitlines()
+    told = next(i for i, line in enumerate(lines) if line.startswith(said))
+    assert told < next(i for i, line in enumerate(lines) if line.startswith("epoch"))
+    shown = sskt("train", *base, "--cache", tmp_path, "--dry-run")[1]
+    assert f"(topk-3, 1 seeds, gradient error {lost / 100:.2g} at T=1, " in shown
+    status, _, err = sskt("train", *base, "--cache", config.cache, "--out", tmp_path / "whole")
+    assert status == 0 and "are stored as" not in err
 
 
 def test_two_sets_that_fit_have_to_be_chosen_from(
@@ -308,7 +335,7 @@ def test_recipe_below_options(sskt: Call, images: Path, label_cache: Path, tmp_p
     assert shown["config"]["alpha"] == 0.25
     assert shown["config"]["weight_decay"] == 1e-3
     assert shown["config"]["milestones"] == [2]
-    assert shown["config"]["temperature"] == 3.0
+    assert shown["config"]["temperature"] == 1.0
     assert shown["parameters"] == {"target": 463_699, "heads": {"tiny": 39_308}}
     assert shown["steps_per_epoch"] == 1
     assert shown["label_sets"]["tiny"]["seeds"] == SEEDS

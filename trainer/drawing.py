@@ -1,4 +1,4 @@
-"""Pictures of several runs: curves side by side, and accuracy over T and alpha as in figure 2."""
+"""Images of several runs: curves side by side, and accuracy over T and alpha as in figure 2."""
 
 from __future__ import annotations
 
@@ -87,38 +87,59 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a sweep's graph: accuracies (%) over x, with their standard deviation."""
+    """A line of a sweep's graph: accuracies (%) over x, with their standard deviation.
+
+    ``colour`` is an index into ``COLOURS``; by default the place of the line in its graph.
+    """
 
     label: str
     x: list[float]
     mean: list[float]
     std: list[float]
+    colour: int | None = None
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of a sweep; ``level`` is the accuracy from scratch: (mean, std)."""
+    """A graph of a sweep.
+
+    ``level`` is the accuracy from scratch: (mean, std); ``limits`` is the range of the y axis.
+    """
 
     title: str
     x_label: str
     y_label: str
     lines: list[Line]
     level: tuple[float, float] | None
+    limits: tuple[float, float] | None = None
 
 
-def draw_sweep(graphs: Sequence[Graph], path: Path) -> None:
-    """Figure 2: a graph for each panel, accuracy over one of T and alpha, a line for the other."""
-    columns = min(2, len(graphs))
+def draw_sweep(graphs: Sequence[Graph], path: Path, columns: int = 2) -> None:
+    """A PNG of graphs in rows of ``columns``: accuracy over one of T and alpha, lines by the other.
+
+    Args:
+        graphs: the graphs, row by row.
+        path: the file to write.
+        columns: graphs of a row; more than two are drawn smaller.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    columns = min(columns, len(graphs))
     rows = -(-len(graphs) // columns)
-    figure = _figure(5.2 * columns, 3.9 * rows)
+    scale = 1.0 if columns <= 2 else 0.65
+    figure = _figure(5.2 * scale * columns, 3.9 * max(scale, 0.75) * rows)
     places = figure.subplots(rows, columns, squeeze=False)
     for axes in places.flat[len(graphs) :]:
         axes.set_visible(False)
     for axes, graph in zip(places.flat, graphs, strict=False):
         ticks = sorted({x for line in graph.lines for x in line.x})
         for i, line in enumerate(graph.lines):
-            colour, marker = COLOURS[i % len(COLOURS)], "osD^v<>P"[i % 8]
+            k = i if line.colour is None else line.colour
+            colour, marker = COLOURS[k % len(COLOURS)], "osD^v<>P"[k % 8]
             style = {"color": colour, "marker": marker, "markersize": 5, "capsize": 3}
+            style |= {"linestyle": "--" if line.dashed else "-"}
             # Points of equal x stand side by side, or their error bars would hide each other.
             shift = (i - (len(graph.lines) - 1) / 2) * 0.06
             x = [ticks.index(value) + shift for value in line.x]
@@ -131,6 +152,8 @@ def draw_sweep(graphs: Sequence[Graph], path: Path) -> None:
         axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         axes.set(xlabel=graph.x_label, ylabel=graph.y_label, title=graph.title)
         axes.set_xlim(-0.4, len(ticks) - 0.6)
+        if graph.limits is not None:
+            axes.set_ylim(graph.limits)
         axes.grid(alpha=0.3)
         if not graph.lines:
             axes.text(0.5, 0.5, "no result yet", ha="center", transform=axes.transAxes)

@@ -340,6 +340,8 @@ class Trainer:
                 records.write_metrics(out, self.records)
             durable_write(out / records.CONFIG, config_json(config))
         self._out = out
+        for sentence in self.plan.lossy_labels():
+            self.hooks.note(sentence)
         events = records.Events(out, self.epoch) if first else None
         try:
             while not records.is_finished(self.records, config.epochs):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sskt.teacher_cache.catalog import require_seeds
-from sskt.teacher_cache.encodings import require_temperature
+from sskt.teacher_cache.encodings import gradient_error, require_temperature
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.locations import label_location
@@ -125,6 +125,21 @@ class Plan:
             freeze_before(network, config.finetune_from)
         return network
 
+    def lossy_labels(self) -> list[str]:
+        """What the training loses by label sets that hold the largest probabilities only.
+
+        Returns:
+            A sentence for each label set of a top-k encoding, with the gradient error that was
+            measured when it was cached.
+        """
+        found = []
+        for name, label_set in self.label_sets.items():
+            if label_set.encoding.name == "topk":
+                error = gradient_error(label_set.attributes.get("error"), "T=1", "T=3")
+                lost = f"error of their gradient: {error}" if error else "their error is not known"
+                found.append(f"labels of {name} are stored as {label_set.encoding}; {lost}")
+        return found
+
     def describe(self) -> Record:
         """The resolved configuration, sizes of the networks, steps, label sets found."""
         network = self.build()
@@ -152,6 +167,7 @@ class Plan:
                     "digest": s.digest,
                     "encoding": str(s.encoding),
                     "seeds": s.seeds,
+                    "error": s.attributes.get("error"),
                 }
                 for name, s in self.label_sets.items()
             },
@@ -214,7 +230,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
         require_seeds(label_set, min(seeds, config.epochs), ask=ask)
-        require_temperature(label_set.encoding, config.temperature, force=config.force_topk)
+        error = label_set.attributes.get("error")
+        require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
     if config.batch_size < ranks.world:
         raise InputError(
             f"--batch-size {config.batch_size} is that of all {ranks.world} processes together; "

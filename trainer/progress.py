@@ -18,13 +18,15 @@ Record = dict[str, Any]
 class Hooks:
     """How a caller follows a run.
 
-    Steps of an epoch, images loaded, batches tested, and the record of an epoch.
+    Steps of an epoch, images loaded, batches tested, and the record of an epoch. ``note`` gets
+    what a user must know of the run, one sentence a call, before the first epoch.
     """
 
     step: Callable[[int, int, int], None] = lambda epoch, done, total: None
     load: Callable[[int, int], None] = lambda done, total: None
     test: Callable[[int, int], None] = lambda done, total: None
     epoch: Callable[[Record], None] = lambda record: None
+    note: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass

@@ -11,8 +11,13 @@ from typing import Any
 from sskt.teacher_cache.errors import InputError, MissingData
 
 Recipe = dict[str, Any]
-COMMANDS = {"training": "train --recipe", "sweep": "sweep", "table": "reproduce"}
-"""The kinds of recipes, and what reads each."""
+COMMANDS = {
+    "training": "train --recipe",
+    "sweep": "sweep",
+    "table": "reproduce",
+    "figure": "reproduce",
+}
+"""The kinds of recipes, and the command that reads each."""
 
 
 def load_recipe(name: str | Path, kind: str) -> Recipe:
@@ -26,10 +31,9 @@ def load_recipe(name: str | Path, kind: str) -> Recipe:
     try:
         text = file.read_text("utf-8")
     except OSError as error:
-        raise MissingData(
-            f"cannot read recipe {name}: {error.strerror}; shipped recipes: "
-            f"{', '.join(shipped(kind))}"
-        ) from error
+        known = ", ".join(shipped(kind))
+        which = f"shipped recipes: {known}" if known else f"give a TOML file, as no {kind} ships"
+        raise MissingData(f"cannot read recipe {name}: {error.strerror}; {which}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"recipe {name} is not TOML: {error}") from error
     return parse_recipe(text, str(name), kind)
@@ -42,21 +46,25 @@ def parse_recipe(text: str, name: str, kind: str) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"recipe {name} is not TOML: {error}") from error
     found = _kind(recipe)
-    if found not in ("training", kind):  # what is neither of the others may be a bad one of them
+    # A recipe of no other kind may be a bad one of the kind that is read.
+    if found != "training" and COMMANDS[found] != COMMANDS[kind]:
         raise InputError(f"recipe {name} is a {found}: sskt {COMMANDS[found]} {name}")
     return recipe
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the recipes of a kind that ship."""
+    """Names of the recipes that ship and that the command of a kind reads."""
     files = [file for file in _folder().iterdir() if file.name.endswith(".toml")]
     recipes = {file.name.removesuffix(".toml"): file.read_text("utf-8") for file in files}
-    return sorted(name for name, text in recipes.items() if _kind(tomllib.loads(text)) == kind)
+    found = {name: COMMANDS[_kind(tomllib.loads(text))] for name, text in recipes.items()}
+    return sorted(name for name, command in found.items() if command == COMMANDS[kind])
 
 
 def _kind(recipe: Recipe) -> str:
     if "row" in recipe:
         return "table"
+    if "figure" in recipe:
+        return "figure"
     return "sweep" if "panel" in recipe or "sweep" in recipe else "training"
 
 

@@ -16,6 +16,9 @@ def require_form(read: Mapping[str, Any], where: str) -> None:
     rows = read.get("row")
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
         raise InputError(f"{where}: expected row = [...], one {{ ... }} for each row of the paper")
+    notes = read.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(text, str) for text in notes):
+        raise InputError(f"{where}: notes must be a list of texts, found {notes!r}")
     for key in ("sources", "needs"):
         _require_texts(read.get(key, {}), f"{where}: {key}")
     on = _require_table(read.get("on", {}), f"{where}: on")

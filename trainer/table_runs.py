@@ -14,10 +14,10 @@ from sskt.teacher_cache.source_names import SOURCES
 from sskt.trainer.caching_command import VIEW_FIELDS, caching_command
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.tables import (
-    COLUMNS,
     TRAINING_SAMPLES,
     PaperTable,
     Row,
+    header,
     markdown,
     result_cells,
     source_name,
@@ -325,7 +325,8 @@ class Results:
         lines = result_cells(self.table.rows, self.measured)
         rows = []
         for row, line in zip(self.table.rows, lines, strict=True):
-            cells = dict(zip(COLUMNS, line, strict=True))
+            cells = dict(zip(header(self.table), line, strict=True))
+            cells |= {"panel": row.panel} if row.panel else {}
             runs = {str(k): v for k, v in sorted(self.measured.get(row.name, {}).items())}
             more = {"reported": row.reported, "reported_std": row.reported_std, "runs": runs}
             rows.append(
@@ -341,9 +342,12 @@ class Results:
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
         durable_write(self.folder / RESULTS, text.encode())
         lines = result_cells(self.table.rows, self.measured)
-        notes = ["accuracies in %, mean ± standard deviation over training seeds", *self.changes()]
+        notes = ["accuracies in %, mean ± standard deviation over training seeds"]
+        notes += [*self.table.notes, *self.changes()]
         title = f"{self.table.name}: {self.table.title}"
-        durable_write(self.folder / RESULTS_TEXT, markdown(title, lines, notes).encode())
+        durable_write(
+            self.folder / RESULTS_TEXT, markdown(title, header(self.table), lines, notes).encode()
+        )
 
 
 def _mean(row: Row, runs: Mapping[str, float]) -> dict[str, float | None]:

@@ -2,13 +2,13 @@
 
 A recipe ``tableN.toml`` has fields of ``TrainConfig`` that all rows share, ``on.TARGET`` with
 fields for the rows of one target, ``sources`` (the paper's letters to source names), ``needs``
-(files that only the user can give) and ``row``: ``sources`` by letter, ``reported`` and
-``reported-std`` in %, and any fields that are the row's own. No torch here.
+(files that only the user can give), ``notes`` (what the paper leaves open, printed with the
+results) and ``row``: ``sources`` by letter, ``reported`` and ``reported-std`` in %, and any fields
+that are the row's own. A figure's recipe (``figures.py``) is read as a table too. No torch here.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.trainer.config import FIELDS, TrainConfig, make_config, read_fields, typed
+from sskt.trainer.figures import figure_rows
 from sskt.trainer.recipe_files import Recipe, load_recipe, parse_recipe
 from sskt.trainer.table_form import require_form
 
@@ -48,8 +49,8 @@ TRAINING_SAMPLES = {
 }
 """Samples of the split ``train``, so that a dry run can count without the data."""
 
-_ROW_KEYS = ("sources", "reported", "reported_std", "name")
-_TABLE_KEYS = ("title", "sources", "needs", "on", "row")
+_ROW_KEYS = ("sources", "reported", "reported_std", "name", "panel")
+_TABLE_KEYS = ("title", "notes", "sources", "needs", "on", "row", "figure", "panel")
 _OWN = {
     "source": "--source LETTER=NAME",
     "seed": "--runs N",
@@ -64,7 +65,10 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row: letters of its sources, what the paper reports (%), and its own fields."""
+    """A row: letters of its sources, what the paper reports (%), and its own fields.
+
+    ``panel`` is the graph to which a row of a figure belongs; of a table it is empty.
+    """
 
     number: int
     sources: tuple[str, ...]
@@ -72,6 +76,12 @@ class Row:
     reported_std: float | None
     fields: Mapping[str, Any]
     name: str = ""
+    panel: str = ""
+
+    @property
+    def focal(self) -> bool:
+        """Whether SSKT is trained with a focal loss, as in the rows (F) of table 9."""
+        return "focal" in self.fields.get("loss", "") and self.fields.get("method") != "maxl"
 
     @property
     def method(self) -> str:
@@ -91,9 +101,10 @@ class Row:
         return letters if self.sources else str(letters).split("+")[0]
 
     def cells(self) -> list[str]:
-        """T_s, T_t, model, method, TM, loss, as the paper's columns."""
+        """T_s, T_t, model, method, TM and loss, as in the paper; of a figure also alpha and T."""
         target = str(self.fields["target"])
         tm = ("o" if self.fields.get("tm") else "x") if self.sources else "-"
+        swept = [f"{self.fields[k]:g}" for k in ("alpha", "temperature")] if self.panel else []
         return [
             "+".join(self.sources) or "-",
             TARGET_LETTERS.get(target, target.rstrip("/").rsplit("/", 1)[-1]),
@@ -101,18 +112,29 @@ class Row:
             self.method,
             tm,
             self.loss,
+            *swept,
         ]
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A recipe that was read; ``needs`` tells what to get for each letter that needs a file."""
+    """A recipe that was read.
+
+    ``needs`` tells what to get for each letter that needs a file, ``notes`` what is not the
+    paper's; ``runs`` is the number of trainings of each row, None where the rows decide.
+    """
 
     name: str
     title: str
     sources: Mapping[str, Mapping[str, str]]
     needs: Mapping[str, str]
     rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
+    runs: int | None = None
+
+    def runs_of(self, row: Row) -> int:
+        """Trainings of a row: as many as the figure has, or 3 if a deviation is reported, or 1."""
+        return self.runs or (1 if row.reported_std is None else 3)
 
     def source(self, row: Row, letter: str) -> str:
         """The ``--source`` argument behind a letter of a row."""
@@ -168,6 +190,8 @@ def parse_table(name: str, text: str) -> PaperTable:
 
 def _table(name: str, recipe: Recipe) -> PaperTable:
     read = {k.replace("-", "_"): v for k, v in recipe.items()}
+    if "figure" in read:
+        read["row"] = figure_rows(read, f"figure {name}")
     require_form(read, f"table {name}")
     base = read_fields({k: v for k, v in read.items() if k not in _TABLE_KEYS}, f"table {name}")
     on = {target: dict(fields) for target, fields in read.get("on", {}).items()}
@@ -178,6 +202,9 @@ def _table(name: str, recipe: Recipe) -> PaperTable:
         for i, given in enumerate(read["row"])
     ]
     targets = dict.fromkeys(str(row.fields["target"]) for row in rows)
+    for target in on:
+        if target not in targets:
+            raise UnknownName(f"target in table {name}, on", target, targets)
     sources = {t: own_sources.get(t, read.get("sources", {})) for t in targets}
     for row in rows:
         for letter in row.sources:
@@ -189,7 +216,9 @@ def _table(name: str, recipe: Recipe) -> PaperTable:
     twice = sorted(r.name for r in named if sum(o.name == r.name for o in named) > 1)
     if twice:
         raise InputError(f"table {name}: two rows are called {twice[0]}; give them a name = ...")
-    return PaperTable(name, str(read.get("title", name)), sources, read.get("needs", {}), named)
+    title, needs, notes = str(read.get("title", name)), read.get("needs", {}), read.get("notes", ())
+    runs = read.get("figure", {}).get("runs")
+    return PaperTable(name, title, sources, needs, named, tuple(notes), runs)
 
 
 def _row(
@@ -206,37 +235,16 @@ def _row(
         raise InputError(f"{where}: expected a target and reported = a number in %")
     fields = {**base, **shared.get(target, {}), **fields}
     std, sources = own.get("reported_std"), tuple(own.get("sources", ()))
-    return Row(number, sources, float(own["reported"]), std, fields, own.get("name", ""))
+    names = own.get("name", ""), own.get("panel", "")
+    return Row(number, sources, float(own["reported"]), std, fields, *names)
 
 
 def _name(row: Row, several: bool) -> str:
-    sources, target, model, method, tm, loss = row.cells()
+    sources, target, model, method, tm, loss, *swept = row.cells()
     how = sources if row.sources else method.replace(" (", "-").rstrip(")")
     parts = [target if several else "", model, how, "tm" if tm == "o" else "", loss]
+    parts += [f"{letter}{value}" for letter, value in zip("at", swept, strict=False)]
     return "-".join(filter(None, parts)).lower()
-
-
-def select_rows(table: PaperTable, selectors: Sequence[str]) -> list[Row]:
-    """Rows by number (``3``, ``2-5``) or name (with ``*``), in the table's order; all if none.
-
-    Raises ``UnknownName`` for a selector that chooses nothing.
-    """
-    chosen: set[int] = set()
-    for selector in selectors:
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", selector)
-        if span:
-            wanted = range(int(span[1]), int(span[2] or span[1]) + 1)
-            found = {r.number for r in table.rows if r.number in wanted}
-        else:
-            pattern = selector.lower()
-            found = {r.number for r in table.rows if fnmatch.fnmatchcase(r.name.lower(), pattern)}
-        if not found:
-            names = [f"{r.number} {r.name}" for r in table.rows]
-            raise UnknownName(
-                f"row of {table.name}", selector, names, "or a pattern such as *-tm-*"
-            )
-        chosen |= found
-    return [r for r in table.rows if not selectors or r.number in chosen]
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
@@ -269,6 +277,7 @@ class Choices:
     epochs: int | None = None
     seeds: int | None = None
     kd: str = "released"
+    focal_schedule: str = "multistep"
     settings: Mapping[str, Any] = field(default_factory=dict)
     roots: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -276,6 +285,8 @@ class Choices:
     def config(self, table: PaperTable, row: Row, **more: Any) -> TrainConfig:
         """A row's configuration. Raises ``InputError``, ``MissingData`` for a file it needs."""
         fields = dict(row.fields) | dict(self.settings)
+        if row.focal and self.focal_schedule != "multistep":
+            fields["schedule"] = self.focal_schedule
         for name in ("epochs", "seeds"):
             if getattr(self, name) is not None:
                 fields[name] = getattr(self, name)
@@ -321,7 +332,11 @@ def difference(measured: float, reported: float) -> str:
     return f"{measured - reported:+.2f}"
 
 
-COLUMNS = ["row", "T_s", "T_t", "model", "method", "TM", "loss", "reported", "measured", "diff."]
+def header(table: PaperTable) -> list[str]:
+    """The columns of the printed table."""
+    swept = ["alpha", "T"] if any(row.panel for row in table.rows) else []
+    columns = ["row", "T_s", "T_t", "model", "method", "TM", "loss", *swept]
+    return [*columns, "reported", "measured", "diff."]
 
 
 def result_cells(rows: Sequence[Row], measured: Mapping[str, Mapping[int, float]]) -> list[Any]:
@@ -345,8 +360,10 @@ def percent(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def markdown(title: str, lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+def markdown(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]
+) -> str:
     """``results.md``."""
-    table = [COLUMNS, ["---"] * len(COLUMNS), *lines]
+    table = [columns, ["---"] * len(columns), *lines]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     return f"# {title}\n\n{text}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
