@@ -195,7 +195,7 @@ FROZEN: list[tuple[str, list[set[str]]]] = [
     ),
     (
         "mobilenet_v2",
-        [{*(f"body.features.{k}" for k in range(i, 19)), "fc"} for i in (1, 2, 4, 7, 14, 18)],
+        [{*(f"body.features.{k}" for k in range(i, 19)), "fc"} for i in (1, 4, 7, 11, 14, 17, 18)],
     ),
     (
         "vgg16",
@@ -210,8 +210,8 @@ FROZEN: list[tuple[str, list[set[str]]]] = [
             {f"body.features.{name}" for name in names} | {"fc"}
             for names in (
                 {*(f"denseblock{k}" for k in range(i, 5)), "norm5"}
-                | {f"transition{k}" for k in range(max(1, i - 1), 4)}
-                for i in range(1, 6)
+                | {f"transition{k}" for k in range(i, 4)}
+                for i in range(1, 5)
             )
         ],
     ),

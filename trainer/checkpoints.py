@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+RESTAGED = ("mobilenet_v2", "densenet121")
+"""Networks that sskt 0.1.0 divided into other stages, and so had transfer modules elsewhere."""
+
 
 def identity(plan: Plan) -> Record:
     """What must be the same when a run is resumed, beside its configuration."""
@@ -55,7 +58,7 @@ def restore(trainer: Trainer, out: Path) -> None:
     """Puts the trainer where ``last.pt`` was written; where there is none, it is at the beginning.
 
     Raises ``InputError`` if labels, data, processes or windows are not those of the run,
-    ``BadCheckpoint``.
+    ``BadCheckpoint`` if the file is damaged or its network is not the one that is built now.
     """
     state = records.load_checkpoint(out)
     if state is None:
@@ -70,6 +73,7 @@ def restore(trainer: Trainer, out: Path) -> None:
                 "--out"
             )
     try:
+        _require_same_network(trainer, state, out / records.CHECKPOINT)
         for name, part in trainer.stateful().items():
             part.load_state_dict(state[name])
         trainer.epoch, trainer.records = state["epoch"], state["records"]
@@ -86,3 +90,38 @@ def restore(trainer: Trainer, out: Path) -> None:
         totals, counts = {}, {}
     there = {name: total.to(trainer.plan.device) for name, total in totals.items()}
     trainer.progress = Progress(**place, totals=there, counts=counts)
+
+
+def _require_same_network(trainer: Trainer, state: Record, path: Path) -> None:
+    """Raises ``BadCheckpoint`` if the run's network had other parameters, or trained others.
+
+    Loading would raise too, but without the parameter, the cause and a next step.
+    """
+    saved, own = state["model"], trainer.network.state_dict()
+    difference = ""
+    for key in (*own, *saved):
+        if key not in saved:
+            difference = f"{key} is missing"
+        elif key not in own:
+            difference = f"{key} is not a parameter of the network"
+        elif saved[key].shape != own[key].shape:
+            difference = f"{key} has shape {list(saved[key].shape)}, not {list(own[key].shape)}"
+        if difference:
+            break
+    counts = [
+        sum(len(group["params"]) for group in groups)
+        for groups in (state["optimizer"]["param_groups"], trainer.optimizer.param_groups)
+    ]
+    if not difference and counts[0] != counts[1]:
+        difference = f"the run trained {counts[0]} parameter tensors, not {counts[1]}"
+    if not difference:
+        return
+    model = trainer.plan.config.model
+    cause = "it was built by another version of sskt or of its own code"
+    if model in RESTAGED:
+        cause = f"sskt 0.1.0 divided {model} into other stages for transfer modules and fine-tuning"
+    raise BadCheckpoint(
+        f"cannot resume {path}: its network is not the one that is built now ({difference}); "
+        f"{cause}; train anew with another --out, where --init {path} starts from the target "
+        "network of the old run, or resume it with the version that trained it"
+    )

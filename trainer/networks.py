@@ -18,14 +18,19 @@ KNOWN_TAPS: dict[str, tuple[str, ...]] = {
         ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
         ("layer1", "layer2", "layer3", "layer4"),
     ),
-    "mobilenet_v2": tuple(f"features.{i}" for i in (1, 3, 6, 13, 17)),
-    "densenet121": tuple(f"features.denseblock{i}" for i in (1, 2, 3, 4)),
+    "mobilenet_v2": tuple(f"features.{i}" for i in (3, 6, 10, 13, 16, 17)),
+    "densenet121": tuple(f"features.transition{i}" for i in (1, 2, 3)),
     "vgg16": tuple(f"features.{i}" for i in (5, 12, 22, 32, 42)),
 }
-"""Stages of torchvision's networks (figure 1 of the paper): the modules whose outputs they are.
+"""Stages of torchvision's networks: the modules whose outputs they are (figure 1 of the paper).
 
-MobileNetV2: the last block of each resolution. VGG-16: the last ReLU before each pooling.
+MobileNetV2: the last bottleneck of rows 2 to 7 of its table (24, 32, 64, 96, 160, 320 channels).
+DenseNet-121: the three transition layers, after their pooling. VGG-16, which the figure does not
+draw: the last ReLU before each pooling.
 """
+
+FIRST_STAGE = {"mobilenet_v2": "features.1", "densenet121": "features.denseblock1"}
+"""The module with which the first stage begins, where the first tap is not the whole stage."""
 
 THREE_D = {"resnet3d10": 10, "resnet3d18": 18, "resnet3d34": 34, "resnet3d50": 50}
 """3D-ResNets, by depth."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, SsktError
 from sskt.teacher_cache.own_networks import load_module
-from sskt.trainer.networks import KNOWN_TAPS, Features, TargetNetwork
+from sskt.trainer.networks import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
 
 PROBE = 32
 """Pixels of the picture that finds the stages' widths of known networks."""
@@ -48,13 +48,20 @@ class TappedNetwork(TargetNetwork):
 
     ``body`` is the network without it. ``taps`` name the modules of ``body`` whose outputs
     ``[n, c, h, w]`` are the stages, in order; ``size`` is the pixels of the picture that finds
-    their widths. Raises ``InputError`` if there is no such classifier or tap.
+    their widths. The first stage begins with the module ``begin``, by default with the first tap.
+    Raises ``InputError`` if there is no such classifier or tap.
     """
 
     transfer_fan_out = True
 
     def __init__(
-        self, name: str, network: nn.Module, classes: int, taps: Sequence[str], size: int
+        self,
+        name: str,
+        network: nn.Module,
+        classes: int,
+        taps: Sequence[str],
+        size: int,
+        begin: str = "",
     ) -> None:
         super().__init__()
         self.name, self.taps = name, tuple(taps)
@@ -77,7 +84,7 @@ class TappedNetwork(TargetNetwork):
                 raise InputError(
                     f"{name} has no module '{tap}' to tap; it has e.g. {', '.join(self.tappable())}"
                 )
-        found = _look(name, network, self._classifier, self.taps, size)
+        found = _look(name, network, self._classifier, self.taps, size, begin)
         self.stage_widths, self.width = found.widths, linear.in_features
         self._finished, self._first = found.finished, found.first
         self.fc = linear
@@ -126,7 +133,9 @@ class _Found:
     first: int
 
 
-def _look(name: str, body: nn.Module, classifier: str, taps: Sequence[str], size: int) -> _Found:
+def _look(
+    name: str, body: nn.Module, classifier: str, taps: Sequence[str], size: int, begin: str
+) -> _Found:
     """Runs one black picture in eval mode; leaves modes, statistics and generator as they were."""
     finished: list[str] = []
     outputs: dict[str, tuple[Any, int]] = {}
@@ -143,11 +152,11 @@ def _look(name: str, body: nn.Module, classifier: str, taps: Sequence[str], size
     modes = {module: module.training for module in body.modules()}
     handles = [m.register_forward_hook(leave(key)) for key, m in body.named_modules() if key]
     if taps:
-        begin = body.get_submodule(taps[0])
+        module = body.get_submodule(begin or taps[0])
         # A tap without parameters (a ReLU) only ends its stage, which then began with the picture.
-        whole = next(begin.parameters(), None) is not None
+        whole = next(module.parameters(), None) is not None
         handles.append(
-            begin.register_forward_pre_hook(lambda *_: first.append(len(finished) if whole else 0))
+            module.register_forward_pre_hook(lambda *_: first.append(len(finished) if whole else 0))
         )
     parameter = next(body.parameters(), torch.zeros(0))
     try:
@@ -216,7 +225,8 @@ def torchvision_network(
     """
     from torchvision import models
 
-    taps = taps or KNOWN_TAPS.get(name, ())
+    known = KNOWN_TAPS.get(name, ())
+    taps = tuple(taps) or known
     if stem == "cifar" and name not in KNOWN_TAPS:
         raise InputError(f"{name} has no CIFAR form; --stem cifar is for {', '.join(KNOWN_TAPS)}")
     if name == "vgg16" and small:
@@ -235,9 +245,9 @@ def torchvision_network(
         raise InputError(f"{name} cannot be built for pictures of {size} pixels: {what}") from error
     if small and name in KNOWN_TAPS:
         _shrink(name, network)
-    return TappedNetwork(
-        name, network, classes, taps, PROBE if name in KNOWN_TAPS else size or USUAL
-    )
+    probe = PROBE if name in KNOWN_TAPS else size or USUAL
+    begin = FIRST_STAGE.get(name, "") if taps == known else ""
+    return TappedNetwork(name, network, classes, taps, probe, begin)
 
 
 def _shrink(name: str, network: nn.Module) -> None:
