@@ -123,7 +123,10 @@ def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, 
 
 
 def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    return picture.resize((width, height), Image.Resampling.BILINEAR)
+    # One axis at a time: which of them Pillow takes first, and so the rounding, depends on its
+    # version (before 13.0 always the width, since then on the sizes).
+    wide = picture.resize((width, picture.height), Image.Resampling.BILINEAR)
+    return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _resized_crop(image: UInt8, box: NDArray[np.int64], flip: bool, size: int) -> UInt8:

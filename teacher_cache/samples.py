@@ -238,7 +238,8 @@ class Target:
         """Each clip cut into non-overlapping windows of ``frames``, one sample each.
 
         The last window may be short (a view repeats its frames), as in the paper's validation;
-        a damaged clip keeps one sample, so that it is reported. Ids become ``ID#FIRST_FRAME``.
+        a damaged clip keeps one sample, so that it is reported: how many of its frames decode is
+        no part of the format. Ids become ``ID#FIRST_FRAME``.
         """
         assert self.frames is not None
         if self.starts is not None:
@@ -248,7 +249,9 @@ class Target:
                     f"cut it into windows of {frames}"
                 )
             return self
-        counts = np.maximum(1, -(-self.frames // frames))
+        usable = self.frames.copy()
+        usable[list(self.damaged)] = 0
+        counts = np.maximum(1, -(-usable // frames))
         rows = np.repeat(np.arange(len(self)), counts)
         first = np.repeat(np.cumsum(counts) - counts, counts)
         starts = (np.arange(len(rows)) - first) * frames

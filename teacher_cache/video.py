@@ -49,6 +49,10 @@ _PYTHONS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, Mem
 
 _B, _MOST_WAITING = 3, 16  # AV_PICTURE_TYPE_B; the most pictures that h264 may reorder
 
+# SWS_BILINEAR | SWS_ACCURATE_RND | SWS_BITEXACT: without the last two, which PyAV names from 18 on,
+# the bytes depend on the processor's instructions.
+_EXACT = 0x2 | 0x40000 | 0x80000
+
 _INSTEAD = "take --decoder pyav"
 
 _FRAME_FILE = re.compile(r"image_(\d{5,})\.jpg")
@@ -251,14 +255,12 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFr
 
 @contextmanager
 def _by_pyav(path: Path) -> Iterator[Iterator[_Still]]:
-    from av.video.reformatter import Interpolation, VideoReformatter
+    from av.video.reformatter import VideoReformatter
 
-    # without the last two the bytes depend on the processor's instructions (measured)
-    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     reformatter = VideoReformatter()
 
     def still(frame: VideoFrame) -> UInt8:
-        rgb = reformatter.reformat(frame, format="rgb24", interpolation=exact, threads=1)
+        rgb = reformatter.reformat(frame, format="rgb24", interpolation=_EXACT, threads=1)
         return np.ascontiguousarray(rgb.to_ndarray(), np.uint8)
 
     with _opened(path) as (container, stream):

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from sskt.teacher_cache.errors import InputError, MissingData
-from sskt.trainer.comparing import Spread, compare, find_runs, judge
+from sskt.trainer.comparing import T_975, Spread, compare, find_runs, judge
 from sskt.trainer.config import TrainConfig, config_json
 from sskt.trainer.page import page
 from sskt.trainer.summary import load_run, mean_std, result_of, short_names
@@ -180,6 +182,46 @@ def test_welch_is_never_bolder_than_the_normal_distribution(a: list[float], b: l
     assert 2.0 * found.error <= found.needed + 1e-12 <= 12.8 * found.error + 1e-9
 
 
+EXTREME = st.sampled_from(
+    [0.0, 5e-324, 5.7e-151, 8.1e-151, 1e-160, 2.2e-308, 1.0, 1e150, 1e200, 1.7e308]
+) | st.floats(0, allow_nan=False, allow_infinity=False)
+
+
+SPREAD = st.builds(Spread, EXTREME, EXTREME, st.integers(2, 80))
+
+
+@given(SPREAD, SPREAD, st.booleans())
+@example(Spread(0.0, 0.0, 2), Spread(5.7e-151, 8.1e-151, 2), False)
+@example(Spread(1e300, 1e200, 3), Spread(0.0, 1e-200, 3), True)
+def test_extreme_numbers_are_judged_as_in_unlimited_precision(
+    one: Spread, first: Spread, sign: bool
+) -> None:
+    one = dataclasses.replace(one, mean=-one.mean if sign else one.mean)
+    found = judge("a", one, first)
+    assert found.error is not None and found.needed is not None
+    with decimal.localcontext(decimal.Context(prec=80, Emin=-9999, Emax=9999)):
+        a, b = (Decimal(s.std) ** 2 / s.n for s in (one, first))
+        error, points = (a + b).sqrt(), abs(Decimal(one.mean) - Decimal(first.mean))
+        if not error:
+            assert (found.error, found.needed) == (0, 0)
+            assert found.verdict == ("larger than the spread" if points else "equal")
+            return
+        freedom = (a + b) ** 2 / (a**2 / (one.n - 1) + b**2 / (first.n - 1))
+        # Next to a row of the table either of two values is right.
+        fitting = {
+            T_975[max(d for d in T_975 if d <= freedom + around)]
+            for around in (Decimal("-1e-8"), Decimal("1e-8"))
+            if freedom + around >= 1
+        }
+        needed = {error * Decimal(t) for t in fitting}
+        assert float(error) == pytest.approx(found.error, rel=1e-12, abs=1e-322)
+        assert any(float(x) == pytest.approx(found.needed, rel=1e-12, abs=1e-321) for x in needed)
+        near = Decimal("1e-12") * points + Decimal("1e-320")
+        if all(abs(points - x) > near for x in needed):
+            larger = {points > x for x in needed}
+            assert len(larger) == 2 or (found.verdict == "larger than the spread") in larger
+
+
 def test_the_table_and_its_verdicts(sskt: Call, study: Path) -> None:
     status, out, err = sskt("compare", study)
     assert (status, err) == (0, "")
@@ -243,6 +285,18 @@ def test_different_targets_are_warned_of(sskt: Call, study: Path, tmp_path: Path
         (lambda f: (f / "metrics.jsonl").write_text('{"epoch": 3}\n'), "no record of epoch 0"),
         (
             lambda f: (f / "metrics.jsonl").write_text('{"epoch": 0, "test_top1": "x"}\n'),
+            "no record of epoch 0",
+        ),
+        (
+            lambda f: (f / "metrics.jsonl").write_text('{"epoch": 0, "test_top1": 1e300}\n'),
+            "no record of epoch 0",
+        ),
+        (
+            lambda f: (f / "metrics.jsonl").write_text(f'{{"epoch": 0, "loss": {10**400}}}\n'),
+            "no record of epoch 0",
+        ),
+        (
+            lambda f: (f / "metrics.jsonl").write_text('{"epoch": 0, "loss": NaN}\n'),
             "no record of epoch 0",
         ),
         (lambda f: (f / "config.json").unlink(), "config.json"),

@@ -19,10 +19,10 @@ from sskt.server.state import FRESH_SECONDS
 from sskt.teacher_cache.store import LabelSet, list_label_sets, look_over
 
 
-@pytest.fixture(scope="module")
-def cache(label_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def cache(label_cache: Path, tmp_path: Path) -> Path:
     """A set that lacks a block of seed 1, and a damaged one."""
-    folder = tmp_path_factory.mktemp("listed") / "cache"
+    folder = tmp_path / "cache"
     shutil.copytree(label_cache, folder)
     (label_set,) = list_label_sets(folder)
     for array in label_set.arrays:
@@ -34,7 +34,7 @@ def cache(label_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(cache: Path) -> Iterator[str]:
     with serving(cache) as address:
         yield address

@@ -147,11 +147,15 @@ def listening(log: Path, process: subprocess.Popen[bytes]) -> int:
 
 
 def test_shards_are_the_files_and_python_is_not_asked_for_them(site: Site) -> None:
+    token = new_token(site.token_file, "never shown to nginx", ["read"], None)
+    until = time.monotonic() + 5
+    while ask(site.port, "/v1/server", token).status != 200:  # it looks at its file now and then
+        assert time.monotonic() < until
     before, asked = site.count("/zarr"), site.count("/v1/auth")
     started = time.monotonic()
     assert len(site.shards) >= 24
     for key in site.shards:
-        answer = site.ask(f"/zarr/{key}")
+        answer = site.ask(f"/zarr/{key}", token)
         assert (answer.status, answer.body) == (200, (site.cache / key).read_bytes())
         assert answer.headers.get_all("Cache-Control") == [IMMUTABLE]
     verdicts = 1 + (time.monotonic() - started) / VERDICT_SECONDS

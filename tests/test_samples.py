@@ -216,6 +216,14 @@ def test_windows_cover_each_frame_once(frames: list[int], depth: int) -> None:
     )
 
 
+def test_a_damaged_clip_is_one_window_however_much_of_it_decodes() -> None:
+    cut = clips((40, 40, 40), damaged={1: "33 frames decode of 40 in its header"}).windows(16)
+    assert [name.partition("/")[2] for name in cut.ids] == [
+        *("0.avi#0", "0.avi#16", "0.avi#32", "1.avi#0", "2.avi#0", "2.avi#16", "2.avi#32")
+    ]
+    assert set(cut.damaged) == {3}
+
+
 def test_windows_of_windows_are_the_same() -> None:
     cut = clips().windows(16)
     assert cut.windows(16) is cut

@@ -356,7 +356,8 @@ def test_resize_center_crop_is_torchvisions(height: int, width: int) -> None:
     expected = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(picture)
     found = views_of("resize-center-crop").of_image(np.asarray(picture.convert("RGB")), 0, 0)
     assert found.shape == (224, 224, 3)
-    np.testing.assert_array_equal(found, np.asarray(expected))
+    # Pillow 13 rounds after the height first where that is less work, which is one level.
+    np.testing.assert_allclose(found, np.asarray(expected, np.int64), atol=1, rtol=0)
 
 
 def test_resize_center_crop_of_real_photographs_is_torchvisions(data: Path) -> None:

@@ -191,15 +191,18 @@ def judge(name: str, one: Spread, first: Spread) -> Difference:
     if min(one.n, first.n) < 2:
         alone = "each is a single run" if one.n == first.n else "one side is a single run"
         return Difference(name, points, None, None, f"cannot tell: {alone}, its spread is unknown")
-    a, b = one.std**2 / one.n, first.std**2 / first.n
-    error = math.sqrt(a + b)
-    if error == 0:
-        return Difference(name, points, 0.0, 0.0, "larger than the spread" if points else "equal")
-    freedom = (a + b) ** 2 / (a**2 / (one.n - 1) + b**2 / (first.n - 1))
-    needed = error * T_975[max(d for d in T_975 if d <= freedom + 1e-9)]
+    largest = max(one.std, first.std)
+    error = needed = 0.0
+    if largest > 0:
+        # Relative to the larger deviation: squares of the deviations leave the range of a float.
+        a, b = (one.std / largest) ** 2 / one.n, (first.std / largest) ** 2 / first.n
+        error = largest * math.sqrt(a + b)
+        freedom = (a + b) ** 2 / (a**2 / (one.n - 1) + b**2 / (first.n - 1))
+        needed = error * T_975[max(d for d in T_975 if d <= freedom + 1e-9)]
     if abs(points) > needed:
-        return Difference(name, points, error, needed, "larger than the spread")
-    verdict = f"within the spread (under {needed:.2f})"
+        verdict = "larger than the spread"
+    else:
+        verdict = f"within the spread (under {needed:.2f})" if largest > 0 else "equal"
     return Difference(name, points, error, needed, verdict)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ METRICS = {
 """Test metrics in %, and what they are called."""
 MAIN = ("test_video_top1", "test_ap", "test_top1")
 """What a run is judged by: the first of these that it has."""
+FLOAT32_MAX = 3.4028235e38
+"""No larger number comes out of a training; sums and squares of such cannot overflow a float64."""
 SEED_ONLY = INDIFFERENT | {"seed"}
 AUXILIARY_ONLY = frozenset(
     [
@@ -139,7 +140,7 @@ def _is_record(record: Any, epoch: int) -> bool:
     if not isinstance(record, dict) or record.get("epoch") != epoch:
         return False
     return all(
-        type(value) in (int, float) and math.isfinite(value)
+        type(value) in (int, float) and abs(value) <= FLOAT32_MAX
         for key, value in record.items()
         if key.startswith(("loss", "train_", "test_")) or key in ("images", "seconds")
     )
