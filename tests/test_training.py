@@ -745,6 +745,64 @@ def test_a_run_cut_within_an_epoch_ends_in_the_same_state(
         assert same, name
 
 
+def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> None:
+    """Batches of 44 and 16: what counts is the image and not the batch."""
+    trainer = Trainer(make_plan(dataclasses.replace(config, batch_size=44, alpha=0.3)))
+    step, found = trainer.step, list[tuple[int, dict[str, float]]]()
+
+    def recorded(samples: Any, *rest: Any) -> Any:
+        parts = step(samples, *rest)
+        found.append((len(samples), {k: float(v) for k, v in parts.items()}))
+        return parts
+
+    trainer.step = recorded  # type: ignore[method-assign]
+    record = trainer.train_epoch()
+    assert [n for n, _ in found] == [44, 16]
+    for name in ("loss", "loss_primary", "loss_tiny"):
+        assert record[name] == pytest.approx(sum(n * p[name] for n, p in found) / 60, rel=1e-5)
+    assert record["train_top1"] == pytest.approx(100 * sum(p["right"] for _, p in found) / 60)
+
+
+def test_a_resumed_run_stops_early_where_the_whole_one_does(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """A learning rate that changes nothing: the first epoch stays the best."""
+    config = dataclasses.replace(config, epochs=9, early_stop=3, lr=1e-9, source=[], tm=False)
+    whole = Trainer(make_plan(config)).run(tmp_path / "whole")
+    assert whole[-1]["stopped_early"] and 4 <= len(whole) < 9
+    last = len(whole) - 1
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if epoch == last:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        Trainer(make_plan(config), Hooks(step=stop)).run(tmp_path / "cut")
+    resumed = Trainer(make_plan(config)).run(tmp_path / "cut", resume=True)
+    assert [r["epoch"] for r in resumed] == [r["epoch"] for r in whole]
+
+
+def test_a_run_is_not_resumed_with_other_labels(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    for encoding in ("f16", "u8"):
+        how = StageOptions(workers=0)
+        cache_teachers(views, [tiny], parse_encoding(encoding), 1, tmp_path / encoding, how)
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if epoch == 1:
+            raise Stopped
+
+    fields = {"epochs": 2, "source": ["tiny"], "seeds": 1}
+    begun = dataclasses.replace(config, cache=tmp_path / "f16", **fields)
+    with pytest.raises(Stopped):
+        Trainer(make_plan(begun), Hooks(step=stop)).run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"was trained with digests .* resume it with the same"):
+        other = dataclasses.replace(begun, cache=tmp_path / "u8")
+        Trainer(make_plan(other)).run(tmp_path / "run", resume=True)
+
+
 # --- several sources ----------------------------------------------------------------------------
 
 
@@ -803,9 +861,8 @@ def test_empty_labels_of_a_view_that_was_seen_are_refused(
     """A row without a label whose view check is there: labels were lost, no image was skipped."""
     views = Views(open_target(str(images)), parse_policy("none"))
     label(views, tiny, tmp_path)
-    (found,) = make_plan(
-        dataclasses.replace(config, cache=tmp_path, policy="none")
-    ).label_sets.values()
+    config = dataclasses.replace(config, cache=tmp_path, policy="none")
+    (found,) = make_plan(config).label_sets.values()
     opened = create_label_set(tmp_path, found.spec, found.classes, 1)
     shard = opened.shard(0, 1)
     encoded = opened.read(0, shard.start, shard.stop)
