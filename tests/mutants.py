@@ -8,23 +8,31 @@ list, ``--only TEXT`` (repeatable) runs those with TEXT in their name or file.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutants.toml")
 LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "runs", "dist")
 SECONDS = 600
 """A mutant whose tests take longer is taken for noticed: it made the code wait for ever."""
+IMPORTED = ("torch", "torchvision", "av", "torch.utils.tensorboard")
+"""What most tests need, and no mistake is made in."""
 KILLED, SURVIVED, HUNG = "killed", "SURVIVED", "killed (timeout)"
 
 
@@ -91,21 +99,49 @@ def copied(to: Path) -> Path:
 
 
 def pytest_in(root: Path, tests: Sequence[str]) -> tuple[int | None, str]:
-    """Exit status of pytest (None if it took too long), and what it printed."""
-    data = os.environ.get("SSKT_TEST_DATA", ROOT.parent / "shared" / "data")
-    environment = os.environ | {
-        "PYTHONPATH": str(root / ".dev"),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two mutants of one second may have one size
-        "SSKT_TEST_DATA": str(data),
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    """Exit status of pytest in ``root`` (None if it took too long), and what it printed.
+
+    It runs in a forked process: torch is imported once and not for every mutant.
+    """
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if not child:
+            _run_pytest(root, tests, output.fileno())
+        limit = time.monotonic() + SECONDS
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > limit:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None, ""
+            time.sleep(0.05)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(ended[1]), output.read().decode(errors="replace")
+
+
+def _run_pytest(root: Path, tests: Sequence[str], output: int) -> NoReturn:
+    """The child's part: never returns, and leaves the parent's temporary files alone."""
+    status = 99
     try:
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout + done.stderr
+        os.setpgid(0, 0)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.chdir(root)
+        source = str(root / ".dev")
+        os.environ["PYTHONPATH"] = source
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # two mutants of one second may have one size
+        os.environ.setdefault("SSKT_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+        sys.dont_write_bytecode = True
+        sys.path[:] = [source, *(p for p in sys.path if Path(p).resolve() != LIST.parent)]
+        found = importlib.import_module("sskt.teacher_cache.errors").__file__
+        if not str(found).startswith(str(root)):
+            raise RuntimeError(f"another checkout would be tested: {found}")
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def outcome(mutant: Mutant, root: Path) -> str:
@@ -129,22 +165,15 @@ def outcome(mutant: Mutant, root: Path) -> str:
 
 
 def require_whole(root: Path, mutants: Sequence[Mutant]) -> None:
-    """Raises ``RuntimeError`` unless the unchanged copy is what is tested, and passes."""
+    """Raises ``RuntimeError`` unless the tests pass in the copy without any mistake."""
     tests = list(dict.fromkeys(selected_test(t, root) for m in mutants for t in m.tests))
-    code = "import sskt.trainer.loop as m; print(m.__file__)"
-    environment = os.environ | {"PYTHONPATH": str(root / ".dev")}
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
-    )
-    if not found.stdout.startswith(str(root)):
-        raise RuntimeError(f"another checkout would be tested: {found.stdout}{found.stderr}")
     status, said = pytest_in(root, tests)
     if status != 0:
         raise RuntimeError(f"the tests fail without any mistake:\n{said[-4000:]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the chosen mutants; 1 if one survives."""
+    """Runs the chosen mutants. Returns 1 if one survives, else 0."""
     parser = argparse.ArgumentParser(description="Deliberate mistakes that the tests must notice.")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT")
     parser.add_argument("--list", action="store_true")
@@ -159,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{mutant.file}: {mutant.name} ({', '.join(mutant.tests)})")
         return 0
     begin, survived = time.monotonic(), 0
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="sskt-mutants-") as folder:
         root = copied(Path(folder).resolve() / "checkout")
         require_whole(root, mutants)
