@@ -159,7 +159,8 @@ def outcome(mutant: Mutant, root: Path) -> str:
         path.write_text(whole)
     if status is None:
         return HUNG
-    if status not in (0, 1) or not re.search(r"\d (passed|failed)", said):
+    ran = "ERROR collecting" not in said and re.search(r"\d (passed|failed|error)", said)
+    if status not in (0, 1) or not ran:
         raise RuntimeError(f"{mutant.name}: pytest ended with {status}\n{said[-2000:]}")
     return KILLED if status else SURVIVED
 
