@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import TINY
+from independent_reader import open_set
 from PIL import Image
 
 from sskt.cli.main import COMMANDS
@@ -105,6 +107,107 @@ def test_verify_finds_labels_that_are_not_the_sources(
     assert status == 0, "swapped whole shards pass their checksums"
     status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20)
     assert status == 1 and "seed 1: the view is not the one the source saw" in out
+
+
+def rewritten(cache: Path, to: Path, change: Callable[[np.ndarray, np.ndarray], None]) -> Path:
+    """A copy of a cache of one label set, its stored labels and view checks changed."""
+    import shutil
+
+    from sskt.teacher_cache.catalog import choose_sets
+    from sskt.teacher_cache.store import create_label_set
+
+    shutil.copytree(cache, to)
+    (found,) = choose_sets(to, [])
+    label_set = create_label_set(to, found.spec, found.classes, found.seeds)
+    for shard in label_set.shards(range(found.seeds)):
+        encoded = label_set.read(shard.seed, shard.start, shard.stop)
+        checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
+        change(encoded["labels"], checks)
+        label_set.write(shard, encoded, checks)
+    label_set.close()
+    return to
+
+
+def test_recomputing_finds_labels_of_other_images(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    """Good distributions with good checksums, each at the place of the sample before it."""
+
+    def shift(labels: np.ndarray, checks: np.ndarray) -> None:
+        labels[1:] = labels[:-1].copy()
+
+    damaged = rewritten(cache, tmp_path / "cache", shift)
+    assert sskt("verify", "--cache", damaged)[0] == 0
+    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, "--json")
+    (report,) = json.loads(out)
+    problems = [p for p in report["problems"] if "stored and recomputed labels differ by" in p]
+    assert status == 1 and report["recomputed"] == 20 and len(problems) > 9
+    (stored,) = (open_set(f.parent) for f in damaged.glob("*/zarr.json"))
+    place = re.match(r"sample (\d+) \(.*\), seed (\d+): .* differ by ([\d.]+)", problems[0])
+    assert place is not None
+    sample, seed = int(place[1]), int(place[2])
+    (true,) = (open_set(f.parent) for f in cache.glob("*/zarr.json"))
+    one, other = stored.label(seed, sample), true.label(seed, sample)
+    assert one is not None and other is not None
+    expected = float(np.abs(one - other).sum()) / 2
+    assert float(place[3]) == pytest.approx(expected, abs=2e-3)
+    assert report["worst_distance"] >= expected - 2e-3
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no distribution", "2 rows are no probability distribution, first sample 7"),
+        ("empty", "2 rows are empty though their views were seen, first sample 7"),
+        ("skipped", ""),
+    ],
+)
+def test_verify_finds_rows_that_are_no_labels(
+    sskt: Call, cache: Path, tmp_path: Path, what: str, said: str
+) -> None:
+    """The files are as good as they were written: what is wrong is in the rows."""
+    places = [7, 31]
+
+    def spoil(labels: np.ndarray, checks: np.ndarray) -> None:
+        if what == "no distribution":
+            labels[places] -= np.log(2)  # sums to a half
+        else:
+            labels[places] = np.nan
+        if what == "skipped":
+            checks[places] = 0
+
+    damaged = rewritten(cache, tmp_path / "cache", spoil)
+    status, out, _ = sskt("verify", "--cache", damaged, "--json")
+    (report,) = json.loads(out)
+    assert status == (1 if said else 0)
+    assert len(report["problems"]) == (2 if said else 0), "one for each seed"
+    assert all(said in problem for problem in report["problems"])
+    assert report["skipped"] == (0 if what == "no distribution" else 4)
+
+
+def test_verify_finds_missing_shards(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    import shutil
+
+    lacking = shutil.copytree(cache, tmp_path / "cache")
+    (file,) = lacking.glob("*/labels/c/1/0/0")
+    file.unlink()
+    status, out, _ = sskt("verify", "--cache", lacking, "--json")
+    (report,) = json.loads(out)
+    assert status == 1 and report["problems"] == ["1 of 2 shards are missing (seed 1)"]
+    assert (report["shards"], report["rows"]) == (1, 60)
+
+
+def test_label_sets_over_different_views_are_not_shown_together(
+    sskt: Call, images: Path, cache: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    both = shutil.copytree(cache, tmp_path / "cache")
+    ask = ["cache-teachers", "--source", f"other={TINY}:build", "--target", images, "--cache", both]
+    assert sskt(*ask, "--policy", "none", "--seeds", 2, "--workers", 0)[0] == 0
+    for command in (["inspect", "--cache", both], ["inspect", "--cache", both, "--no-live"]):
+        status, _, err = sskt(*command)
+        assert status == 2 and "differ in views.policy ('" in err, err
+        assert "pad-crop-flip" in err and err.count("\n") == 1
+    assert sskt("inspect", "--cache", both, ".other-")[0] == 0
 
 
 def test_datasets_and_sources(sskt: Call) -> None:

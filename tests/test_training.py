@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import TINY
+from independent_reader import open_set
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sskt.teacher_cache.encodings import parse_encoding
 from sskt.teacher_cache.errors import (
@@ -27,11 +33,12 @@ from sskt.teacher_cache.errors import (
 from sskt.teacher_cache.policies import parse_policy
 from sskt.teacher_cache.sources import Source
 from sskt.teacher_cache.stage import StageOptions, cache_teachers
-from sskt.teacher_cache.store import list_label_sets
+from sskt.teacher_cache.store import create_label_set, list_label_sets
 from sskt.teacher_cache.targets import open_target
 from sskt.teacher_cache.views import Views
 from sskt.teacher_cache.zoo import open_source, parse_source
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.distributed import Ranks
 from sskt.trainer.feed import in_memory
 from sskt.trainer.labels import StoredLabels, Window, epoch_windows
 from sskt.trainer.loop import Trainer
@@ -500,3 +507,403 @@ def test_out_that_is_a_file(sskt: Call, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     status, _, err = sskt("train", "--target", "shapes", "--limit", 8, "--out", tmp_path / "file")
     assert status == 2 and "cannot use" in err and err.count("\n") == 1
+
+
+# --- what a step and an evaluation compute, written out -----------------------------------------
+
+
+def by_hand(views: Any) -> Tensor:
+    """uint8 ``[n, H, W, 3]`` as the target network expects it: ImageNet mean and std."""
+    x = torch.from_numpy(np.asarray(views)).permute(0, 3, 1, 2).double() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).float()
+
+
+def held_out(images: Path) -> tuple[Tensor, Tensor]:
+    """The test split, read by Pillow: network input and classes in the order of the folders."""
+    folders = sorted((images / "test").iterdir())
+    files = [(i, file) for i, folder in enumerate(folders) for file in sorted(folder.iterdir())]
+    pixels = np.stack([np.asarray(Image.open(file)) for _, file in files])
+    return by_hand(pixels), torch.tensor([i for i, _ in files])
+
+
+def loss_and_top1(network: nn.Module, images: Path) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (%) of a copy of the network in evaluation mode."""
+    x, truth = held_out(images)
+    with torch.no_grad():
+        logits = copy.deepcopy(network).eval()(x)[0]
+    right = (logits.argmax(1) == truth).double().mean()
+    return float(F.cross_entropy(logits, truth)), 100 * float(right)
+
+
+def test_evaluation_is_in_evaluation_mode(config: TrainConfig, images: Path) -> None:
+    trainer = Trainer(make_plan(config))
+    trainer.train_epoch()
+    assert trainer.network.training
+    loss, top1 = loss_and_top1(trainer.network, images)
+    x, truth = held_out(images)
+    with torch.no_grad():
+        in_training_mode = F.cross_entropy(copy.deepcopy(trainer.network)(x)[0], truth)
+    assert abs(float(in_training_mode) - loss) > 0.1, "the two modes must differ"
+    found = trainer.evaluate()
+    assert found["test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["test_top1"] == pytest.approx(top1)
+
+
+def test_averaged_weights_are_evaluated_and_kept_as_the_best(
+    config: TrainConfig, images: Path, tmp_path: Path
+) -> None:
+    """a = decay * a + (1 - decay) * w after each step, in float64 from the weights themselves."""
+    decay = 0.8
+    trainers: list[Trainer] = []
+    average: dict[str, Tensor] = {}
+    ends: list[dict[str, Tensor]] = []
+
+    def follow(epoch: int, done: int, total: int) -> None:
+        for name, now in trainers[0].network.state_dict().items():
+            old = average[name]
+            average[name] = decay * old + (1 - decay) * now.double() if now.ndim else now.clone()
+        if done == total:
+            ends.append(dict(average))
+
+    config = dataclasses.replace(config, ema=decay, epochs=3)
+    trainers.append(Trainer(make_plan(config), Hooks(step=follow)))
+    average |= {k: v.double() for k, v in trainers[0].network.state_dict().items()}
+    found = trainers[0].run(tmp_path / "run")
+
+    network = trainers[0].network
+    weights = [{k: v.to(network.state_dict()[k].dtype) for k, v in end.items()} for end in ends]
+    last, _ = loss_and_top1(network, images)
+    for record, averaged in zip(found, weights, strict=True):
+        network.load_state_dict(averaged)
+        assert record["test_loss"] == pytest.approx(loss_and_top1(network, images)[0], rel=1e-3)
+    assert abs(last - found[-1]["test_loss"]) > 0.1, "the weights of the last step must differ"
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert best["epoch"] == int(np.argmax([r["test_top1"] for r in found]))
+    for name, value in weights[best["epoch"]].items():
+        torch.testing.assert_close(best["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def sgd(config: TrainConfig, **fields: Any) -> Trainer:
+    """A training from scratch whose update is lr times the gradient."""
+    plain = {"source": [], "tm": False, "momentum": 0.0, "weight_decay": 0.0}
+    return Trainer(make_plan(dataclasses.replace(config, **plain, **fields)))
+
+
+def gradient(trainer: Trainer, samples: Any, views: Any, parts: int = 1) -> list[Tensor]:
+    """Of the mean cross-entropy over a batch, which passes through the network in parts."""
+    network = copy.deepcopy(trainer.network).train()
+    total = [torch.zeros_like(p) for p in network.parameters()]
+    for part in np.array_split(np.arange(len(samples)), parts):
+        truth = torch.from_numpy(samples[part] // 20)  # three classes of 20 images
+        loss = F.cross_entropy(network(by_hand(views[part]))[0], truth)
+        new = torch.autograd.grad(loss, list(network.parameters()))
+        for mine, one in zip(total, new, strict=True):
+            mine += one * len(part) / len(samples)
+    return total
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_follows_the_gradient_of_its_own_batch(config: TrainConfig, accumulate: int) -> None:
+    trainer = sgd(config, lr=0.05, accumulate=accumulate)
+    for samples in (np.arange(0, 60, 3), np.arange(1, 60, 4)):
+        views = trainer.views.batch(samples, 0)
+        expected = gradient(trainer, samples, views, accumulate)
+        before = [p.detach().clone() for p in trainer.network.parameters()]
+        trainer.step(samples, torch.from_numpy(views))
+        after = [p.detach() for p in trainer.network.parameters()]
+        moved = [(old - new) / 0.05 for old, new in zip(before, after, strict=True)]
+        missed = norm([a - b for a, b in zip(moved, expected, strict=True)])
+        assert missed < 0.01 * norm(expected)
+
+
+def test_the_norm_of_the_gradient_is_clipped(config: TrainConfig) -> None:
+    samples = np.arange(0, 60, 3)
+    whole = 0.0
+    for share in (None, 2.0, 0.25):
+        clip = share and share * whole
+        trainer = sgd(config, lr=1.0, clip_grad=clip)
+        views = trainer.views.batch(samples, 0)
+        expected = gradient(trainer, samples, views)
+        whole = norm(expected)
+        before = [p.detach().clone() for p in trainer.network.parameters()]
+        trainer.step(samples, torch.from_numpy(views))
+        moved = [b - p.detach() for b, p in zip(before, trainer.network.parameters(), strict=True)]
+        scale = min(1.0, share or 1.0)
+        assert norm(moved) == pytest.approx(scale * whole, rel=1e-3)
+        missed = norm([a - scale * b for a, b in zip(moved, expected, strict=True)])
+        assert missed < 1e-3 * whole, "its direction stays"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_step_s_loss_is_equation_1(config: TrainConfig, temperature: float) -> None:
+    """CE + alpha * T^2 * CE(softmax(z_s / T), softmax(z_t / T)), from the stored probabilities."""
+    alpha, seed, samples = 0.7, 2, np.arange(5, 45, 3)
+    fields = {"alpha": alpha, "temperature": temperature, "loss": "ce+ce"}
+    trainer = Trainer(make_plan(dataclasses.replace(config, **fields)))
+    trainer.network.train()
+    trainer.labels.enter(Window(seed, ((0, 60),)), None)
+    views = trainer.views.batch(samples, seed)
+    loss, parts = trainer.losses(samples, torch.from_numpy(views))
+
+    (label_set,) = trainer.plan.label_sets.values()
+    reader = open_set(label_set.path)
+    p = np.stack([np.asarray(reader.label(seed, int(s))) for s in samples]) ** (1 / temperature)
+    soft = torch.from_numpy(p / p.sum(axis=1, keepdims=True))
+    with torch.no_grad():
+        logits, auxiliary = trainer.network(by_hand(views))
+    primary = float(F.cross_entropy(logits.double(), torch.from_numpy(samples // 20)))
+    log_q = F.log_softmax(auxiliary["tiny"].double() / temperature, 1)
+    transferred = -(temperature**2) * float((soft * log_q).sum(1).mean())
+    assert float(parts["loss_primary"].detach()) == pytest.approx(primary, rel=1e-4)
+    assert float(parts["loss_tiny"].detach()) == pytest.approx(transferred, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(primary + alpha * transferred, rel=1e-4)
+
+
+def orders(config: TrainConfig, epochs: int) -> list[list[int]]:
+    """The samples of each epoch in the order of its steps."""
+    trainer = Trainer(make_plan(config))
+    found: list[list[int]] = []
+    step = trainer.step
+
+    def recorded(samples: Any, *rest: Any) -> Any:
+        found[-1] += samples.tolist()
+        return step(samples, *rest)
+
+    trainer.step = recorded  # type: ignore[method-assign]
+    for trainer.epoch in range(epochs):
+        found.append([])
+        trainer.train_epoch()
+    return found
+
+
+def test_every_epoch_has_an_order_of_its_own(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=9)
+    found = orders(config, 4)
+    everything = list(range(60))
+    assert all(sorted(order) == everything != order for order in found)
+    assert len({tuple(order) for order in found}) == 4
+    assert orders(config, 2) == found[:2]
+    assert orders(dataclasses.replace(config, seed=1), 1) != found[:1]
+
+
+def test_the_samples_of_a_window_have_an_order_of_their_own(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, epochs=9, memory=2 * 20 * 12 * 4 / 2**30)
+    assert len(make_plan(config).windows(0)) == 4
+    found = orders(config, 6)
+    firsts = [[s for s in order if s < 16] for order in found]  # one block of the label set
+    assert all(sorted(order) == list(range(60)) for order in found)
+    assert len({tuple(first) for first in firsts}) == 6
+
+
+def test_dropout_depends_on_the_run_the_epoch_the_step_and_the_process(config: TrainConfig) -> None:
+    plan = make_plan(config)
+    trainer = Trainer(plan)
+
+    def mask(seed: int = 0, epoch: int = 0, batch: int = 0, rank: int = 0) -> list[bool]:
+        ranks = Ranks(rank, 2)
+        made = dataclasses.replace(config, seed=seed)
+        trainer.plan = dataclasses.replace(plan, config=made, ranks=ranks)
+        trainer.epoch = epoch
+        trainer.seed_step(0, batch)
+        return [bool(kept) for kept in F.dropout(torch.ones(64), 0.5)]
+
+    masks = [mask(), mask(seed=1), mask(epoch=1), mask(epoch=2), mask(batch=1), mask(rank=1)]
+    assert len({tuple(m) for m in masks}) == len(masks)
+    assert mask(epoch=1) == masks[2]
+
+
+def test_a_plateau_is_one_of_the_test_loss(config: TrainConfig, tmp_path: Path) -> None:
+    """On noise the training loss falls and the test loss does not."""
+    fields = {"schedule": "plateau", "patience": 0, "gamma": 0.5, "lr": 0.05, "epochs": 7}
+    config = dataclasses.replace(config, **fields, source=[], tm=False)
+    found = Trainer(make_plan(config)).run(tmp_path / "run")
+
+    def expected(key: str) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.05)
+        schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        rates = []
+        for record in found:
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step(record[key])
+        return rates
+
+    assert [r["lr"] for r in found] == pytest.approx(expected("test_loss"))
+    assert expected("test_loss") != expected("loss") and found[-1]["lr"] < 0.05
+
+
+def everything_in(out: Path) -> dict[str, Any]:
+    """All of ``last.pt`` by dotted names, but for the times."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            name = f"{prefix}.{key}"
+            if key in (*TIMES, "waited"):
+                continue
+            if isinstance(inner, dict | list | tuple) and len(inner):
+                walk(name, inner)
+            else:
+                flat[name] = inner
+
+    walk("", torch.load(out / "last.pt", weights_only=True))
+    return flat
+
+
+def test_a_run_cut_within_an_epoch_ends_in_the_same_state(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, averages, the optimizer's momenta, schedule, early stop, records and counts."""
+    fields = {"epochs": 3, "ema": 0.9, "schedule": "plateau", "patience": 0, "early_stop": 9}
+    config = dataclasses.replace(config, **fields, memory=2 * 20 * 12 * 4 / 2**30)
+    Trainer(make_plan(config)).run(tmp_path / "whole")
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if (epoch, done) == (1, 3):
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "_time_to_save", lambda trainer, saved: True)
+        Trainer(make_plan(config), Hooks(step=stop)).run(tmp_path / "cut")
+    state = torch.load(tmp_path / "cut/last.pt", weights_only=True)
+    assert (state["epoch"], state["progress"]["steps"]) == (1, 2)
+    Trainer(make_plan(config)).run(tmp_path / "cut", resume=True)
+    whole, cut = (everything_in(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        same = torch.equal(value, cut[name]) if isinstance(value, Tensor) else value == cut[name]
+        assert same, name
+
+
+def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> None:
+    """Batches of 44 and 16: what counts is the image and not the batch."""
+    trainer = Trainer(make_plan(dataclasses.replace(config, batch_size=44, alpha=0.3)))
+    step, found = trainer.step, list[tuple[int, dict[str, float]]]()
+
+    def recorded(samples: Any, *rest: Any) -> Any:
+        parts = step(samples, *rest)
+        found.append((len(samples), {k: float(v) for k, v in parts.items()}))
+        return parts
+
+    trainer.step = recorded  # type: ignore[method-assign]
+    record = trainer.train_epoch()
+    assert [n for n, _ in found] == [44, 16]
+    for name in ("loss", "loss_primary", "loss_tiny"):
+        assert record[name] == pytest.approx(sum(n * p[name] for n, p in found) / 60, rel=1e-5)
+    assert record["train_top1"] == pytest.approx(100 * sum(p["right"] for _, p in found) / 60)
+
+
+def test_a_resumed_run_stops_early_where_the_whole_one_does(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """A learning rate that changes nothing: the first epoch stays the best."""
+    config = dataclasses.replace(config, epochs=9, early_stop=3, lr=1e-9, source=[], tm=False)
+    whole = Trainer(make_plan(config)).run(tmp_path / "whole")
+    assert whole[-1]["stopped_early"] and 4 <= len(whole) < 9
+    last = len(whole) - 1
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if epoch == last:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        Trainer(make_plan(config), Hooks(step=stop)).run(tmp_path / "cut")
+    resumed = Trainer(make_plan(config)).run(tmp_path / "cut", resume=True)
+    assert [r["epoch"] for r in resumed] == [r["epoch"] for r in whole]
+
+
+def test_a_run_is_not_resumed_with_other_labels(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    views = Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+    for encoding in ("f16", "u8"):
+        how = StageOptions(workers=0)
+        cache_teachers(views, [tiny], parse_encoding(encoding), 1, tmp_path / encoding, how)
+
+    def stop(epoch: int, done: int, total: int) -> None:
+        if epoch == 1:
+            raise Stopped
+
+    fields = {"epochs": 2, "source": ["tiny"], "seeds": 1}
+    begun = dataclasses.replace(config, cache=tmp_path / "f16", **fields)
+    with pytest.raises(Stopped):
+        Trainer(make_plan(begun), Hooks(step=stop)).run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"was trained with digests .* resume it with the same"):
+        other = dataclasses.replace(begun, cache=tmp_path / "u8")
+        Trainer(make_plan(other)).run(tmp_path / "run", resume=True)
+
+
+# --- several sources ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other() -> Source:
+    return open_source(parse_source(f"other={TINY}:build"), preprocessing="size=12")
+
+
+def label(views: Views, source: Source, cache: Path) -> None:
+    how = StageOptions(workers=0, shard_rows=16, on_error="skip")
+    cache_teachers(views, [source], parse_encoding("f16"), 1, cache, how)
+
+
+def test_sources_that_saw_different_images_are_refused(
+    config: TrainConfig, images: Path, tiny: Source, other: Source, tmp_path: Path
+) -> None:
+    """One file of sixty changes between the two runs, and its name and size do not."""
+    target = in_memory(open_target(str(images)), 1e9)
+    assert target.images is not None
+    label(Views(target, parse_policy("none")), tiny, tmp_path)
+    both = dataclasses.replace(config, source=["tiny", "other"], cache=tmp_path, policy="none")
+    changed = target.images.copy()
+    changed[37, 12, 12] ^= 1
+    altered = dataclasses.replace(target, images=changed)
+    assert altered.fingerprint == target.fingerprint
+    label(Views(altered, parse_policy("none")), other, tmp_path)
+    with pytest.raises(ViewMismatch, match=r"of sample 37 under view seed 0 \(1 samples differ\)"):
+        Trainer(make_plan(both)).train_epoch()
+
+
+def test_a_sample_that_any_source_lacks_is_left_out(
+    config: TrainConfig, images: Path, tiny: Source, other: Source, tmp_path: Path
+) -> None:
+    """Each source was run while another file was unreadable, of the same name and size."""
+    import shutil
+
+    folder = shutil.copytree(images, tmp_path / "images")
+    files = sorted((folder / "train").glob("*/*"))
+    for source, lacking in ((tiny, [5, 6]), (other, [6, 41])):
+        whole = {i: files[i].read_bytes() for i in lacking}
+        for i, data in whole.items():
+            files[i].write_bytes(bytes(len(data)))
+        label(Views(open_target(str(folder)), parse_policy("none")), source, tmp_path / "cache")
+        for i, data in whole.items():
+            files[i].write_bytes(data)
+    fields = {"target": str(folder), "cache": tmp_path / "cache", "policy": "none"}
+    for sources in (["tiny", "other"], ["other", "tiny"]):
+        both = dataclasses.replace(config, source=sources, **fields)
+        (order,) = orders(both, 1)
+        assert sorted(order) == [i for i in range(60) if i not in (5, 6, 41)]
+
+
+def test_empty_labels_of_a_view_that_was_seen_are_refused(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path
+) -> None:
+    """A row without a label whose view check is there: labels were lost, no image was skipped."""
+    views = Views(open_target(str(images)), parse_policy("none"))
+    label(views, tiny, tmp_path)
+    config = dataclasses.replace(config, cache=tmp_path, policy="none")
+    (found,) = make_plan(config).label_sets.values()
+    opened = create_label_set(tmp_path, found.spec, found.classes, 1)
+    shard = opened.shard(0, 1)
+    encoded = opened.read(0, shard.start, shard.stop)
+    encoded["labels"][3] = np.nan
+    opened.write(shard, encoded, opened.read_checks(0, shard.start, shard.stop))
+    opened.close()
+    with pytest.raises(CorruptStore, match="empty though their views were seen; run sskt verify"):
+        Trainer(make_plan(config)).train_epoch()

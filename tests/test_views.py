@@ -349,7 +349,12 @@ def jpeg(height: int, width: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(256, 256), (224, 224), (300, 401), (1000, 333), (97, 203), (257, 255), (31, 500), (511, 767)],
+    [
+        *[(256, 256), (224, 224), (300, 401), (1000, 333)],
+        *[(97, 203), (257, 255), (31, 500), (511, 767)],
+        # Half a pixel to round on either side, down and up.
+        *[(257, 256), (259, 256), (256, 257), (256, 259)],
+    ],
 )
 def test_resize_center_crop_is_torchvisions(height: int, width: int) -> None:
     picture = Image.open(io.BytesIO(jpeg(height, width)))
