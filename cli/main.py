@@ -32,7 +32,10 @@ COMMANDS = {
     "export": ("sskt.cli.manage", "Store a label set in a smaller encoding, without its source."),
     "datasets": ("sskt.cli.look", "List the known targets."),
     "sources": ("sskt.cli.look", "List the known sources."),
-    "reproduce": ("sskt.cli.reproducing", "A table of the paper: reported beside measured."),
+    "reproduce": (
+        "sskt.cli.reproducing",
+        "A table or figure of the paper, reported and measured.",
+    ),
     "demo": ("sskt.cli.demo", "Cache, train and compare on the embedded target, in minutes."),
 }
 INTERRUPTED = 130

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import TrainConfig, read_recipe
 from sskt.trainer.recipe_files import shipped
 
 Call = Callable[..., tuple[int, str, str]]
@@ -131,6 +131,20 @@ def test_every_setting_and_number_is_the_papers(sskt: Call, name: str) -> None:
         assert not odd, f"{name}, training {i}: (found, expected) {odd}"
         assert have == want, f"{name}, training {i}"
     assert len(found) == len(wanted)
+
+
+def test_the_recipe_of_the_best_row_and_the_defaults_are_the_papers(sskt: Call) -> None:
+    best = max(
+        (one for one in expected("table3") if one["config"]["model"] == "resnet20"),
+        key=lambda one: float(one["reported"]),
+    )
+    given = read_recipe(Path("stl10-resnet20"))
+    assert given.pop("seed") == 0
+    wanted = {name: best["config"][name] for name in given}
+    assert sorted(given.pop("source")) == sorted(wanted.pop("source"))
+    assert given == wanted and {"alpha", "temperature", "lr", "milestones", "tm"} < given.keys()
+    shared = ("alpha", "temperature", "optimizer", "momentum", "batch_size", "gamma", "schedule")
+    assert {name: DEFAULTS[name] for name in shared} == {n: EXPECTED["all"][n] for n in shared}
 
 
 def numbers_of(text: str) -> list[tuple[int, int]]:

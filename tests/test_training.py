@@ -215,7 +215,7 @@ def test_top_k_labels_are_refused_at_other_temperatures(
     with pytest.raises(InputError, match="labels stored as topk-3 are wrong at temperature 3") as e:
         make_plan(hot)
     assert f"{lost['T=3']:.2g} % at T = 3, {lost['T=1']:.2g} % at T = 1" in str(e.value)
-    assert 100 > lost["T=3"] > lost["T=1"] > 1
+    assert lost["T=3"] > lost["T=1"] > 0
     make_plan(dataclasses.replace(hot, force_topk=True))
     trainer = Trainer(make_plan(sparse))
     assert np.isfinite(trainer.train_epoch()["loss"])
