@@ -268,10 +268,11 @@ def _axis_resized(values: UInt8, m: int, axis: int) -> UInt8:
     places, weights = _taps(n, m)
     shape = [1] * values.ndim
     shape[axis] = m
-    total = np.int32(2**21)
+    total: Any = np.int32(2**21)
     for place, weight in zip(places.T, weights.T, strict=True):
         total = total + values.take(place, axis) * weight.reshape(shape)
-    return np.minimum(total >> 22, 255).astype(np.uint8)
+    result: UInt8 = np.minimum(total >> 22, 255).astype(np.uint8)
+    return result
 
 
 @functools.cache
@@ -488,8 +489,8 @@ def _found(clips: Path, label: int, kind: str, video: str) -> list[Listed]:
 
 def windows_of(reader: Reader, target: Files) -> Files:
     """The windows of a target of clips under ``clip-center-crop``."""
-    depth, ids = reader.spec["views"]["parameters"]["frames"], []
-    files, starts = list[Path](), list[int]()
+    depth = reader.spec["views"]["parameters"]["frames"]
+    ids, files, starts = list[str](), list[Path](), list[int]()
     for sample, file in zip(target.ids, target.files, strict=True):
         skipped = reader.label(0, len(ids)) is None
         count = 1 if skipped else math.ceil(len(frames_of(file)) / depth)
