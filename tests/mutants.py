@@ -33,7 +33,7 @@ SECONDS = 600
 """A mutant whose tests take longer is taken for noticed: it made the code wait for ever."""
 IMPORTED = ("torch", "torchvision", "av", "torch.utils.tensorboard")
 """What most tests need, and no mistake is made in."""
-KILLED, SURVIVED, HUNG = "killed", "SURVIVED", "killed (timeout)"
+SURVIVED = "SURVIVED"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _run_pytest(root: Path, tests: Sequence[str], output: int) -> NoReturn:
 
 
 def outcome(mutant: Mutant, root: Path) -> str:
-    """``KILLED``, ``SURVIVED`` or ``HUNG``: what the mutant's tests say in the copy ``root``.
+    """``killed by`` the test that failed in the copy ``root``, or ``SURVIVED``.
 
     Raises:
         RuntimeError: The tests could not run, e.g. as the mutant is no Python.
@@ -158,11 +158,14 @@ def outcome(mutant: Mutant, root: Path) -> str:
     finally:
         path.write_text(whole)
     if status is None:
-        return HUNG
+        return "killed by a timeout"
     ran = "ERROR collecting" not in said and re.search(r"\d (passed|failed|error)", said)
     if status not in (0, 1) or not ran:
         raise RuntimeError(f"{mutant.name}: pytest ended with {status}\n{said[-2000:]}")
-    return KILLED if status else SURVIVED
+    if not status:
+        return SURVIVED
+    failed = re.search(r"^(?:FAILED|ERROR) \S*::(\w+)", said, re.MULTILINE)
+    return f"killed by {failed[1] if failed else 'a test'}"
 
 
 def require_whole(root: Path, mutants: Sequence[Mutant]) -> None:
@@ -198,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, mutant in enumerate(mutants, 1):
             found = outcome(mutant, root)
             survived += found == SURVIVED
-            print(f"{number}/{len(mutants)} {found}: {mutant.file}: {mutant.name}", flush=True)
+            print(f"{number}/{len(mutants)} {mutant.file}: {mutant.name}: {found}", flush=True)
     killed, seconds = len(mutants) - survived, time.monotonic() - begin
     print(f"score: {killed} of {len(mutants)} mistakes noticed, in {seconds / 60:.0f} minutes")
     return 1 if survived else 0
