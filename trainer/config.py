@@ -358,6 +358,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a run's configuration") from error
 
 
+def _same_policy(one: str, other: str) -> bool:
+    """Whether two policies are the same with their defaults filled in."""
+    from sskt.teacher_cache.policies import parse_policy
+
+    return AUTO not in (one, other) and parse_policy(one) == parse_policy(other)
+
+
 def adopted(stored: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
     """The configuration with what an earlier part of its run found out: see ``FOLLOWED``."""
     found = {
@@ -376,8 +383,8 @@ def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) ->
             continue
         if name in FOLLOWED and stored[name] == FOLLOWED[name]:
             continue
-        if stored[name] != getattr(config, name):
-            now = getattr(config, name)
+        now = getattr(config, name)
+        if stored[name] != now and not (name == "policy" and _same_policy(stored[name], now)):
             raise InputError(
                 f"{where} holds a run with {name} = {stored[name]!r}, not {now!r}; "
                 "resume it as it was, or choose another --out"
