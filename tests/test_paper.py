@@ -44,7 +44,8 @@ def training(name: str, model: str, loss: str, sources: list[str], **more: Any) 
     loss = loss if "+" in loss else f"{its['primary']}+{loss}"
     fields |= {"model": model, "loss": loss, "tm": False}
     fields |= {"source": [its["sources"][letter] for letter in sources]}
-    return DEFAULTS | fields | more
+    whole: Record = DEFAULTS | fields | more
+    return whole
 
 
 def runs_of(reported: list[float], config: Record, runs: int = 0) -> list[Record]:
