@@ -165,7 +165,7 @@ def reproduce(
     _require_focal(paper, focal_schedule, settings)
     needed = _placeholders(paper) if dry_run else {}
     given = settings, _roots(roots), needed | files
-    choices = Choices(epochs, seeds, kd, focal_schedule, *given)
+    choices = Choices(epochs, seeds, kd, *given, focal_schedule)
     cache = cache or str(out / "cache")
     trainings = [
         Training(row, choices.config(paper, row, **_place(row, cache, out, paper, device, seed)))

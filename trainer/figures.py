@@ -42,7 +42,7 @@ def figure_rows(read: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise InputError(f"{where}: figure must be a table of {' and '.join(FIGURE_KEYS)}")
     if type(figure.get("runs", 1)) is not int or figure.get("runs", 1) < 1:
         raise InputError(f"{where}: figure.runs must be an integer above 0")
-    temperatures: Any = figure.get("temperatures")
+    temperatures = figure.get("temperatures", [])
     if not _numbers(temperatures):
         raise InputError(f"{where}: figure.temperatures must be a list of numbers")
     if not isinstance(panels, list) or not panels or not all(isinstance(p, dict) for p in panels):

@@ -277,10 +277,10 @@ class Choices:
     epochs: int | None = None
     seeds: int | None = None
     kd: str = "released"
-    focal_schedule: str = "multistep"
     settings: Mapping[str, Any] = field(default_factory=dict)
     roots: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    focal_schedule: str = "multistep"
 
     def config(self, table: PaperTable, row: Row, **more: Any) -> TrainConfig:
         """A row's configuration. Raises ``InputError``, ``MissingData`` for a file it needs."""
