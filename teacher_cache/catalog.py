@@ -71,7 +71,8 @@ def readable_sets(
     """
     everything, damaged = look_over(cache)
     for name, error in damaged.items():
-        for source in wanted or [None]:
+        sources: Sequence[SourceName | None] = wanted or [None]
+        for source in sources:
             if _could_be(name, source, target):
                 raise CorruptStore(
                     f"{error}; it may be the label set that is wanted: remove it (sskt rm) and "
