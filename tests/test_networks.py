@@ -251,9 +251,10 @@ def test_every_parameter_of_larger_networks_gets_a_gradient(name: str) -> None:
         assert parameter.grad.any() or key.endswith("bias"), key
 
 
+@pytest.mark.parametrize("tm", [False, True])
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet3d10"])
-def test_the_auxiliary_loss_reaches_the_target_network(name: str) -> None:
-    network = SSKTNetwork(build_network(name, 10, size=32), {"imagenet": 20}, tm=True)
+def test_the_auxiliary_loss_reaches_the_target_network(name: str, tm: bool) -> None:
+    network = SSKTNetwork(build_network(name, 10, size=32), {"imagenet": 20}, tm=tm)
     clip = (4,) if is_three_dimensional(name) else ()
     torch.autograd.backward(network(torch.rand(2, 3, *clip, 32, 32))[1]["imagenet"].square().sum())
     assert all(p.grad is None for p in network.target.fc.parameters())

@@ -293,6 +293,20 @@ def test_labels_read_by_windows_are_those_of_the_slab(config: TrainConfig) -> No
     parts.close()
 
 
+def test_another_window_than_was_expected_has_its_own_labels(config: TrainConfig) -> None:
+    """A run that is cut, or that evaluates, comes to a window that was not read ahead."""
+    sets = make_plan(config).label_sets
+    (reader,) = (open_set(s.path) for s in sets.values())
+    labels = StoredLabels(sets, torch.device("cpu"))
+    first, second, third = (Window(seed, ((0, 32),)) for seed in range(SEEDS))
+    for window, following in ((first, second), (third, None), (second, first), (first, None)):
+        labels.enter(window, following)
+        found = labels.soft(np.array([5, 30]), torch.empty(0), 1.0)["tiny"].numpy()
+        expected = np.stack([np.asarray(reader.label(window.seed, row)) for row in (5, 30)])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    labels.close()
+
+
 def test_a_small_memory_budget_trains_by_windows(config: TrainConfig) -> None:
     plan = make_plan(dataclasses.replace(config, memory=2 * 20 * 12 * 4 / 2**30))
     assert len(plan.windows(0)) == 4 and plan.steps_per_epoch == 4
@@ -586,7 +600,7 @@ def test_averaged_weights_are_evaluated_and_kept_as_the_best(
 
 def sgd(config: TrainConfig, **fields: Any) -> Trainer:
     """A training from scratch whose update is lr times the gradient."""
-    plain = {"source": [], "tm": False, "momentum": 0.0, "weight_decay": 0.0}
+    plain: dict[str, Any] = {"source": [], "tm": False, "momentum": 0.0, "weight_decay": 0.0}
     return Trainer(make_plan(dataclasses.replace(config, **plain, **fields)))
 
 
@@ -643,7 +657,7 @@ def test_the_norm_of_the_gradient_is_clipped(config: TrainConfig) -> None:
 def test_a_step_s_loss_is_equation_1(config: TrainConfig, temperature: float) -> None:
     """CE + alpha * T^2 * CE(softmax(z_s / T), softmax(z_t / T)), from the stored probabilities."""
     alpha, seed, samples = 0.7, 2, np.arange(5, 45, 3)
-    fields = {"alpha": alpha, "temperature": temperature, "loss": "ce+ce"}
+    fields: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "loss": "ce+ce"}
     trainer = Trainer(make_plan(dataclasses.replace(config, **fields)))
     trainer.network.train()
     trainer.labels.enter(Window(seed, ((0, 60),)), None)
@@ -719,7 +733,13 @@ def test_dropout_depends_on_the_run_the_epoch_the_step_and_the_process(config: T
 
 def test_a_plateau_is_one_of_the_test_loss(config: TrainConfig, tmp_path: Path) -> None:
     """On noise the training loss falls and the test loss does not."""
-    fields = {"schedule": "plateau", "patience": 0, "gamma": 0.5, "lr": 0.05, "epochs": 7}
+    fields: dict[str, Any] = {
+        "schedule": "plateau",
+        "patience": 0,
+        "gamma": 0.5,
+        "lr": 0.05,
+        "epochs": 7,
+    }
     config = dataclasses.replace(config, **fields, source=[], tm=False)
     found = Trainer(make_plan(config)).run(tmp_path / "run")
 
@@ -760,7 +780,13 @@ def test_a_run_cut_within_an_epoch_ends_in_the_same_state(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, averages, the optimizer's momenta, schedule, early stop, records and counts."""
-    fields = {"epochs": 3, "ema": 0.9, "schedule": "plateau", "patience": 0, "early_stop": 9}
+    fields: dict[str, Any] = {
+        "epochs": 3,
+        "ema": 0.9,
+        "schedule": "plateau",
+        "patience": 0,
+        "early_stop": 9,
+    }
     config = dataclasses.replace(config, **fields, memory=2 * 20 * 12 * 4 / 2**30)
     Trainer(make_plan(config)).run(tmp_path / "whole")
 
@@ -830,7 +856,7 @@ def test_a_run_is_not_resumed_with_other_labels(
         if epoch == 1:
             raise Stopped
 
-    fields = {"epochs": 2, "source": ["tiny"], "seeds": 1}
+    fields: dict[str, Any] = {"epochs": 2, "source": ["tiny"], "seeds": 1}
     begun = dataclasses.replace(config, cache=tmp_path / "f16", **fields)
     with pytest.raises(Stopped):
         Trainer(make_plan(begun), Hooks(step=stop)).run(tmp_path / "run")
@@ -884,7 +910,7 @@ def test_a_sample_that_any_source_lacks_is_left_out(
         label(Views(open_target(str(folder)), parse_policy("none")), source, tmp_path / "cache")
         for i, data in whole.items():
             files[i].write_bytes(data)
-    fields = {"target": str(folder), "cache": tmp_path / "cache", "policy": "none"}
+    fields: dict[str, Any] = {"target": str(folder), "cache": tmp_path / "cache", "policy": "none"}
     for sources in (["tiny", "other"], ["other", "tiny"]):
         both = dataclasses.replace(config, source=sources, **fields)
         (order,) = orders(both, 1)
