@@ -23,18 +23,18 @@ from common import PLACES, cifar_folder, data_folder, paired_ratio, report, sync
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.philox import permutation
-from sskt.teacher_cache.policies import parse_policy
-from sskt.teacher_cache.stage import cache_teachers
-from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views
-from sskt.teacher_cache.zoo import open_source, parse_source
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.labeling.run import cache_teachers
+from sskt.teacher_cache.rng import permutation
+from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.data.soft_labels import Labels, LiveLabels, NoLabels, StoredLabels, Window
 from sskt.trainer.distributed import batches_of
-from sskt.trainer.labels import Labels, LiveLabels, NoLabels, StoredLabels, Window
-from sskt.trainer.loop import Trainer
-from sskt.trainer.plan import make_plan
+from sskt.trainer.loop.setup import make_plan
+from sskt.trainer.loop.trainer import Trainer
 
 EACH, BATCH, SEEDS, EPOCHS, LIVE_EPOCHS = 128, 128, 2, 10, 2
 TEMPERATURE = 3.0

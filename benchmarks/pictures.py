@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from sskt.teacher_cache.policies import parse_policy
-from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
+from sskt.trainer.data.gpu_loader import resident_feed
+from sskt.trainer.data.loader import Feed, in_memory
 from sskt.trainer.distributed import batches_of
-from sskt.trainer.feed import Feed, in_memory
-from sskt.trainer.normalisation import NORMALISATIONS
-from sskt.trainer.resident import resident_feed
+from sskt.trainer.models.normalization import NORMALISATIONS
 
 WORKERS, BATCH, ROUNDS = 2, 128, 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.label_set import LabelSet
-from sskt.teacher_cache.spec import classes_identity
-from sskt.teacher_cache.store import create_label_set
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.format.spec import classes_identity
+from sskt.teacher_cache.label_sets.create import create_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 SAMPLES, CLASSES, SEEDS = 40960, 1000, 2
 ROUND = 10.0

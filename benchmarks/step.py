@@ -23,15 +23,15 @@ from common import interleaved, paired_ratio, report
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.policies import parse_policy
-from sskt.teacher_cache.sources import Preprocessing, Source, freeze
-from sskt.teacher_cache.stage import StageOptions, cache_teachers
-from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
+from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.loop import Trainer
-from sskt.trainer.plan import make_plan
+from sskt.trainer.loop.setup import make_plan
+from sskt.trainer.loop.trainer import Trainer
 
 BATCH, SAMPLES, ROUNDS, STEPS = 16, 64, 7, 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

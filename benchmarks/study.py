@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from common import SAFELY
 
-from sskt.teacher_cache.durable import durable_write
-from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
-from sskt.teacher_cache.stage import cache_teachers
-from sskt.trainer import records
-from sskt.trainer.comparing import compare, find_runs
+from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
+from sskt.teacher_cache.labeling.run import cache_teachers
+from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.trainer.config import TrainConfig, read_config
-from sskt.trainer.drawing import draw_curves
-from sskt.trainer.runs import run_training
-from sskt.trainer.summary import mean_std, result_of
+from sskt.trainer.loop.runs import run_training
+from sskt.trainer.results import records
+from sskt.trainer.results.compare import compare, find_runs
+from sskt.trainer.results.groups import mean_std, result_of
+from sskt.trainer.results.plots import draw_curves
 
 RUNS = 3
 IN, PL = "imagenet", "places365"

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from common import cifar_folder, interleaved, paired_ratio, report
 
-from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.policies import parse_policy
-from sskt.teacher_cache.samples import Target
-from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.stage import StageOptions, cache_teachers
-from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views
-from sskt.teacher_cache.zoo import open_source, parse_source
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
+from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
 
 SIZE, BATCH, IMAGES, ROUNDS = 96, 64, 1280, 4
 

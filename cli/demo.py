@@ -60,7 +60,7 @@ def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -
         }
         live_image = _time_live(taught, bar)
     plot = out / "comparison.png"
-    from sskt.trainer.records import plot_runs
+    from sskt.trainer.results.records import plot_runs
 
     plot_runs(runs, plot)
     result = _result(runs, cached, live_image)
@@ -83,8 +83,8 @@ def _own_folder(out: Path) -> None:
 
 
 def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
-    from sskt.teacher_cache import stage
-    from sskt.teacher_cache.jobs import Job, open_job_sources, open_job_views
+    from sskt.teacher_cache.labeling import run as stage
+    from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 
     say(f"caching {SOURCE} over shapes, {seeds} view seeds")
     job = Job((SOURCE,), "shapes", str(config.cache), limit=config.limit, device=config.device)
@@ -97,9 +97,9 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
     import shutil
 
-    from sskt.cli.following import hooks_of
-    from sskt.trainer.loop import Trainer
-    from sskt.trainer.plan import make_plan
+    from sskt.cli.training_output import hooks_of
+    from sskt.trainer.loop.setup import make_plan
+    from sskt.trainer.loop.trainer import Trainer
 
     say(f"training into {out}")
     shutil.rmtree(out, ignore_errors=True)
@@ -109,10 +109,10 @@ def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
 
 def _time_live(config: TrainConfig, bar: Bar) -> float:
     """Seconds an image takes with the source run in the step, over a few steps after a first."""
-    from sskt.trainer.loop import Trainer
-    from sskt.trainer.plan import make_plan
-    from sskt.trainer.progress import Hooks
-    from sskt.trainer.runs import open_live_sources
+    from sskt.trainer.loop.progress import Hooks
+    from sskt.trainer.loop.runs import open_live_sources
+    from sskt.trainer.loop.setup import make_plan
+    from sskt.trainer.loop.trainer import Trainer
 
     live = dataclasses.replace(config, live=True)
     timing = bar("source in every step")

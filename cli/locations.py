@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sskt.teacher_cache.locations import data_location, label_location, require_folder
-from sskt.teacher_cache.targets import TARGETS, is_own
+from sskt.teacher_cache.targets.registry import TARGETS, is_own
 
 Command = Callable[..., Any]
 

@@ -11,10 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from sskt.server import batch, files, listing, on_demand, status
-from sskt.server.gate import OPEN, Gate
-from sskt.server.parent import end_with_parent
-from sskt.server.problems import Problem, problem_of, problem_response
+from sskt.server.compute.supervisor import end_with_parent
+from sskt.server.http.middleware import OPEN, Gate
+from sskt.server.http.problems import Problem, problem_of, problem_response
+from sskt.server.pages import status
+from sskt.server.routes import compute as on_demand
+from sskt.server.routes import label_sets as listing
+from sskt.server.routes import labels_batch as batch
+from sskt.server.routes import zarr as files
 from sskt.server.settings import Settings, from_environment
 from sskt.server.state import make_state
 from sskt.teacher_cache.errors import SsktError

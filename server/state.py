@@ -11,16 +11,16 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-from sskt.server.metrics import Metrics
-from sskt.server.problems import DAMAGED, Problem
+from sskt.server.compute.queue import Queue
+from sskt.server.http.problems import DAMAGED, Problem
+from sskt.server.http.tokens import Tokens
+from sskt.server.metrics.metrics import Metrics
+from sskt.server.rows.row_cache import Slabs
 from sskt.server.settings import Settings
-from sskt.server.shard_queue import Queue
-from sskt.server.slabs import Slabs
-from sskt.server.tokens import Tokens
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
-from sskt.teacher_cache.metadata import GROUP
-from sskt.teacher_cache.places import Place, open_cache
-from sskt.teacher_cache.store import LabelSet, open_label_set
+from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.label_sets.create import LabelSet, open_label_set
+from sskt.teacher_cache.storage.base import Place, open_cache
 
 FRESH_SECONDS = 1.0
 """How long a look at the cache's folders holds, at least."""

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY, write_images
+from support.helpers import TINY, write_images
 
 from sskt.cli.main import run
-from sskt.teacher_cache.encodings import parse_encoding
-from sskt.teacher_cache.policies import parse_policy
-from sskt.teacher_cache.sources import Source
-from sskt.teacher_cache.stage import StageOptions, cache_teachers
-from sskt.teacher_cache.targets import open_target
-from sskt.teacher_cache.views import Views
-from sskt.teacher_cache.zoo import open_source, parse_source
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
+from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
 
 TRAIN_EACH, TEST_EACH = 200, 50

@@ -126,7 +126,7 @@ def _run_pytest(root: Path, tests: Sequence[str], output: int) -> NoReturn:
         for stream in (1, 2):
             os.dup2(output, stream)
         os.chdir(root)
-        source = str(root / ".dev")
+        source = str(root)
         os.environ["PYTHONPATH"] = source
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # two mutants of one second may have one size
         os.environ.setdefault("SSKT_TEST_DATA", str(ROOT.parent / "shared" / "data"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.trainer.recipe_files import load_recipe
+from sskt.trainer.recipes import load_recipe
 
 AUTO = "auto"
 """Left to the target, or to the label sets that are trained from."""
@@ -360,7 +360,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _same_policy(one: str, other: str) -> bool:
     """Whether two policies are the same with their defaults filled in."""
-    from sskt.teacher_cache.policies import parse_policy
+    from sskt.teacher_cache.views.policies import parse_policy
 
     return AUTO not in (one, other) and parse_policy(one) == parse_policy(other)
 

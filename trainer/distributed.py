@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.sources import usable_device
+from sskt.teacher_cache.sources.source import usable_device
 
 Int64 = NDArray[np.int64]
 

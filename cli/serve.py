@@ -1,0 +1,94 @@
+"""``sskt serve``: one label store for a whole cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sskt.cli.locations import cache_option
+
+
+@click.command("serve")
+@cache_option("Folder or URL (s3://...) of the label sets.", writable=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any but this machine's own needs --token-file.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes."
+)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="Who may read (sskt token new makes it); without one, only this machine.",
+)
+@click.option(
+    "--on-demand", is_flag=True, help="Compute a missing shard when a client asks for it."
+)
+@click.option("--device", default="auto", show_default=True, help="Where --on-demand computes.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="Where the targets' data lies now (to compute, and to show samples).",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="GiB for labels asked for in random order, kept decoded; shared by all workers.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Shards that may wait to be computed; more are told to come back.",
+)
+@click.option(
+    "--max-requests",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Requests that a worker answers at once; more are told to come back.",
+)
+@click.option(
+    "--max-requests-each",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Of these, for one client (a token from one address).",
+)
+@click.option("--max-ids", type=click.IntRange(1), default=65536, show_default=True)
+@click.option(
+    "--log",
+    type=click.Choice(["json", "text"]),
+    default="json",
+    show_default=True,
+    help="Lines on standard error.",
+)
+def serve(token_file: Path | None, root: Path | None, **given: Any) -> None:
+    """Serve the label sets of a cache, read-only, to any number of trainings.
+
+    Trainings read them with sskt train --labels http://HOST:PORT, people with a browser at /.
+    """
+    from sskt.server import run as serving
+    from sskt.server.settings import Settings
+
+    settings = Settings(
+        run="",
+        token_file=str(token_file.resolve()) if token_file else None,
+        root=str(root.resolve()) if root else None,
+        **given,
+    )
+
+    def ready(address: str) -> None:
+        who = f"tokens in {token_file}" if token_file else "no token file: this machine only"
+        click.echo(f"serving {settings.cache} at {address} ({who}); Ctrl-C stops", err=True)
+
+    serving.serve(settings, ready)

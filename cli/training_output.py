@@ -1,0 +1,134 @@
+"""How a training is followed: a first line, bars, a legend, a line an epoch with its times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sskt.cli.locations import data_line
+from sskt.cli.output import say
+
+if TYPE_CHECKING:
+    from sskt.trainer.config import TrainConfig
+    from sskt.trainer.loop.progress import Hooks
+    from sskt.trainer.loop.setup import Plan
+
+Bars = Callable[[str], Callable[[int, int], None]]
+
+METRICS = {
+    "train_top1": "train",
+    "test_video_top1": "test by video",
+    "test_ap": "test AP",
+    "test_map": "mAP",
+    "test_top1": "test",
+}
+
+
+def hooks_of(
+    config: TrainConfig, bars: Bars, *, name: str = "training", lines: bool = True
+) -> Hooks:
+    """Hooks that show a run.
+
+    Args:
+        config: The run.
+        bars: Makes a progress bar by name, see ``output.progress``.
+        name: Name of the bar of the training.
+        lines: Whether to print a legend and a line an epoch.
+    """
+    from sskt.trainer.loop.progress import Hooks
+
+    training = bars(name)
+
+    def step(epoch: int, done: int, total: int) -> None:
+        training(epoch * total + done, config.epochs * total)
+
+    hooks = Hooks(step=step, load=bars("reading images"), test=bars("testing"))
+    return replace(hooks, epoch=EpochLines(config), note=say) if lines else hooks
+
+
+class EpochLines:
+    """Prints a legend before the first epoch of this process, then a line an epoch."""
+
+    def __init__(self, config: TrainConfig, clock: Callable[[], float] = time.time) -> None:
+        self._config, self._clock = config, clock
+        self._begin = clock()
+        self._first: int | None = None
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self._first is None:
+            self._first = record["epoch"]
+            if text := legend(record, self._config):
+                say(text)
+        now, done = self._clock(), record["epoch"] + 1
+        each = (now - self._begin) / (done - self._first)
+        left = each * (self._config.epochs - done)
+        say(f"{epoch_line(record, self._config.epochs)}  {times(each, left, now)}")
+
+
+def legend(record: dict[str, Any], config: TrainConfig) -> str:
+    """What the losses of an epoch's line are; empty for a training from scratch."""
+    names = [key.removeprefix("loss_") for key in record if key.startswith("loss_")]
+    auxiliary = [name for name in names if name != "primary"]
+    if not auxiliary:
+        return ""
+    weights = dict(item.partition("=")[::2] for item in config.source_weight)
+    terms = [f"{weights[n]} x {n}" if n in weights else n for n in auxiliary]
+    return (
+        f"loss = primary + {config.alpha:g} x ({' + '.join(terms)}); primary: loss of the true "
+        f"classes; {', '.join(auxiliary)}: loss of the soft labels at T = {config.temperature:g}"
+    )
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """Losses and metrics of an epoch."""
+    width = len(str(epochs))
+    parts = [f"epoch {record['epoch'] + 1:{width}d}/{epochs}", f"loss {record['loss']:.4f}"]
+    parts += [
+        f"{k.removeprefix('loss_')} {v:.4f}" for k, v in record.items() if k.startswith("loss_")
+    ]
+    parts += [f"{name} {record[key]:.2f} %" for key, name in METRICS.items() if key in record]
+    parts.append(f"{record['images'] / record['seconds']:.0f} images/s")
+    return "  ".join(parts)
+
+
+def times(each: float, left: float, now: float) -> str:
+    """``14.7 s/epoch, ends 15:32 (in 48 min)``; seconds, and ``now`` since 1970."""
+    text = f"{duration(each)}/epoch"
+    if left <= 0:
+        return text
+    form = "%H:%M" if left < 12 * 3600 else "%a %H:%M"
+    return f"{text}, ends {time.strftime(form, time.localtime(now + left))} (in {duration(left)})"
+
+
+def duration(seconds: float) -> str:
+    """``14.7 s``, ``48 min``, ``3.2 h``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def first_line(asked: TrainConfig, plan: Plan) -> str:
+    """What is trained on what, and from which label sets: the choices that were left open."""
+    from sskt.teacher_cache.locations import label_location
+
+    config, target = plan.config, plan.views.target
+    chosen = " (chosen for such views)" if asked.model == "auto" else ""
+    text = f"{target.name} {target.split}: {len(target):,} samples under {plan.views.policy}"
+    text += f"; {Path(config.model).name}{chosen}"
+    if plan.label_sets:
+        sets = [
+            f"{name} ({s.spec['source']['arch']}, {s.encoding}, {s.seeds} seeds)"
+            for name, s in plan.label_sets.items()
+        ]
+        where = label_location(config.labels or config.cache)
+        text += f" {'with transfer modules, ' if config.tm else ''}from the labels of "
+        text += f"{' and '.join(sets)} in {where}"
+    elif plan.live:
+        text += f" with {' and '.join(s.name for s in plan.live)} run in every step"
+    elif config.method == "sskt":
+        text += " from scratch (no --source and no option of the auxiliary task was given)"
+    data = data_line(config.target, config.root)
+    return f"{text}; {data}" if data else text

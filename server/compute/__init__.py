@@ -1,0 +1,1 @@
+"""Computing missing shards: the queue and the worker process."""

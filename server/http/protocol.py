@@ -1,0 +1,276 @@
+"""Connections that hold what they promise: heads arrive in time and in bounds, or are cut off.
+
+uvicorn's httptools protocol has no limit on a request's head, on idle or half-sent requests, on
+pipelined ones, or on how long a closed connection may refuse its last bytes. The answer's body
+and its time limits are the gate's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import resource
+from asyncio import TimerHandle, Transport
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from sskt.server.http.problems import MEDIA_TYPE
+from sskt.server.settings import VARIABLE, Settings, from_environment
+
+MAX_HEAD = 2**16
+"""Bytes of a request's line and headers."""
+MAX_HEADERS = 100
+MAX_PIPELINED = 16
+"""Requests that may have come while one is answered."""
+MAX_FILES = 2**20
+SPARE_FILES = 256
+"""Open files that connections leave to the rest of the process."""
+CUT = "sskt.cut"
+"""ASGI extension: ``scope["extensions"][CUT]()`` closes the connection without a further byte."""
+
+_log = logging.getLogger("sskt.connections")
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection, limited by the settings (those in the environment unless given)."""
+
+    settings: ClassVar[Settings | None] = None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._limits = self.settings or _settings_of(os.environ.get(VARIABLE, ""))
+        self._head_timer: TimerHandle | None = None
+        self._in_head = True
+        self._too_large = False
+        self._answering: RequestResponseCycle | None = None
+        self._head_bytes = 0
+        self._budget = MAX_HEAD
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Counts the connection; one too many is closed."""
+        super().connection_made(transport)
+        if len(self.connections) > min(self._limits.max_connections, _most_connections()):
+            transport.abort()
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: whatever waits for it is told."""
+        self._stop_head_timer()
+        self._unset_keepalive_if_required()
+        self.pipeline.clear()
+        if self._answering is not None and not self._answering.response_complete:
+            # uvicorn tells the latest request only, which need not be the one under way.
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data: bytes) -> None:
+        """Parses; refuses what is not HTTP or too large."""
+        if self.parser is None or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self._budget -= len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self._refuse()
+            return
+        if self._budget < 0:
+            self._too_large = True
+            self._refuse()
+        elif self._idle():
+            self._await_head()
+
+    def _feed(self, data: bytes) -> None:
+        """An upgrade is not offered: what asks for one is an ordinary request."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        self.scope["extensions"] = {CUT: self._cut}  # type: ignore[dict-item]
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request's target."""
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header. Those after the body come too late to be heeded."""
+        self._count(len(name) + len(value) + 4)
+        if self._in_head:
+            super().on_header(name, value)
+            if len(self.headers) > MAX_HEADERS:
+                self._over()
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD:
+            self._over()
+
+    def _over(self) -> None:
+        self._too_large = True
+        raise ValueError("too large")  # httptools makes an HttpParserError of it
+
+    def on_headers_complete(self) -> None:
+        """A request can be answered."""
+        self._in_head = False
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests in one go")
+        if self.parser.should_upgrade() and _has_body(self.headers):
+            # httptools would take the body for the next request.
+            raise ValueError("a body under an upgrade")
+        version = self.parser.get_http_version()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if version not in ("1.0", "1.1") or hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise ValueError("no request of HTTP/1.1 (RFC 9112, 2.3 and 3.2)")
+        super().on_headers_complete()
+        self._stop_head_timer()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body: its bytes, and some framing for each, need no room in the head."""
+        self._budget += 8 * len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._budget = MAX_HEAD
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is handed over."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._abort_later()
+        elif self._in_head and self._idle():
+            self._await_head()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing was asked for a while."""
+        super().timeout_keep_alive_handler()
+        self._abort_later()
+
+    def shutdown(self) -> None:
+        """The server stops: answers under way are finished."""
+        super().shutdown()
+        if self.transport.is_closing():
+            self._abort_later()
+
+    def _idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            later = self.loop.call_later
+            self._head_timer = later(self._limits.header_seconds, self._head_is_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._idle():
+            self._cut()
+
+    def _cut(self) -> None:
+        self.transport.abort()
+
+    def _abort_later(self) -> None:
+        """A client that never takes the last bytes would keep its closed connection for ever."""
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self._limits.send_seconds, self.transport.abort)
+
+    def _refuse(self) -> None:
+        """Tells what was wrong, where no other answer is under way, and closes."""
+        status = (
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            if self._too_large
+            else (HTTPStatus.BAD_REQUEST)
+        )
+        _log.info(
+            "no HTTP request" if status == HTTPStatus.BAD_REQUEST else "request's head too large",
+            extra={"status": int(status), "client": self.client[0] if self.client else ""},
+        )
+        cycle = self.cycle
+        unanswered = self._idle() or (
+            cycle.more_body and not cycle.response_started and not self.pipeline
+        )
+        if not unanswered:
+            self._cut()
+            return
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.write(_refusal(status))
+        self.transport.close()
+        self._abort_later()
+
+
+def limited_by(settings: Settings) -> type[LimitedProtocol]:
+    """The protocol with settings of its own, for a server in this process."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"settings": settings})
+
+
+def many_files() -> int:
+    """Allows this process, and those it starts, as many open files as the system lets it; how many.
+
+    Every connection is one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return int(soft if soft != resource.RLIM_INFINITY else MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    _most_connections.cache_clear()
+    return int(most)
+
+
+@functools.cache
+def _most_connections() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_FILES if soft == resource.RLIM_INFINITY else max(soft - SPARE_FILES, 16)
+
+
+@functools.cache
+def _settings_of(environment: str) -> Settings:
+    return from_environment()
+
+
+def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
+        for name, value in headers
+    )
+
+
+def _refusal(status: HTTPStatus) -> bytes:
+    problem = {"type": "about:blank", "title": status.phrase.lower(), "status": int(status)}
+    body = json.dumps(problem).encode()
+    headers = (
+        f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        "cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
+    )
+    return STATUS_LINE[status] + headers.encode() + body

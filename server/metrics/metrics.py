@@ -1,0 +1,316 @@
+"""What a server counts: for Prometheus at ``/metrics``, for people on the status page.
+
+With PROMETHEUS_MULTIPROC_DIR set before Python starts, the numbers are those of all processes,
+dead ones included; otherwise of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+    values,
+)
+from starlette.responses import Response
+
+from sskt.server.http.openapi import problems
+from sskt.server.metrics.error_log import ErrorLog
+from sskt.server.metrics.last_minute import LastMinute, Minute
+from sskt.teacher_cache.errors import InputError
+
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+BOUNDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
+    *(0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+"""Upper bounds of the latency buckets, seconds."""
+
+COMPUTE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
+MOST = 1000
+"""Label values kept of one kind; whatever comes after them is counted as ``other``."""
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """One worker's counters. ``run``: the server's run folder. Safe from any thread.
+
+    Raises ``InputError`` if the variable was set after prometheus_client was imported.
+    """
+
+    def __init__(self, run: Path, registry: CollectorRegistry | None = None) -> None:
+        self._folder = os.environ.get(DIRECTORY)
+        if self._folder and not getattr(values.ValueClass, "_multiprocess", False):
+            raise InputError(
+                f"{DIRECTORY} was set after prometheus_client was imported; set it in the "
+                "environment that the process starts with"
+            )
+        self._registry = registry or CollectorRegistry()
+        self._minute = Minute(run / "minute", BOUNDS)
+        self._errors_log = ErrorLog(run / "errors.jsonl")
+        self._children: dict[tuple[str, str, int], tuple[Any, Any, Any]] = {}
+        self._sets: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
+        self._define(self._registry)
+
+    def _define(self, on: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "sskt_requests", "Answers sent.", ["route", "method", "status"], registry=on
+        )
+        self._seconds = Histogram(
+            "sskt_request_seconds",
+            "From the request to the last byte of its answer.",
+            ["route"],
+            registry=on,
+            buckets=BOUNDS,
+        )
+        self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
+        self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
+        self._hits = Counter("sskt_slab_hits", "Batches from a slab in memory.", registry=on)
+        self._misses = Counter(
+            "sskt_slab_misses", "Batches that had to decode a slab.", registry=on
+        )
+        computed = Counter("sskt_computed_shards", "Shards computed.", ["result"], registry=on)
+        self._computed = {ok: computed.labels("ok" if ok else "failed") for ok in (True, False)}
+        self._compute_seconds = Histogram(
+            "sskt_compute_seconds",
+            "Computing one shard.",
+            registry=on,
+            buckets=COMPUTE_BOUNDS,
+        )
+        self._waiting = Gauge(
+            "sskt_compute_waiting",
+            "Shards waiting to be computed.",
+            registry=on,
+            multiprocess_mode="livemostrecent",
+        )
+        self._serving = Gauge(
+            "sskt_requests_serving",
+            "Requests being answered.",
+            registry=on,
+            multiprocess_mode="livesum",
+        )
+        self._errors = Counter("sskt_errors", "Errors.", ["kind"], registry=on)
+        info = Gauge(
+            "sskt_info",
+            "What is running.",
+            ["version"],
+            registry=on,
+            multiprocess_mode="livemax",
+        )
+        info.labels(version("sskt")).set(1)
+
+    def request(self, route: str, method: str, status: int, seconds: float, sent: int) -> None:
+        """Counts an answer. route: the route's template; sent: bytes of the body."""
+        try:
+            requests, latency, size = self._children[route, method, status]
+        except KeyError:
+            requests, latency, size = self._child(route, method, status)
+        requests.inc()
+        latency.observe(seconds)
+        size.inc(sent)
+        self._minute.request(seconds, sent)
+
+    def _child(self, route: str, method: str, status: int) -> tuple[Any, Any, Any]:
+        """Neither a made-up method nor a raw path may fill the memory."""
+        if method not in METHODS:
+            return self._known(route, "other", status)
+        return self._known(route, method, status)
+
+    def _known(self, route: str, method: str, status: int) -> tuple[Any, Any, Any]:
+        if len(self._children) >= MOST:
+            route = "other"
+        key = (route, method, status)
+        if key not in self._children:
+            self._children[key] = (
+                self._requests.labels(route, method, str(status)),
+                self._seconds.labels(route),
+                self._sent.labels(route),
+            )
+        return self._children[key]
+
+    def serving(self, change: int) -> None:
+        """A request has come (1) or is answered (-1)."""
+        self._serving.inc(change)
+
+    def labels(self, set_name: str, count: int) -> None:
+        """Counts labels sent of a set."""
+        _kept(self._sets, self._labels, set_name).inc(count)
+        self._minute.add("labels", count)
+
+    def slab(self, hit: bool) -> None:
+        """Counts a batch: its slab was in memory, or had to be decoded."""
+        (self._hits if hit else self._misses).inc()
+        self._minute.add("hits" if hit else "misses", 1)
+
+    def computed(self, seconds: float, ok: bool) -> None:
+        """Counts a shard computed on demand."""
+        self._computed[ok].inc()
+        self._compute_seconds.observe(seconds)
+
+    def waiting(self, count: int) -> None:
+        """Sets how many shards wait to be computed."""
+        self._waiting.set(count)
+
+    def error(self, kind: str, detail: str, request_id: str) -> None:
+        """Counts an error, and keeps it among the recent ones. kind: one of few words."""
+        _kept(self._kinds, self._errors, kind).inc()
+        self._errors_log.add(kind, detail, request_id)
+
+    def recent_errors(self, count: int) -> list[dict[str, Any]]:
+        """The last errors of all workers, newest first: time, kind, detail, request_id."""
+        return self._errors_log.last(count)
+
+    def last_minute(self) -> LastMinute:
+        """What all workers did in the last minute."""
+        return self._minute.last()
+
+    def text(self) -> bytes:
+        """The exposition, format 0.0.4."""
+        return generate_latest(self._collected())
+
+    def _collected(self) -> CollectorRegistry:
+        """A registry of all processes' numbers."""
+        if not self._folder:
+            return self._registry
+        forget_dead(Path(self._folder))
+        together = CollectorRegistry()
+        multiprocess.MultiProcessCollector(together, self._folder)  # type: ignore[no-untyped-call]
+        return together
+
+    def totals(self) -> dict[str, Any]:
+        """All workers' numbers since the server's start.
+
+        requests, sent_bytes, labels, hits, misses, computed, compute_failed, waiting, serving,
+        errors (by kind), routes (by template: requests, sent_bytes, buckets as in ``BOUNDS`` and
+        one more), labels_by_set.
+        """
+        totals: dict[str, Any] = {
+            "labels_by_set": {},
+            "errors": {},
+            "routes": {},
+        } | dict.fromkeys(_PLAIN.values(), 0)
+        for metric in self._collected().collect():
+            for sample in metric.samples:
+                _add(totals, sample.name, sample.labels, sample.value)
+        routes = totals["routes"].values()
+        for route in routes:
+            # The exposition accumulates the buckets.
+            rising = [count for _, count in sorted(route.pop("le").items())]
+            route["buckets"] = tuple(
+                int(b - a) for a, b in zip([0, *rising], rising, strict=False)
+            ) or (0,) * (len(BOUNDS) + 1)
+        totals["requests"] = sum(route["requests"] for route in routes)
+        totals["sent_bytes"] = sum(route["sent_bytes"] for route in routes)
+        totals["labels"] = sum(totals["labels_by_set"].values())
+        return totals
+
+
+_PLAIN = {
+    "sskt_slab_hits_total": "hits",
+    "sskt_slab_misses_total": "misses",
+    "sskt_compute_waiting": "waiting",
+    "sskt_requests_serving": "serving",
+    "computed ok": "computed",
+    "computed failed": "compute_failed",
+}
+
+
+def _add(totals: dict[str, Any], name: str, labels: dict[str, str], value: float) -> None:
+    if name == "sskt_computed_shards_total":
+        name = f"computed {labels['result']}"
+    if name in _PLAIN:
+        totals[_PLAIN[name]] += int(value)
+    elif name == "sskt_errors_total":
+        totals["errors"][labels["kind"]] = int(value)
+    elif name == "sskt_labels_total":
+        totals["labels_by_set"][labels["set"]] = int(value)
+    elif "route" in labels:
+        empty = {"requests": 0, "sent_bytes": 0, "le": {}}
+        route = totals["routes"].setdefault(labels["route"], empty)
+        if name == "sskt_requests_total":
+            route["requests"] += int(value)
+        elif name == "sskt_sent_bytes_total":
+            route["sent_bytes"] += int(value)
+        elif name == "sskt_request_seconds_bucket":
+            route["le"][float(labels["le"])] = value
+
+
+def _kept(children: dict[str, Any], metric: Counter, value: str) -> Any:
+    """The child of a label's value."""
+    child = children.get(value)
+    if child is None:
+        value = value if len(children) < MOST else "other"
+        child = children[value] = metric.labels(value)
+    return child
+
+
+def forget_dead(folder: Path) -> None:
+    """Removes the gauges of processes that are gone: a killed worker serves no requests.
+
+    Their counters stay, as what they counted has happened.
+    """
+    for path in folder.glob("gauge_live*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        except PermissionError:
+            pass
+
+
+def quantile(buckets: Sequence[int], q: float) -> float | None:
+    """A quantile (seconds) of latencies counted in ``BOUNDS``; None of nothing.
+
+    As Prometheus does it: linear within a bucket, the last bound for what lies beyond it.
+    """
+    count = sum(buckets)
+    if not count:
+        return None
+    rank, before, low = q * count, 0, 0.0
+    for bound, inside in zip(BOUNDS, buckets, strict=False):
+        if inside and before + inside >= rank:
+            return low + (bound - low) * (rank - before) / inside
+        before, low = before + inside, bound
+    return BOUNDS[-1]
+
+
+router = APIRouter(tags=["server"])
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    summary="For Prometheus",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Text exposition 0.0.4.",
+            "content": {"text/plain": {"example": 'sskt_info{version="0.1.0"} 1.0'}},
+        },
+        **problems(),
+    },
+)
+def metrics(request: Request) -> Response:
+    """Everything the server counts, of all its processes."""
+    from sskt.server.state import state_of
+
+    text = state_of(request).metrics.text()
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(text, headers={"Content-Type": kind, "Cache-Control": "no-store"})

@@ -1,0 +1,247 @@
+"""Shards computed when somebody asks for them: waiting for one, asking for many, the queue.
+
+A web worker never writes into the cache: it puts shards into the queue (``shard_queue.py``), and
+the owner of the accelerator (``owner.py``) stores them before anyone is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from sskt.server.compute.queue import COMPUTING, FAILED, QUEUED, Entry, Queue, QueueFull
+from sskt.server.http.middleware import require_scope
+from sskt.server.http.openapi import problems
+from sskt.server.http.problems import Problem, problem_of
+from sskt.server.state import State, state_of
+from sskt.teacher_cache.errors import DiskFull, SsktError
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+
+__all__ = ["Entry", "Queue", "QueueFull", "router", "wait_for", "why_not"]
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
+"""Seconds between two looks at a shard that is waited for: at first, and after a while."""
+
+MOST_SEEDS = 4096
+"""Seeds of one request, and how far beyond its seeds a set may be asked to grow at once."""
+
+router = APIRouter(tags=["on demand"])
+
+
+class Wanted(BaseModel):
+    """What to compute: every missing shard of these view seeds."""
+
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]] = Field(
+        min_length=1, max_length=MOST_SEEDS, examples=[[0, 1, 2]]
+    )
+
+
+QUEUE_EXAMPLE = {
+    "on_demand": True,
+    "limit": 64,
+    "waiting": 1,
+    "entries": [
+        {
+            "set": "cifar10-train.imagenet-resnet50.1f0c9a52e1d8",
+            "seed": 4,
+            "block": 0,
+            "state": "computing",
+            "since": 1767225600.5,
+            "message": "",
+        }
+    ],
+}
+COMPUTE_EXAMPLE = {
+    "set": "cifar10-train.imagenet-resnet50.1f0c9a52e1d8",
+    "missing": 7,
+    "queued": 6,
+    "computing": 1,
+    "failed": 0,
+    "message": "",
+}
+
+
+@router.get(
+    "/v1/compute",
+    operation_id="show_compute",
+    summary="Shards waiting to be computed",
+    responses={
+        200: {
+            "description": "In the order in which they will be computed.",
+            "content": {"application/json": {"example": QUEUE_EXAMPLE}},
+        },
+        **problems(),
+    },
+)
+async def show_compute(request: Request) -> Response:
+    """Being computed, waiting (`queued`), and failed lately; `since`: seconds of the epoch."""
+    queue = state_of(request).on_demand
+    entries = await asyncio.to_thread(queue.state) if queue else []
+    told = {
+        "on_demand": queue is not None,
+        "limit": queue.limit if queue else 0,
+        "waiting": sum(entry.state == QUEUED for entry in entries),
+        "entries": [_told(entry) for entry in entries],
+    }
+    return JSONResponse(told, headers={"Cache-Control": "no-store"})
+
+
+@router.post(
+    "/v1/label-sets/{name}:compute",
+    operation_id="compute",
+    summary="Compute what is missing of some seeds",
+    status_code=202,
+    responses={
+        202: {
+            "description": "All that is missing waits or is being computed, or failed lately.",
+            "content": {"application/json": {"example": COMPUTE_EXAMPLE}},
+        },
+        **problems(404, 409, 501, 507),
+    },
+)
+async def compute(
+    name: Annotated[str, Path(description="Name of a label set, or of its digest's beginning.")],
+    wanted: Wanted,
+    request: Request,
+) -> Response:
+    """Needs the scope `compute`. Seeds beyond the set's make it grow.
+
+    Where the queue cannot take all, the answer is 503 and says how much it took; asking again
+    goes on.
+    """
+    require_scope(request, "compute")
+    state = state_of(request)
+
+    def asked() -> dict[str, Any]:
+        label_set = state.sets.get(name)
+        queue = _queue_for(state, label_set)
+        top = max(wanted.seeds)
+        if top >= label_set.seeds + MOST_SEEDS:
+            limit = label_set.seeds + MOST_SEEDS - 1
+            detail = f"seed {top} is too far beyond the set's {label_set.seeds} seeds: at most"
+            raise Problem(422, "invalid request", f"{detail} {limit} at once")
+        return _ask_all(queue, label_set, sorted(set(wanted.seeds)))
+
+    try:
+        told = await asyncio.to_thread(asked)
+    except SsktError as error:
+        raise problem_of(error) from error
+    return JSONResponse(told, 202, headers={"Cache-Control": "no-store"})
+
+
+def _ask_all(queue: Queue, label_set: LabelSet, seeds: list[int]) -> dict[str, Any]:
+    """Asks block by block: the owner reads a block's samples once for all its waiting seeds."""
+    missing = label_set.missing(seeds)
+    states = dict.fromkeys((QUEUED, COMPUTING, FAILED), 0)
+    message, full = "", False
+    for shard in sorted(missing, key=lambda shard: (shard.block, shard.seed)):
+        try:
+            entry = queue.ask(label_set.name, shard.seed, shard.block)
+        except QueueFull:
+            full = True
+            break
+        states[entry.state] += 1
+        message = message or entry.message
+    told = {"set": label_set.name, "missing": len(missing), **states, "message": message}
+    if full:
+        taken = sum(states.values())
+        detail = f"the queue has taken {taken} of {len(missing)} missing shards; ask again"
+        raise _later(queue, detail, queue.limit, **told)
+    return told
+
+
+async def wait_for(state: State, label_set: LabelSet, seed: int, block: int) -> None:
+    """Asks for a shard, and returns when it is stored.
+
+    Who stops waiting does not stop the work. Raises ``Problem``: 503 with Retry-After if the
+    queue is full or ``wait_seconds`` were not enough (``state``, ``position`` say how far it
+    is), 507 for a full disk, 500 with the reason if it could not be computed, 409 for a set
+    that can never be, 404 for what is no shard.
+    """
+    queue = _queue_for(state, label_set)
+    if not (0 <= block < label_set.blocks and 0 <= seed < label_set.seeds + MOST_SEEDS):
+        raise Problem(
+            404, "no such shard", f"label set {label_set.name} has no block {block} of seed {seed}"
+        )
+    shard = label_set.shard(seed, block)
+    deadline, pause = time.monotonic() + state.settings.wait_seconds, FIRST_PAUSE
+    try:
+        while entry := await asyncio.to_thread(_entry, queue, label_set, shard):
+            if entry.state == FAILED:
+                raise _failed(queue, entry)
+            if time.monotonic() >= deadline:
+                raise await asyncio.to_thread(_not_yet, queue, entry)
+            await asyncio.sleep(pause)
+            pause = min(LONGEST_PAUSE, 1.5 * pause)
+    except QueueFull as full:
+        raise _later(queue, str(full), full.waiting, state="full", position=full.waiting) from full
+    except SsktError as error:
+        raise problem_of(error) from error
+
+
+def why_not(label_set: LabelSet) -> str:
+    """Why a set's shards cannot be computed by any server; empty if they can, as far as is told."""
+    if label_set.attributes.get("made", {}).get("source"):
+        return ""
+    return (
+        f"label set {label_set.name} does not record the source it was made with; compute what is "
+        "missing with sskt cache-teachers"
+    )
+
+
+def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
+    """The shard's entry in the queue, asked for where there is none; None: it is stored.
+
+    A bucket is asked only when the owner has done with the shard, not at every look.
+    """
+    entry = queue.get(label_set.name, shard.seed, shard.block)
+    over = entry is None or entry.state == FAILED
+    if (over or label_set.place.is_local) and label_set.has(shard, fresh=True):
+        return None
+    return queue.ask(label_set.name, shard.seed, shard.block) if over else entry
+
+
+def _failed(queue: Queue, entry: Entry) -> Problem:
+    again = {"Retry-After": str(queue.retry_seconds(entry))}
+    about = {"state": FAILED, "set": entry.set, "seed": entry.seed, "block": entry.block}
+    if entry.kind == DiskFull.__name__:
+        told = problem_of(DiskFull(entry.message))
+        return Problem(told.status, told.title, told.detail, again, **about)
+    return Problem(500, "shard not computed", entry.message, again, **about)
+
+
+def _not_yet(queue: Queue, entry: Entry) -> Problem:
+    ahead = queue.ahead(entry)
+    what = "is being computed" if entry.state == COMPUTING else f"waits behind {ahead} others"
+    more = f" ({entry.message})" if entry.message else ""
+    detail = f"block {entry.block} of seed {entry.seed} of {entry.set} {what}{more}; ask again"
+    return _later(queue, detail, ahead + 1, state=entry.state, position=ahead)
+
+
+def _later(queue: Queue, detail: str, shards: int, **more: Any) -> Problem:
+    """``shards``: how many will have been computed when asking again is worth it."""
+    again = {"Retry-After": str(queue.seconds(shards))}
+    return Problem(503, "being computed", detail, again, **more)
+
+
+def _queue_for(state: State, label_set: LabelSet) -> Queue:
+    if state.on_demand is None:
+        raise Problem(
+            501, "not on demand", "this server computes nothing; start sskt serve with --on-demand"
+        )
+    reason = why_not(label_set)
+    if reason:
+        raise Problem(409, "cannot be computed", reason)
+    return state.on_demand
+
+
+def _told(entry: Entry) -> dict[str, Any]:
+    names = ("set", "seed", "block", "state", "since", "message")
+    return {name: getattr(entry, name) for name in names}

@@ -1,0 +1,237 @@
+"""What a cache holds, as JSON: label sets, coverage, specs, files; and how the server is."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse, Response
+
+from sskt.server.http.openapi import problems
+from sskt.server.pages.survey import survey
+from sskt.server.routes.compute import why_not
+from sskt.server.state import State, state_of
+from sskt.teacher_cache.label_sets.create import summary
+from sskt.teacher_cache.label_sets.label_set import LabelSet
+
+router = APIRouter(tags=["label sets"])
+health = APIRouter(tags=["health"])
+
+SetName = Annotated[
+    str,
+    InPath(
+        description="Name of a label set, or the beginning of its digest (6 digits or more).",
+        examples=["cifar10-train.imagenet-resnet50.1f0c9a52e1d8"],
+    ),
+]
+EXAMPLE = {
+    "name": "cifar10-train.imagenet-resnet50.1f0c9a52e1d8",
+    "digest": "1f0c9a52e1d8…",
+    "target": {"name": "cifar10", "split": "train", "size": 50000},
+    "source": {"name": "imagenet", "arch": "resnet50", "precision": "float32"},
+    "views": {"policy": "pad-crop-flip", "version": 1, "parameters": {"padding": 4}},
+    "encoding": "f16",
+    "classes": 1000,
+    "seeds": 10,
+    "coverage": [1.0, 0.66],
+    "bytes": 812345678,
+    "on_demand": False,
+}
+
+
+def _json(example: Any, description: str = "As asked for.") -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"example": example}}}
+
+
+@router.get(
+    "/v1/label-sets",
+    operation_id="list_label_sets",
+    summary="All label sets",
+    responses={200: _json({"label_sets": [EXAMPLE], "damaged": {}}), **problems()},
+)
+async def list_label_sets(request: Request) -> Response:
+    """Every label set with its coverage; damaged ones by name, with the reason."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        sets = [_shown(state, label_set) for label_set in state.sets.all()]
+        return {"label_sets": sets, "damaged": state.sets.damaged}
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/label-sets/{name}",
+    operation_id="show_label_set",
+    summary="One label set",
+    responses={200: _json(EXAMPLE | {"spec": {}, "made": {}, "arrays": {}}), **problems(404)},
+)
+async def show_label_set(name: SetName, request: Request) -> Response:
+    """As in the list, with its spec, how it was made and its arrays."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        label_set = state.sets.get(name)
+        return _shown(state, label_set) | {
+            "spec": label_set.spec,
+            "made": label_set.attributes.get("made", {}),
+            "arrays": arrays_of(label_set),
+        }
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/label-sets/{name}/coverage",
+    operation_id="show_coverage",
+    summary="Which shards are stored",
+    responses={
+        200: _json({"seeds": 2, "blocks": 3, "rows": 8192, "stored": [[0, 1, 2], [0]]}),
+        **problems(404),
+    },
+)
+async def show_coverage(name: SetName, request: Request) -> Response:
+    """A shard is one seed x one block of `rows` samples; `stored` lists each seed's blocks."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        label_set = state.sets.get(name)
+        stored = [np.flatnonzero(blocks).tolist() for blocks in survey(label_set).stored]
+        return {
+            "seeds": label_set.seeds,
+            "samples": label_set.samples,
+            "blocks": label_set.blocks,
+            "rows": label_set.rows,
+            "stored": stored,
+        }
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/label-sets/{name}/spec",
+    operation_id="show_spec",
+    summary="What a label set is",
+    responses={200: _json({"digest": "1f0c9a52e1d8…", "spec": {}}), **problems(404)},
+)
+async def show_spec(name: SetName, request: Request) -> Response:
+    """The identity of a set, and the digest: SHA-256 of its canonical JSON."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        label_set = state.sets.get(name)
+        return {"digest": label_set.digest, "spec": label_set.spec}
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/label-sets/{name}/files",
+    operation_id="list_files",
+    summary="Names and sizes of stored files",
+    responses={
+        200: _json({"files": {"view_check/zarr.json": 1433, "view_check/c/0/0": 33012}}),
+        **problems(404),
+    },
+)
+async def list_files(
+    name: SetName,
+    request: Request,
+    under: Annotated[
+        str,
+        Query(
+            description="Only below this array.",
+            max_length=64,
+            pattern=r"^[a-z_]*$",
+            examples=["view_check"],
+        ),
+    ] = "",
+) -> Response:
+    """What `/zarr/NAME/` serves of a set, in bytes."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        sizes = state.sets.get(name).place.sizes(under)
+        return {"files": {k: n for k, n in sizes.items() if not k.endswith(".partial")}}
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/server",
+    operation_id="show_server",
+    summary="This server",
+    responses={
+        200: _json({"version": "0.1.0", "on_demand": False, "label_sets": 3}),
+        **problems(),
+    },
+)
+async def show_server(request: Request) -> Response:
+    """Its version, and whether it computes what is missing."""
+    state = state_of(request)
+
+    def found() -> dict[str, Any]:
+        return {
+            "version": version("sskt"),
+            "on_demand": state.on_demand is not None,
+            "label_sets": len(state.sets.all()),
+        }
+
+    return await _told(found)
+
+
+@router.get(
+    "/v1/auth",
+    operation_id="check_token",
+    summary="Whether a token may read",
+    status_code=204,
+    responses={204: {"description": "It may."}, **problems()},
+    response_class=Response,
+)
+async def check_token() -> Response:
+    """For a proxy that serves `/zarr` itself (nginx: `auth_request`)."""
+    return Response(None, 204)
+
+
+@health.get("/healthz", operation_id="healthz", summary="The process answers", responses=problems())
+async def healthz() -> Response:
+    """Needs no token."""
+    return JSONResponse({"status": "ok"})
+
+
+@health.get(
+    "/readyz",
+    operation_id="readyz",
+    summary="The cache can be read",
+    responses={200: _json({"status": "ready", "label_sets": 3}), **problems(503)},
+)
+async def readyz(request: Request) -> Response:
+    """Needs no token. 503 while the cache cannot be listed."""
+    sets = await asyncio.to_thread(state_of(request).sets.all)
+    return JSONResponse({"status": "ready", "label_sets": len(sets)})
+
+
+def arrays_of(label_set: LabelSet) -> dict[str, Any]:
+    """Shapes, types and paths of a set's arrays."""
+    shape = [label_set.seeds, label_set.samples]
+    arrays = label_set.encoding.arrays(len(label_set.classes)).items()
+    found = {
+        key: {"shape": [*shape, width], "dtype": dtype.name} for key, (dtype, width, _) in arrays
+    }
+    found["view_check"] = {"shape": shape, "dtype": "uint32"}
+    return {k: v | {"path": f"/zarr/{label_set.name}/{k}"} for k, v in found.items()}
+
+
+def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
+    found = survey(label_set)
+    computed = state.on_demand is not None and not why_not(label_set)
+    return summary(label_set, (found.shares.tolist(), found.bytes)) | {"on_demand": computed}
+
+
+async def _told(found: Any) -> Response:
+    """JSON from a function that may wait for a disk or a bucket; app.py tells its failures."""
+    return JSONResponse(await asyncio.to_thread(found), headers={"Cache-Control": "no-cache"})

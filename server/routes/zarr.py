@@ -1,0 +1,378 @@
+"""The store itself, read-only over HTTP: what any Zarr client reads, and ours in bulk.
+
+A shard never changes, so in order it costs the server one read and one write of its bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sskt.server.http.middleware import require_scope
+from sskt.server.http.openapi import problems
+from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
+from sskt.server.routes.compute import wait_for
+from sskt.server.state import State, state_of
+from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.storage.base import LocalPlace, Place
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.storage.object_store import BucketPlace
+
+PIECE = 2**20
+"""Bytes of a file in memory for each answer: a slow client holds no more."""
+IMMUTABLE = "private, max-age=31536000, immutable"
+MUTABLE = "no-cache"
+RETRY = {"Retry-After": "5"}
+
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+
+router = APIRouter(tags=["zarr"])
+
+
+class File(Protocol):
+    """One stored file, open."""
+
+    size: int
+    tag: str
+
+    async def read(self, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop - 1``. Raises ``OSError`` if they are not there."""
+
+    def close(self) -> None:
+        """Nothing is read any more."""
+
+
+@dataclass
+class LocalFile:
+    """A file of a cache folder. The strong tag names inode, size and time of writing."""
+
+    handle: int
+    size: int
+    tag: str
+
+    async def read(self, start: int, stop: int) -> bytes:
+        """From the page cache at once, else in a thread: a slow disk holds up nobody else."""
+        try:
+            data = _pread(self.handle, stop - start, start, os.RWF_NOWAIT)
+            if len(data) == stop - start:
+                return data
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):  # NFS, FUSE: not supported
+                raise
+        return await asyncio.to_thread(_pread, self.handle, stop - start, start)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+def _pread(handle: int, count: int, start: int, flags: int = 0) -> bytes:
+    data = bytearray(count)
+    done = os.preadv(handle, [data], start, flags)
+    while not flags and done < count:
+        more = os.preadv(handle, [memoryview(data)[done:]], start + done)
+        if not more:
+            raise OSError(errno.EIO, "the file became shorter")
+        done += more
+    return data if done == count else data[:done]  # type: ignore[return-value]
+
+
+def open_local(root: Path, key: str) -> LocalFile | None:
+    """A file below a folder; None if there is none, or if it lies elsewhere by a link.
+
+    Raises ``Problem`` 503 for one that cannot be read.
+    """
+    path = root / key
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _NOTHING:
+            return None
+        # Not 404, which Zarr clients read as fill values.
+        what = os.strerror(error.errno or errno.EIO)
+        raise Problem(503, UNREACHABLE, f"cannot read {key}: {what}", RETRY) from error
+    try:
+        found = os.fstat(handle)
+        real = Path(f"/proc/self/fd/{handle}").readlink()
+        inside = real.is_relative_to(os.path.realpath(root))
+        if not inside or not stat.S_ISREG(found.st_mode):
+            os.close(handle)
+            return None
+    except BaseException:
+        os.close(handle)
+        raise
+    tag = f'"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"'
+    return LocalFile(handle, found.st_size, tag)
+
+
+@dataclass
+class RemoteFile:
+    """An object of a cache in a bucket, passed on piece by piece."""
+
+    place: BucketPlace
+    key: str
+    size: int
+    tag: str
+
+    async def read(self, start: int, stop: int) -> bytes:
+        """See ``File``. Raises ``Problem`` 404, 503, ``InputError``: also of another version."""
+        return await asyncio.to_thread(self._read, start, stop)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        from sskt.teacher_cache.storage.object_store import plainly
+
+        place = self.place
+        options: Any = {"range": (start, stop)}
+        if self.tag.startswith('"') and self.tag != f'"{self.size:x}"':  # the bucket's own
+            options["if_match"] = self.tag
+        try:
+            with plainly(place.where(self.key)):
+                found = obstore.get(place.bucket, place.key(self.key), options=options)
+                return bytes(found.bytes())
+        except FileNotFoundError:
+            raise _nothing(self.key) from None
+        except PreconditionError:
+            again = {"Retry-After": "1"}
+            raise Problem(503, "changed", f"{self.key} changed meanwhile", again) from None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+async def open_file(home: Place, key: str) -> File | None:
+    """What is stored under a key of the cache, None if nothing is.
+
+    Raises ``Problem`` 503, ``InputError`` if it cannot be reached.
+    """
+    if isinstance(home, LocalPlace):
+        local = open_local(home.path, key)
+        if local is None and not home.path.is_dir():  # a lost mount is no missing shard
+            raise Problem(503, "cache out of reach", "the cache's folder is gone", RETRY)
+        return local
+    from sskt.teacher_cache.storage.object_store import BucketPlace
+
+    assert isinstance(home, BucketPlace)
+    found = await asyncio.to_thread(home.entity, key)
+    return RemoteFile(home, key, *found) if found else None
+
+
+def valid_key(path: str) -> str | None:
+    """A key that can be one of a cache's; None for anything else.
+
+    Names that begin with a dot (locks, partial sets) and partial files are nobody's business.
+    """
+    parts = path.split("/")
+    if len(parts) < 2 or path.endswith(".partial"):
+        return None
+    return path if all(_PART.fullmatch(part) for part in parts) else None
+
+
+def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
+    """The shard that a key within a set belongs to; of seeds that the set may yet grow to, too."""
+    match = _SHARD.fullmatch(inner)
+    if not match or match[1] not in label_set.arrays:
+        return None
+    seed, block = int(match[2]), int(match[3])
+    if block >= label_set.blocks or seed >= 2**31:
+        return None
+    shard = label_set.shard(seed, block)
+    return shard if label_set.shard_key(match[1], shard) == inner else None
+
+
+def ranges(header: str | None, size: int) -> tuple[int, int] | None:
+    """``start, stop`` of a Range header, None for the whole file. Raises ``Problem`` 416.
+
+    Several ranges or other units: the whole file, as RFC 9110 allows.
+    """
+    match = _RANGE.fullmatch(header.strip()) if header else None
+    if not match or not (match[1] or match[2]):
+        return None
+    if any(len(digits) > 18 for digits in match.groups()):
+        raise _unsatisfiable(size)
+    if not match[1]:
+        start, stop = max(0, size - int(match[2])), size
+    else:
+        start = int(match[1])
+        stop = min(size, int(match[2]) + 1) if match[2] else size
+        if match[2] and int(match[2]) < start:
+            return None
+    if start >= stop:
+        raise _unsatisfiable(size)
+    return start, stop
+
+
+def _unsatisfiable(size: int) -> Problem:
+    return Problem(
+        416,
+        "range not satisfiable",
+        f"the file has {size} bytes",
+        {"Content-Range": f"bytes */{size}"},
+    )
+
+
+class FileAnswer(Response):
+    """A part of a file, sent in pieces: the next is read when the client has taken the last."""
+
+    def __init__(
+        self, file: File, start: int, stop: int, status: int, headers: dict[str, str]
+    ) -> None:
+        super().__init__(None, status, headers, "application/octet-stream")
+        self.file, self.start, self.stop = file, start, stop
+        self.headers["Content-Length"] = str(stop - start)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        head = {"type": "http.response.start", "status": self.status_code}
+        try:
+            first = b""
+            if scope["method"] != "HEAD" and self.stop > self.start:
+                first = await self.file.read(self.start, min(self.start + PIECE, self.stop))
+            await send(head | {"headers": self.raw_headers})
+            await send(_piece(first, more=0 < len(first) < self.stop - self.start))
+            if first:
+                for begin, end in _pieces(self.start + len(first), self.stop):
+                    data = await self.file.read(begin, end)
+                    await send(_piece(data, more=end < self.stop))
+        finally:
+            self.file.close()
+
+
+def _piece(data: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for begin in range(start, stop, PIECE):
+        yield begin, min(begin + PIECE, stop)
+
+
+@router.api_route(
+    "/zarr/{path:path}",
+    methods=["GET"],
+    operation_id="read_file",
+    summary="A file of the store, as it is",
+    responses={
+        200: {"description": "The file.", "content": {"application/octet-stream": {}}},
+        206: {"description": "The part that Range asks for."},
+        304: {"description": "The file is the one that If-None-Match names."},
+        **problems(404, 409, 416, 507),
+    },
+    response_class=Response,
+)
+async def read_file(path: str, request: Request) -> Response:
+    """Zarr v3 groups, one for each label set: `/zarr/NAME/zarr.json`, `/zarr/NAME/labels/c/0/0/0`.
+
+    `docs/format.md` has the layout. A missing shard is a 404, which Zarr clients read as fill
+    values: look at `/v1/label-sets/NAME/coverage` first.
+    """
+    state = state_of(request)
+    key = valid_key(path)
+    if key is None:
+        raise _nothing(path)
+    file = await open_file(state.home, key)
+    if file is None:
+        file = await _computed(request, state, key)
+    return answer(request, state, key, file)
+
+
+@router.head("/zarr/{path:path}", include_in_schema=False)
+async def look_at_file(path: str, request: Request) -> Response:
+    """Size and tag; never computes anything."""
+    state = state_of(request)
+    key = valid_key(path)
+    file = await open_file(state.home, key) if key else None
+    if key is None or file is None:
+        raise _nothing(path)
+    return answer(request, state, key, file)
+
+
+def answer(request: Request, state: State, key: str, file: File) -> Response:
+    """304, a part, or the whole of an open file."""
+    try:
+        shard = not key.endswith(f"/{GROUP}")
+        if shard and "/c/" in key and file.size == 0:  # Zarr clients would read fill values
+            raise Problem(500, DAMAGED, f"{key} is empty; run sskt verify")
+        headers = {
+            "ETag": file.tag,
+            "Accept-Ranges": "bytes",
+            "Cache-Control": IMMUTABLE if shard else MUTABLE,
+        }
+        if _names(request.headers.get("if-none-match"), file.tag):
+            file.close()
+            return Response(None, 304, headers)
+        wanted = request.headers.get("range")
+        if request.headers.get("if-range", file.tag) != file.tag or request.method == "HEAD":
+            wanted = None
+        part = ranges(wanted, file.size)
+        start, stop = part or (0, file.size)
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
+        if stop == file.size and request.method == "GET":
+            count_labels(state, key)
+        return FileAnswer(file, start, stop, 206 if part else 200, headers)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _names(header: str | None, tag: str) -> bool:
+    if header is None:
+        return False
+    found = [t.strip().removeprefix("W/") for t in header.split(",")]
+    return tag in found or "*" in found
+
+
+def count_labels(state: State, key: str) -> None:
+    """Counts a shard's rows as served when the end of the file that commits it is."""
+    name, _, inner = key.partition("/")
+    if "/c/" not in inner:
+        return
+    label_set = state.sets.peek(name)
+    if label_set and inner.startswith(f"{label_set.arrays[-1]}/c/"):
+        shard = shard_of(label_set, inner)
+        if shard:
+            state.metrics.labels(name, shard.stop - shard.start)
+
+
+async def _computed(request: Request, state: State, key: str) -> File:
+    """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
+    name, _, inner = key.partition("/")
+    if state.on_demand and "/c/" in inner and _may_compute(request):
+        label_set = await asyncio.to_thread(state.sets.get, name)
+        shard = shard_of(label_set, inner)
+        if shard and label_set.name == name:
+            await wait_for(state, label_set, shard.seed, shard.block)
+            file = await open_file(state.home, key)
+            if file:
+                return file
+    raise _nothing(key)
+
+
+def _may_compute(request: Request) -> bool:
+    try:
+        require_scope(request, "compute")
+    except Problem:
+        return False
+    return True
+
+
+def _nothing(path: str) -> Problem:
+    return Problem(404, "not found", f"the cache has no {path}")

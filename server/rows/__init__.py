@@ -1,0 +1,1 @@
+"""Random access to rows of label sets."""

@@ -1,0 +1,214 @@
+"""Running the server: one socket, its worker processes, and the owner of the accelerator."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from sskt.server.http.logs import log_config
+from sskt.server.http.protocol import LimitedProtocol, many_files
+from sskt.server.http.tokens import Tokens
+from sskt.server.settings import VARIABLE, Settings
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.storage.base import LocalPlace, open_cache
+from sskt.teacher_cache.storage.object_store import BucketPlace
+
+GRACE_SECONDS = 20
+"""How long a stop waits for answers that are being sent."""
+RESTART_SECONDS = 5.0
+"""Pause before an owner that died is started again."""
+BACKLOG = 4096
+PREFIX, LOCK = "sskt-serve-", "lock"
+
+_log = logging.getLogger("sskt.server")
+
+
+def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> None:
+    """Serves until SIGTERM or SIGINT. ``ready`` is told the address once it listens.
+
+    Raises ``InputError`` for what the settings name wrongly, ``MissingData`` without a cache.
+    """
+    require_allowed(settings)
+    cache = open_cache(settings.cache)
+    if not isinstance(cache, LocalPlace | BucketPlace):
+        raise InputError(f"cannot serve {cache}; --cache takes a folder or a bucket's URL")
+    cache.folders()
+    if settings.on_demand and isinstance(cache, LocalPlace) and not os.access(cache.path, os.W_OK):
+        raise InputError(f"--on-demand writes into {cache}, which this user may not")
+    many_files()
+    with listening(settings.host, settings.port) as listener, run_folder() as run:
+        port = listener.getsockname()[1]
+        cache_name = full_name(settings.cache)
+        settings = replace(settings, cache=cache_name, run=str(run), port=port)
+        os.environ[VARIABLE] = settings.as_json()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run / "prometheus")
+        config = uvicorn.Config(
+            "sskt.server.app:worker",
+            factory=True,
+            http=LimitedProtocol,
+            loop="uvloop",
+            lifespan="off",
+            ws="none",
+            workers=settings.workers,
+            log_config=log_config(settings.log),
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        signal.signal(signal.SIGTERM, _stop)
+        with owner_of(settings):
+            if ready:
+                ready(f"http://{host_name(settings.host)}:{port}")
+            if settings.workers > 1:
+                supervisor = _Supervisor(config, [listener])
+                supervisor.run()
+                if supervisor.interrupted:
+                    raise KeyboardInterrupt
+            else:
+                uvicorn.Server(config).run(sockets=[listener])
+
+
+class _Supervisor(Multiprocess):
+    interrupted = False
+
+    def handle_int(self) -> None:
+        self.interrupted = True
+        super().handle_int()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def require_allowed(settings: Settings) -> None:
+    """Raises ``InputError`` if anybody on the network could read without a token."""
+    if not math.isfinite(settings.memory):
+        raise InputError(f"--memory must be finite, found {settings.memory}")
+    if settings.token_file:
+        Tokens(Path(settings.token_file)).require_usable()
+    elif not is_loopback(settings.host):
+        raise InputError(
+            f"--host {settings.host} can be reached from other machines, so --token-file is "
+            "needed; make one with sskt token new NAME --token-file FILE"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's own only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_name(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
+def full_name(cache: str) -> str:
+    """The cache as workers find it from any folder."""
+    return cache if "://" in cache else str(Path(cache).resolve())
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """The bound socket. Raises ``InputError`` if the address cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)  # clients may queue while the workers start
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port"
+        ) from error
+    listener.set_inheritable(True)
+    with contextlib.closing(listener):
+        yield listener
+
+
+@contextlib.contextmanager
+def run_folder() -> Iterator[Path]:
+    """A folder for what this server's processes share, readable by nobody else.
+
+    What killed servers of this user left behind is removed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for other in folder.parent.glob(f"{PREFIX}*"):
+                if other != folder and other.lstat().st_uid == os.getuid():
+                    _sweep(other)
+            for name in ("slabs", "prometheus", "queue"):
+                (folder / name).mkdir()
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    # Somebody else's, gone, or in use.
+    with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def owner_of(settings: Settings) -> Iterator[None]:
+    """Keeps the process that computes missing shards alive, where it is wanted."""
+    if not settings.on_demand:
+        yield
+        return
+    from sskt.server.compute.worker import own
+
+    spawn = multiprocessing.get_context("spawn")
+    stopped = threading.Event()
+    running: list[multiprocessing.process.BaseProcess] = []
+
+    def keep() -> None:
+        while not stopped.is_set():
+            process = spawn.Process(target=own, args=(settings,), name="sskt-owner")
+            process.start()
+            running[:] = [process]
+            process.join()
+            if not stopped.is_set():
+                _log.error("the computing process ended (status %s); again soon", process.exitcode)
+                stopped.wait(RESTART_SECONDS)
+
+    keeper = threading.Thread(target=keep, name="sskt-owner-keeper", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        for process in running:
+            process.terminate()
+        keeper.join(GRACE_SECONDS)

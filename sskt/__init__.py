@@ -1,0 +1,1 @@
+"""Labels of frozen teachers, computed once and streamed into every training (SSKT)."""

@@ -1,0 +1,1 @@
+"""The stored format: encodings, identity, JSON documents and checksums of label sets."""

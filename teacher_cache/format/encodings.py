@@ -1,0 +1,234 @@
+"""How soft labels are stored, and what is lost by it.
+
+Everything stored is a plain numpy array under plain codecs; the decode rule is in the spec.
+Temperatures are applied on decoding: p^(1/T), renormalised.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.errors import CorruptStore, InputError, UnknownName
+from sskt.teacher_cache.rng import STUDENT, draw, unit
+
+if TYPE_CHECKING:  # the label server's workers do without torch
+    from torch import Tensor
+
+Float32 = NDArray[np.float32]
+Encoded = dict[str, NDArray[Any]]
+EncodedTensors = dict[str, "Tensor"]
+
+NAMES = ("f16", "u8", "topk-K", "f32")
+U8_POWER = 6
+ROW_SUM_TOLERANCE = 0.01
+LOWEST = -65504.0
+"""The lowest float16: anything less likely is stored as this."""
+
+DECODE = {
+    "f32": "log_p = labels",
+    "f16": "log_p = labels; renormalise",
+    "u8": f"p = (labels / 255) ** {U8_POWER}; renormalise",
+    "topk": "p[index] = exp(value); the rest is uniform",
+}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One of f32, f16 (log-probabilities), u8, topk with its ``k``."""
+
+    name: str
+    k: int = 0
+
+    def __str__(self) -> str:
+        return f"topk-{self.k}" if self.k else self.name
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names this encoding."""
+        return {"name": self.name, "decode": DECODE[self.name]} | ({"k": self.k} if self.k else {})
+
+    def arrays(self, classes: int) -> dict[str, tuple[np.dtype[Any], int, float]]:
+        """Stored arrays by name: dtype, entries a row, fill value. The last one commits a shard."""
+        if self.name == "topk":
+            if self.k > classes:
+                raise InputError(f"encoding topk-{self.k}: the source has only {classes} classes")
+            return {
+                "index": (np.dtype("<u2" if classes <= 2**16 else "<u4"), self.k, 0),
+                "value": (np.dtype("<f2"), self.k, np.nan),
+            }
+        dtype = {"f32": "<f4", "f16": "<f2", "u8": "|u1"}[self.name]
+        return {"labels": (np.dtype(dtype), classes, 0 if self.name == "u8" else np.nan)}
+
+    def bytes_per_label(self, classes: int) -> int:
+        """Bytes of one row before compression."""
+        return sum(dtype.itemsize * width for dtype, width, _ in self.arrays(classes).values())
+
+    def encode(self, log_p: Float32) -> Encoded:
+        """float32 log-probabilities ``[n, C]`` to the stored arrays."""
+        if self.name == "f32":
+            return {"labels": log_p.astype("<f4")}
+        if self.name == "f16":
+            return {"labels": np.maximum(log_p, LOWEST).astype("<f2")}
+        if self.name == "u8":
+            relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
+            return {"labels": np.rint(255 * np.exp(relative / U8_POWER)).astype("u1")}
+        order = np.argsort(-log_p, axis=1, kind="stable")[:, : self.k]
+        dtype = self.arrays(log_p.shape[1])["index"][0]
+        value = np.maximum(np.take_along_axis(log_p, order, axis=1), LOWEST)
+        return {"index": order.astype(dtype), "value": value.astype("<f2")}
+
+    def empty(self, rows: int, classes: int) -> Encoded:
+        """Rows that all read as skipped."""
+        arrays = self.arrays(classes).items()
+        return {key: np.full((rows, width), fill, dtype) for key, (dtype, width, fill) in arrays}
+
+    def skipped(self, encoded: Encoded) -> NDArray[np.bool_]:
+        """Which rows hold no label (bool ``[n]``): all NaN, or for u8 all zero."""
+        if self.name == "u8":
+            return np.asarray(~encoded["labels"].any(axis=1))
+        return np.asarray(
+            np.isnan(encoded["value" if self.name == "topk" else "labels"]).all(axis=1)
+        )
+
+    def faulty(self, encoded: Encoded, classes: int) -> NDArray[np.bool_]:
+        """Which rows cannot be a probability distribution (bool ``[n]``); skipped ones are not."""
+        kept = ~self.skipped(encoded)
+        if self.name == "u8":
+            return np.asarray(kept & (encoded["labels"].max(axis=1) != 255))
+        values = encoded["value" if self.name == "topk" else "labels"].astype(np.float64)
+        total = np.exp(values).sum(axis=1)
+        if self.name == "topk":
+            beyond = (encoded["index"] >= classes).any(axis=1)
+            return np.asarray(kept & ~((total > 0) & (total < 1 + ROW_SUM_TOLERANCE) & ~beyond))
+        return np.asarray(kept & ~(np.abs(total - 1) < ROW_SUM_TOLERANCE))
+
+
+def parse_encoding(text: str) -> Encoding:
+    """``f16``, ``u8``, ``f32`` or ``topk-K``. Raises ``UnknownName``."""
+    match = re.fullmatch(r"topk-([1-9]\d*)", text)
+    if match:
+        return Encoding("topk", int(match[1]))
+    if text not in ("f16", "u8", "f32"):
+        raise UnknownName("encoding", text, NAMES)
+    return Encoding(text)
+
+
+def encoding_of(identity: dict[str, Any]) -> Encoding:
+    """The encoding that a stored spec names. Raises ``CorruptStore`` if it is none of ours."""
+    if identity.get("name") not in DECODE:
+        raise CorruptStore(
+            f"unknown encoding {identity.get('name')!r} in a label set's spec; "
+            f"this version of sskt reads {', '.join(DECODE)}: update sskt"
+        )
+    return Encoding(identity["name"], int(identity.get("k", 0)))
+
+
+def require_temperature(
+    encoding: Encoding,
+    temperature: float,
+    error: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Refuses a sparse label set at a temperature other than 1.
+
+    A temperature above 1 raises the probabilities that a top-k set does not hold, so that about
+    half of the gradient is wrong at T = 3.
+
+    Args:
+        encoding: the encoding of the label set.
+        temperature: T of the training. It counts as 1 within a relative 1e-9.
+        error: what ``measured_error`` found on this label set; None if it was not measured.
+        force: whether the user insists on these labels.
+
+    Raises:
+        InputError: for a top-k encoding at another temperature without ``force``.
+    """
+    if encoding.name != "topk" or math.isclose(temperature, 1.0) or force:
+        return
+    lost = gradient_error(error, "T=3", "T=1") or "not on this set; 15 to 67 % at T = 3 on others"
+    raise InputError(
+        f"labels stored as {encoding} are wrong at temperature {temperature:g} (gradient error "
+        f"measured: {lost}); cache with --encoding f16 or u8, use --temperature 1, or insist with "
+        "--force-topk"
+    )
+
+
+def gradient_error(error: Mapping[str, Any] | None, *temperatures: str) -> str:
+    """The gradient error of a label set in words; empty if it was not measured.
+
+    Args:
+        error: what ``measured_error`` found.
+        temperatures: its keys, ``T=1`` or ``T=3``.
+
+    Returns:
+        For example ``52 % at T = 3, 8.1 % at T = 1``.
+    """
+    known = [(t, error[t]["gradient"]) for t in temperatures if error and t in error]
+    return ", ".join(f"{100 * e:.2g} % at {t.replace('=', ' = ')}" for t, e in known)
+
+
+def soft_labels(
+    encoding: Encoding, encoded: EncodedTensors, classes: int, temperature: float = 1.0
+) -> Tensor:
+    """softmax(z_s / T) from stored rows, on the device they are on: float32 ``[n, C]``."""
+    import torch
+
+    if encoding.name == "u8":
+        p = (encoded["labels"].float() / 255).pow(U8_POWER / temperature)
+        return p / p.sum(dim=1, keepdim=True)
+    if encoding.name != "topk":
+        return torch.softmax(encoded["labels"].float() / temperature, dim=1)
+    # float64: what the top leaves over is a small difference, and 1/T < 1 magnifies it.
+    top = encoded["value"].double().exp()
+    rest = (1 - top.sum(dim=1, keepdim=True)).clamp(min=0) / max(classes - encoding.k, 1)
+    p = rest.expand(-1, classes).scatter(1, encoded["index"].long(), top)
+    p = p.pow(1 / temperature)
+    return (p / p.sum(dim=1, keepdim=True)).float()
+
+
+def as_tensors(encoded: Encoded) -> EncodedTensors:
+    """The same memory as torch tensors (unsigned 16/32-bit indices widened)."""
+    import torch
+
+    wide = {"uint16": np.int32, "uint32": np.int64}
+    return {
+        key: torch.from_numpy(
+            np.ascontiguousarray(a.astype(wide.get(a.dtype.name, a.dtype), copy=False))
+        )
+        for key, a in encoded.items()
+    }
+
+
+def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
+    """What the encoding costs on real rows ``[n, C]``, at T = 1 and 3.
+
+    kl: mean KL(p || stored) in nats. gradient: ||stored - p|| / ||q - p|| over all rows, the
+    relative error of the soft-label loss gradient T (q - p) for a random student q whose
+    logits are uniform in [-1, 1).
+    """
+    import torch
+
+    n, classes = log_p.shape
+    exact = torch.from_numpy(log_p.astype(np.float64))
+    blocks = -(-classes // 4)
+    words = draw(np.arange(n * blocks), 0, stream=STUDENT).reshape(n, -1)[:, :classes]
+    student = torch.from_numpy(2 * unit(words) - 1)
+    stored = as_tensors(encoding.encode(log_p))
+    report: dict[str, Any] = {"rows": n}
+    for temperature in (1, 3):
+        p = torch.softmax(exact / temperature, dim=1)
+        found = soft_labels(encoding, stored, classes, temperature).double()
+        q = torch.softmax(student / temperature, dim=1)
+        terms = torch.where(p > 0, p * (p.log() - found.clamp(min=1e-300).log()), 0.0)
+        report[f"T={temperature}"] = {
+            "kl": float(f"{terms.sum(dim=1).mean():.4g}"),
+            "gradient": float(f"{(found - p).norm() / (q - p).norm():.4g}"),
+        }
+    return report

@@ -1,0 +1,89 @@
+"""Identity of a label set: its spec, the canonical JSON of it, and the digest that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sskt.teacher_cache.errors import SpecMismatch
+from sskt.teacher_cache.format.encodings import Encoding
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.sources.source import Source
+    from sskt.teacher_cache.views.views import Views
+
+FORMAT = 1
+"""Version of the on-disk format (docs/format.md)."""
+
+Spec = dict[str, Any]
+
+
+def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
+    """All that a label depends on; two runs with equal specs make the same labels."""
+    return {
+        "format": FORMAT,
+        "target": views.target.identity(),
+        "source": source.identity(),
+        "views": views.identity(),
+        "encoding": encoding.identity(),
+    }
+
+
+def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
+    """The part of a label set's spec that names the source's classes."""
+    names = "\n".join(classes).encode()
+    return {"count": len(classes), "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}"}
+
+
+def canonical_json(spec: Mapping[str, Any]) -> str:
+    """Keys sorted, no white space, ASCII only."""
+    return json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest_of(spec: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(spec).encode()).hexdigest()
+
+
+def name_of(spec: Mapping[str, Any]) -> str:
+    """Folder name of a label set: readable parts, then 12 digits of the digest."""
+    target, source = spec["target"], spec["source"]
+    parts = (f"{target['name']}-{target['split']}", f"{source['name']}-{source['arch']}")
+    safe = [re.sub(r"[^A-Za-z0-9_-]+", "-", part) for part in parts]
+    return ".".join([*safe, digest_of(spec)[:12]])
+
+
+def first_difference(
+    expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    """First field of ``expected`` that ``found`` has otherwise: (dotted name, expected, found).
+
+    Fields that ``expected`` does not state are not compared.
+    """
+    for key, value in expected.items():
+        other = found.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            deeper = first_difference(value, other, f"{name}.")
+            if deeper:
+                return deeper
+            extra = sorted(set(other) - set(value)) if key == "parameters" else []
+            if extra:
+                return f"{name}.{extra[0]}", None, other[extra[0]]
+        elif value != other:
+            return name, value, other
+    return None
+
+
+def require(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Raises ``SpecMismatch`` with the first differing field and both values."""
+    difference = first_difference(expected, found)
+    if difference:
+        field, want, have = difference
+        raise SpecMismatch(
+            f"label set {where} was made for something else: {field} is {have!r}, "
+            f"expected {want!r}; cache labels for this configuration, or train with that one"
+        )

@@ -1,0 +1,1 @@
+"""Label sets: opening, reading, creating and finding them."""

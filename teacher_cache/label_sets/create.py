@@ -1,0 +1,220 @@
+"""The label sets of a cache: opening, creating, listing them.
+
+A label set is one Zarr v3 group (docs/format.md). It appears in one step: a folder is renamed
+into place, in a bucket the group's metadata is written last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sskt.teacher_cache.errors import CorruptStore
+from sskt.teacher_cache.format.encodings import encoding_of
+from sskt.teacher_cache.format.metadata import (
+    CHUNK_ROWS,
+    GROUP,
+    array_document,
+    bereft,
+    new_documents,
+    read_attributes,
+    shard_rows_of,
+)
+from sskt.teacher_cache.format.spec import Spec, name_of
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.storage.atomic import Locks, durable_rename, durable_write
+from sskt.teacher_cache.storage.base import (
+    METADATA,
+    SWEEP,
+    CacheName,
+    LocalPlace,
+    Place,
+    open_cache,
+)
+
+__all__ = [
+    "CHUNK_ROWS",
+    "SHARD_ROWS",
+    "Damaged",
+    "LabelSet",
+    "Shard",
+    "create_label_set",
+    "list_label_sets",
+    "look_over",
+    "open_for_writing",
+    "open_label_set",
+    "summary",
+]
+
+SHARD_ROWS = 8192
+"""Samples in a shard: 16 MB of float16 for 1000 classes."""
+
+
+def open_label_set(place: CacheName) -> LabelSet:
+    """Opens a label set for reading. Raises ``MissingData``, ``CorruptStore``."""
+    place = open_cache(place)
+    attributes = read_attributes(place)
+    spec, classes = attributes["spec"], attributes["classes"]
+    arrays = encoding_of(spec["encoding"]).arrays(len(classes))
+    try:
+        document = array_document(place, "view_check")
+        seeds, samples = document["shape"]
+        rows = shard_rows_of(document)
+        if samples != spec["target"]["size"] or document["data_type"] != "uint32" or rows < 1:
+            raise ValueError(f"view_check is {document['data_type']} {document['shape']}")
+        for key, (dtype, width, _) in arrays.items():
+            found = array_document(place, key)
+            shard = found["chunk_grid"]["configuration"]["chunk_shape"]
+            have = (found["shape"][1:], shard, found["data_type"])
+            if have != ([samples, width], [1, rows, width], dtype.name):
+                raise ValueError(f"{key} is {found['data_type']} {found['shape']}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CorruptStore(f"label set {place.name}: unreadable metadata ({error})") from error
+    return LabelSet(place, attributes, seeds, samples, rows)
+
+
+Documents = Callable[[int | None, int | None], dict[str, bytes]]
+"""Makes a new set's files for (shard rows, seeds), which somebody else may have fixed already."""
+
+
+def create_label_set(
+    cache: CacheName,
+    spec: Spec,
+    classes: tuple[str, ...],
+    seeds: int,
+    *,
+    shard_rows: int = SHARD_ROWS,
+    made: dict[str, Any] | None = None,
+) -> LabelSet:
+    """Opens the label set of ``spec`` for writing, created (in one step) if it is new.
+
+    An existing one keeps its shard size and grows to ``seeds``. ``made`` is recorded on
+    creation: versions and arguments, no part of the identity. Close it.
+    """
+
+    def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
+        return new_documents(spec, classes, found_seeds or seeds, rows or shard_rows, made or {})
+
+    return open_for_writing(cache, name_of(spec), documents, seeds)
+
+
+def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: int) -> LabelSet:
+    """Opens the label set ``name``, made of ``documents`` if it is new. See above."""
+    home = open_cache(cache)
+    place = home.below(name)
+    lost = place.size(GROUP) is None and (place.there() if place.is_local else bereft(place))
+    if lost and place.size(GROUP) is None:
+        raise CorruptStore(f"{place} exists but is no label set; remove or rename it")
+    claims = home.claims(name)
+    try:
+        with claims.held(METADATA):
+            if isinstance(place, LocalPlace) and isinstance(claims, Locks):
+                if place.size(GROUP) is None:
+                    _create_folder(place.path, documents, claims)
+                _sweep(place.path, claims)
+            elif place.size(GROUP) is None:
+                _create_objects(place, documents)
+        if isinstance(home, LocalPlace):
+            home.sweep()
+        label_set = open_label_set(place)
+        label_set.writable, label_set._claims = True, claims
+        if label_set.seeds < seeds:
+            label_set.grow(seeds)
+    except BaseException:
+        claims.close()
+        raise
+    return label_set
+
+
+def _sweep(path: Path, claims: Locks) -> None:
+    """Clears away files of killed writers, and joins the writers: nobody removes the set then."""
+    if claims.claim(SWEEP):
+        for leftover in filter(claims.abandoned, path.rglob("*.partial")):
+            leftover.unlink(missing_ok=True)
+        claims.release(SWEEP)
+    claims.claim(SWEEP, shared=True, wait=True)
+
+
+def _create_folder(path: Path, documents: Documents, claims: Locks) -> None:
+    """Beside its place, then renamed."""
+    for leftover in filter(claims.abandoned, path.parent.glob(f".{path.name}.*.partial")):
+        shutil.rmtree(leftover)
+    building = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        for key, data in documents(None, None).items():
+            durable_write(building / key, data)
+        durable_rename(building, path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _create_objects(place: Place, documents: Documents) -> None:
+    """The arrays' metadata first; the group's commits the set.
+
+    The first array fixes shard rows and seeds for all who create the same set at once, or
+    after somebody who was killed at it.
+    """
+    files = documents(None, None)
+    first, *others = [key for key in files if key != GROUP]
+    if not place.create(first, files[first]):
+        try:
+            found = array_document(place, first.removesuffix(f"/{GROUP}"))
+            files = documents(shard_rows_of(found), found["shape"][0])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CorruptStore(f"{place.where(first)} is no array's metadata ({error})") from error
+    for key in [*others, GROUP]:
+        place.create(key, files[key])
+
+
+Damaged = dict[str, CorruptStore]
+"""What is wrong with each label set that cannot be opened, by its name."""
+
+
+def look_over(cache: CacheName) -> tuple[list[LabelSet], Damaged]:
+    """All label sets of a cache, by name: those that open, and why the others do not.
+
+    Raises ``MissingData`` if there is no such folder.
+    """
+    home = open_cache(cache)
+    sets: list[LabelSet] = []
+    damaged: Damaged = {}
+    for name in home.folders():
+        place = home.below(name)
+        if place.size(GROUP) is None and not bereft(place):
+            continue
+        try:
+            sets.append(open_label_set(place))
+        except CorruptStore as error:
+            damaged[name] = error
+    return sets, damaged
+
+
+def list_label_sets(cache: CacheName) -> list[LabelSet]:
+    """All label sets of a cache, by name. Raises as ``look_over``, ``CorruptStore`` for any."""
+    sets, damaged = look_over(cache)
+    for error in damaged.values():
+        raise error
+    return sets
+
+
+def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) -> dict[str, Any]:
+    """What ``sskt ls`` shows of a set. ``stored``: coverage and bytes, where they are known."""
+    spec = label_set.spec
+    coverage, size = stored or (label_set.coverage(), label_set.stored_bytes())
+    return {
+        "name": label_set.name,
+        "digest": label_set.digest,
+        "target": spec["target"],
+        "source": {k: spec["source"].get(k) for k in ("name", "arch", "precision")},
+        "views": spec["views"],
+        "encoding": str(label_set.encoding),
+        "classes": len(label_set.classes),
+        "seeds": label_set.seeds,
+        "coverage": coverage,
+        "bytes": size,
+        "error": label_set.attributes.get("error"),
+    }

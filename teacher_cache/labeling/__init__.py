@@ -1,0 +1,1 @@
+"""Labeling a target with sources."""

@@ -1,0 +1,225 @@
+"""A labelling run in words: what a command line says, enough to open it on any machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.label_sets.create import SHARD_ROWS
+from sskt.teacher_cache.labeling.run import StageOptions
+from sskt.teacher_cache.labeling.units import MEMORY
+from sskt.teacher_cache.locations import data_location
+from sskt.teacher_cache.sources.batchnorm import parse_batchnorm
+from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Source, usable_device
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.registry import TARGETS, default_policy, is_own, open_target
+from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views, open_views
+
+Progress = Callable[[int, int], None]
+LIBRARIES = [
+    "sskt",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "av",
+    "zarr",
+    "numcodecs",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of ``sskt cache-teachers`` that say what to compute, and how it runs.
+
+    ``memory`` in GiB; ``frame_sampling`` empty: the paper's centre frame, for clips.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+    cache: str = ""
+    split: str = "train"
+    root: str | None = None
+    seeds: int = 10
+    policy: str = "auto"
+    frame_sampling: str = ""
+    encoding: str = "f16"
+    limit: int | None = None
+    partial: bool = False
+    decoder: str = "pyav"
+    strict: bool = False
+    download: bool = False
+    weights: tuple[str, ...] = ()
+    preprocessing: tuple[str, ...] = ()
+    batchnorm: str = "eval"
+    precision: str = "float32"
+    device: str = "auto"
+    batch_size: int = 64
+    workers: int | None = None
+    on_error: str = "fail"
+    shard_rows: int = SHARD_ROWS
+    memory: float = MEMORY
+
+    @property
+    def how(self) -> Encoding:
+        """The encoding."""
+        return parse_encoding(self.encoding)
+
+    def options(self, opened: Sequence[Opened]) -> StageOptions:
+        """How the stage runs this job."""
+        return StageOptions(
+            batch_size=self.batch_size,
+            workers=self.workers,
+            on_error=self.on_error,
+            shard_rows=self.shard_rows,
+            memory=self.memory,
+            made={one.source.name: self._made(one) for one in opened},
+        )
+
+    def _made(self, opened: Opened) -> dict[str, Any]:
+        device = opened.source.device
+        cuda = device.type == "cuda"
+        where = torch.cuda.get_device_name(device) if cuda else platform.machine()
+        made: dict[str, Any] = {
+            **opened.arguments,
+            "target": full_path(self.target) if is_own(self.target) else self.target,
+            "root": self.data_root(),
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "device": f"{device.type} ({where})",
+            "versions": {library: version(library) for library in LIBRARIES},
+        }
+        more = {
+            "partial": self.partial,
+            "strict": self.strict,
+            "frame_sampling": self._frame_sampling() if self.frame_sampling else "",
+        }
+        return made | {key: value for key, value in more.items() if value}
+
+    def data_root(self) -> str | None:
+        """The absolute path of the folder with the target's data; None if the target needs none."""
+        if self.root is not None:
+            return full_path(self.root)
+        if is_own(self.target) or not TARGETS[self.target].markers:
+            return None
+        return full_path(data_location(self.target).value)
+
+    def _frame_sampling(self) -> str:
+        file, colon, function = self.frame_sampling.rpartition(":")
+        return f"{full_path(file)}:{function}" if colon else self.frame_sampling
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, and the arguments that open it again."""
+
+    source: Source
+    arguments: dict[str, Any]
+
+
+def open_job_views(job: Job, progress: Progress = lambda done, total: None) -> Views:
+    """The target and its views. Raises what ``open_target`` and ``open_views`` raise."""
+    parse_encoding(job.encoding)
+    f_s = parse_frame_sampling(job.frame_sampling) if job.frame_sampling else None
+    policy = None if job.policy == "auto" else parse_policy(job.policy)
+    target: Target = open_target(
+        job.target,
+        job.split,
+        root=Path(job.root) if job.root else None,
+        limit=job.limit,
+        download=job.download,
+        partial=job.partial,
+        decoder=job.decoder,
+        strict=job.strict,
+        progress=progress,
+    )
+    if policy is None:
+        policy = parse_policy(default_policy(job.target, clips=target.clips))
+    return open_views(target, policy, f_s)
+
+
+def open_job_sources(job: Job) -> list[Opened]:
+    """The sources of a job, on its device."""
+    return open_sources(
+        job.sources,
+        job.weights,
+        job.preprocessing,
+        job.precision,
+        job.device,
+        parse_batchnorm(job.batchnorm, job.batch_size),
+    )
+
+
+def open_sources(
+    texts: Sequence[str],
+    weights: Sequence[str],
+    preprocessing: Sequence[str],
+    precision: str,
+    device: str,
+    batchnorm: str = "eval",
+) -> list[Opened]:
+    """Sources as a command line names them.
+
+    weights: ``[NAME=]FILE``; preprocessing: ``[NAME:]key=value,...``. Raises ``InputError`` if
+    one of them does not say for which source.
+    """
+    wanted = [parse_source(text) for text in texts]
+    names = [w.name for w in wanted]
+    files = _by_name(weights, "=", names, "--weights")
+    fields = _by_name(preprocessing, ":", names, "--preprocessing")
+    place = usable_device(device)
+    opened = []
+    for text, name in zip(texts, wanted, strict=True):
+        file = files.get(name.name)
+        source = open_source(
+            name,
+            weights=Path(file) if file else None,
+            preprocessing=fields.get(name.name, ""),
+            precision="float32" if precision == "float32" else "bfloat16",
+            device=place,
+            batchnorm=batchnorm,
+        )
+        arguments = {
+            "source": source_at(text, name.file, full_path(name.file)) if name.file else text,
+            "weights": full_path(file) if file else None,
+            "preprocessing": fields.get(name.name, ""),
+        }
+        opened.append(Opened(source, arguments))
+    return opened
+
+
+def source_at(text: str, file: Path, path: str) -> str:
+    """A ``--source`` argument that names a file, with another path to it."""
+    name, _, place = text.partition("=")
+    return f"{name}={path}{place[place.rindex(file.name) + len(file.name) :]}"
+
+
+def full_path(path: str | Path) -> str:
+    """As recorded, so that verify finds it from any folder."""
+    return str(Path(path).resolve())
+
+
+def _by_name(items: Sequence[str], mark: str, names: list[str], option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        name, has_mark, rest = item.partition(mark)
+        if has_mark and name in names:
+            found[name] = rest
+        elif len(names) == 1:
+            found[names[0]] = item
+        else:
+            known = ", ".join(names)
+            raise InputError(f"{option} {item}: say for which source ({known}), as NAME{mark}...")
+    return found

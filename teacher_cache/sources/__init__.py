@@ -1,0 +1,1 @@
+"""Frozen source networks: the known ones, timm's, a user's own."""

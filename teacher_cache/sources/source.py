@@ -1,0 +1,259 @@
+"""Sources: frozen teacher networks, each with its own preprocessing, weights and classes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved
+from sskt.teacher_cache.format.spec import classes_identity
+from sskt.teacher_cache.sources.batchnorm import EVAL, batch_of, set_batchnorm
+
+Triple = tuple[float, float, float]
+Precision = Literal["float32", "bfloat16"]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a uint8 view to what the network was trained on: resize, scale, order, normalise.
+
+    The whole view is resized to ``size`` x ``size`` (bilinear, antialiased when it shrinks);
+    then ``(view / 255 * scale - mean) / std``, mean and std in the network's channel order.
+    """
+
+    size: int = 224
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    channels: Literal["rgb", "bgr"] = "rgb"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std), ("scale", (self.scale,))):
+            if len(values) != (1 if name == "scale" else 3) or not all(map(math.isfinite, values)):
+                raise InputError(f"preprocessing {name}: cannot use {values}")
+        if 0 in self.std or self.scale <= 0 or self.size < 1:
+            raise InputError("preprocessing: std must not be 0, scale and size must be above 0")
+        if self.channels not in ("rgb", "bgr"):
+            raise InputError(f"preprocessing channels: rgb or bgr, found {self.channels!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names this preprocessing."""
+        return {
+            "size": self.size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "channels": self.channels,
+            "scale": self.scale,
+            "interpolation": "bilinear",
+        }
+
+    def __call__(self, views: Tensor) -> Tensor:
+        """uint8 ``[n, H, W, 3]`` on any device to float32 ``[n, 3, size, size]``."""
+        x = views.permute(0, 3, 1, 2).float()
+        if x.shape[2:] != (self.size, self.size):
+            shape = (self.size, self.size)
+            x = F.interpolate(x, shape, mode="bilinear", align_corners=False, antialias=True)
+        if self.channels == "bgr":
+            x = x.flip(1)
+        mean, std = _per_channel(self.mean, x.device), _per_channel(self.std, x.device)
+        x = (x * (self.scale / 255) - mean) / std
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: Triple, device: torch.device) -> Tensor:
+    """``[1, 3, 1, 1]``, kept on the device: copying it there for each batch would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def state_sha256(network: nn.Module) -> str:
+    """SHA-256 over the sorted ``state_dict``: names, dtypes, shapes, bytes (little-endian).
+
+    The same for the same weights, whatever file they came from.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen network h_s with all that its labels depend on.
+
+    Use ``freeze`` to make one: it puts the network in eval mode without gradients.
+    ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
+    ``batchnorm`` is ``eval`` or ``batch-B``: then whoever asks for labels passes the B samples
+    that belong together (``batch``), and no others with them.
+    """
+
+    name: str
+    arch: str
+    network: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    weights: str
+    precision: Precision
+    device: torch.device
+    code: str = ""
+    batchnorm: str = EVAL
+
+    @property
+    def batch(self) -> int | None:
+        """Samples that a forward pass takes together; None where a label depends on its own."""
+        return batch_of(self.batchnorm)
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names this source."""
+        identity = {
+            "name": self.name,
+            "arch": self.arch,
+            "weights": self.weights,
+            "preprocessing": self.preprocessing.identity(),
+            "classes": classes_identity(self.classes),
+            "batchnorm": self.batchnorm,
+            "precision": self.precision,
+        }
+        return identity | ({"code": self.code} if self.code else {})
+
+    def forward(self, views: Tensor) -> Tensor:
+        """log y_m of a batch, on the device and without waiting for it: float32 ``[n, C]``.
+
+        ``views`` is uint8 ``[n, H, W, 3]``; or ``[n, K, H, W, 3]`` with the K stills that f_s
+        took from each clip: then y_m is the mean of their K softmaxes, from one forward pass of
+        n * K images. y_m = softmax(h_s_m(x)) of equation 1 is the result's exponential; any
+        temperature follows. Raises ``InputError`` if the network's output is not ``[n, C]``;
+        whether it is finite is for ``require_finite`` to say, once it is off the device.
+        """
+        clips = views.ndim == 5
+        usable = views.dtype == torch.uint8 and views.ndim in (4, 5) and views.shape[-1] == 3
+        if not usable or 0 in views.shape[1:]:
+            raise InputError(
+                f"source {self.name}: expected views of uint8 [n, H, W, 3] or [n, K, H, W, 3], "
+                f"found {views.dtype} {tuple(views.shape)}"
+            )
+        stills = views.shape[1] if clips else 1
+        images = views.to(self.device, non_blocking=True)
+        images = images.flatten(0, 1) if clips else images
+        with torch.inference_mode(), full_float32(), self._autocast():
+            logits = self.network(self.preprocessing(images))
+            if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self.classes)):
+                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise InputError(
+                    f"source {self.name}: expected logits of shape "
+                    f"({len(images)}, {len(self.classes)}), found {found}"
+                )
+            log_p = F.log_softmax(logits.float(), dim=1)
+            if stills > 1:
+                by_clip = log_p.view(len(views), stills, len(self.classes))
+                log_p = by_clip.logsumexp(dim=1) - math.log(stills)
+        return log_p
+
+    def require_finite(self, log_p: NDArray[np.floating[Any]]) -> None:
+        """Raises ``InputError`` if a row of ``forward``'s result, off the device, is not finite."""
+        if not np.isfinite(log_p).all():
+            raise self._not_finite()
+
+    def log_probabilities(self, views: Tensor) -> Tensor:
+        """``forward``, waited for and checked: raises ``InputError`` if it is not finite."""
+        log_p = self.forward(views)
+        if not bool(torch.isfinite(log_p).all()):
+            raise self._not_finite()
+        return log_p
+
+    def _not_finite(self) -> InputError:
+        half = ", or use --precision float32" if self.precision != "float32" else ""
+        return InputError(
+            f"source {self.name}: the network's outputs are not finite; "
+            f"check its weights and preprocessing{half}"
+        )
+
+    def _autocast(self) -> torch.autocast:
+        half = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def check_frozen(self) -> None:
+        """Raises ``TeacherMoved`` if any weight or running statistic has changed."""
+        if self.network.training or state_sha256(self.network) != self.weights:
+            raise TeacherMoved(
+                f"source {self.name} changed while labelling (training mode: "
+                f"{self.network.training}); a source must not update its weights or "
+                "BatchNorm statistics in forward"
+            )
+
+
+def freeze(
+    name: str,
+    arch: str,
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    *,
+    precision: Precision = "float32",
+    device: torch.device | str = "cpu",
+    code: str = "",
+    batchnorm: str = EVAL,
+) -> Source:
+    """Eval mode, no gradients, on the device, weights hashed: a ``Source``.
+
+    ``batchnorm`` is ``eval`` or ``batch-B`` (``parse_batchnorm``). Raises ``InputError`` if the
+    network cannot run so on pictures of its size, ``TeacherMoved`` if running it changes it.
+    """
+    network = network.eval().requires_grad_(False)
+    set_batchnorm(name, network, batchnorm)
+    weights = state_sha256(network)
+    device = usable_device(str(device))
+    network = network.to(device).to(memory_format=torch.channels_last)
+    source = Source(
+        name, arch, network, preprocessing, classes, weights, precision, device, code, batchnorm
+    )
+    size, n = preprocessing.size, 1 if source.batch is None else 2
+    try:
+        source.log_probabilities(torch.zeros(n, size, size, 3, dtype=torch.uint8))
+    except SsktError:
+        raise
+    except Exception as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"source {name} does not take input of {size} pixels: {what}") from error
+    source.check_frozen()
+    return source
+
+
+def usable_device(name: str) -> torch.device:
+    """``auto`` (cuda where there is one), ``cpu``, ``cuda:1``. Raises ``InputError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 inside: a float32 label must not depend on the kind of GPU."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

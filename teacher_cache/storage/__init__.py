@@ -1,0 +1,1 @@
+"""Where caches live: local folders, object stores, label servers; locks and atomic writes."""

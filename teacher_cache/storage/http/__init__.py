@@ -1,0 +1,1 @@
+"""Reading caches over HTTP from a label server."""

@@ -1,0 +1,1 @@
+"""Target datasets: the known ones, folders, manifests."""

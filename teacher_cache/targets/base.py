@@ -1,0 +1,262 @@
+"""A target's samples: pictures or clips in a fixed order, with stable ids."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.errors import BadClip, BadImage, InputError
+from sskt.teacher_cache.media.images import UInt8, read_image
+
+Int64 = NDArray[np.int64]
+
+
+class Names(Sequence[str]):
+    """Many strings in two arrays: a million ids cost their bytes, and forked workers share them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start = self._ends[index - 1] if index else 0
+        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        text, start = self._text.data, 0
+        for end in self._ends.tolist():
+            yield str(text[start:end], "utf-8", "surrogateescape")
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Names({list(self[:3])}{'...' if len(self) > 3 else ''})"
+
+
+@dataclass(frozen=True)
+class Files(Sequence[Path]):
+    """Paths as names under a folder."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | Sequence[Path]:
+        if isinstance(index, slice):
+            return [self.folder / name for name in self.names[index]]
+        return self.folder / self.names[index]
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self.folder / name for name in self.names)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a loader is asked for. ``partial``: take what is there of an official list."""
+
+    name: str
+    split: str
+    root: Path
+    download: bool = False
+    partial: bool = False
+    decoder: str = "pyav"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One split of a dataset, in a fixed order. Sample i is row i of every label set over it.
+
+    labels: int64 ``[N]``, index into ``classes`` (-1: none known); for multi-label targets int64
+    ``[N, C]``: 1 present, 0 absent, -1 present only as difficult objects. Exactly one of
+    ``images`` (uint8 ``[N, H, W, 3]``) and ``paths`` (one file a sample) is given; ``sizes``
+    are the files' bytes. Clips have a ``decoder``, and ``frames`` (decodable frames of each
+    file, int64 ``[N]``) once counted; ``starts`` is the first frame of each sample where a
+    file was cut into windows of ``window`` frames. ``damaged`` says what is wrong with a clip.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    labels: Int64
+    ids: Sequence[str]
+    images: UInt8 | None = None
+    paths: Sequence[Path] | None = None
+    sizes: Int64 | None = None
+    decoder: str = ""
+    frames: Int64 | None = None
+    starts: Int64 | None = None
+    window: int = 0
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    contents: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def clips(self) -> bool:
+        """Whether samples are clips rather than pictures."""
+        return bool(self.decoder)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several classes."""
+        return self.labels.ndim == 2
+
+    def read(self, sample: int) -> UInt8:
+        """Sample's picture: uint8 ``[H, W, 3]``. Raises ``BadImage`` for a damaged file."""
+        if self.images is not None:
+            picture: UInt8 = self.images[sample]
+            return picture
+        assert self.paths is not None and not self.clips
+        return read_image(self.paths[sample])
+
+    def read_frames(self, sample: int, wanted: Sequence[int]) -> dict[int, UInt8]:
+        """Frames of a sample's file by number: uint8 ``[H, W, 3]`` each.
+
+        Raises ``BadClip`` for a damaged file, ``MissingData`` for an absent one.
+        """
+        from sskt.teacher_cache.media.video import read_frames
+
+        assert self.paths is not None and self.clips
+        if sample in self.damaged:
+            raise BadClip(self.damaged[sample])
+        return read_frames(self.paths[sample], wanted, self.decoder)
+
+    def read_all(self, samples: Int64) -> tuple[list[UInt8], Int64, list[tuple[int, str]]]:
+        """Pictures of the readable ones of ``samples``, those samples, and (sample, why) of others.
+
+        Raises ``MissingData`` for a file that cannot be opened: that is no property of the sample.
+        """
+        images: list[UInt8] = []
+        kept: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for sample in samples.tolist():
+            try:
+                images.append(self.read(sample))
+                kept.append(sample)
+            except BadImage as error:
+                bad.append((sample, str(error)))
+        return images, np.array(kept, np.int64), bad
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ordered ids and, for files, their sizes; for arrays, the pixels."""
+        digest = hashlib.sha256()
+        for i, sample in enumerate(self.ids):
+            size = 0 if self.sizes is None else int(self.sizes[i])
+            digest.update(f"{sample}\0{size}\n".encode("utf-8", "surrogateescape"))
+        if self.paths is None and self.images is not None:
+            digest.update(repr(self.images.shape).encode())
+            digest.update(np.ascontiguousarray(self.images).data)
+        return f"sha256:{digest.hexdigest()}"
+
+    def identity(self) -> dict[str, str | int]:
+        """The part of a label set's spec that names this split."""
+        identity: dict[str, str | int] = {
+            "name": self.name,
+            "split": self.split,
+            "size": len(self),
+            "fingerprint": self.fingerprint,
+        }
+        return identity | ({"contents": self.contents} if self.contents else {})
+
+    def label_text(self, sample: int) -> str | None:
+        """The sample's class, or classes, in words; difficult ones in brackets; None if unknown."""
+        if not self.multi_label:
+            label = int(self.labels[sample])
+            return self.classes[label] if label >= 0 else None
+        marks = {1: "{}", -1: "({})"}
+        row = zip(self.classes, self.labels[sample].tolist(), strict=True)
+        return ", ".join(marks[mark].format(name) for name, mark in row if mark) or None
+
+    def limited(self, limit: int | None) -> Target:
+        """At most ``limit`` samples, evenly spread over the classes, and over the order in each.
+
+        Samples of several classes are evenly spread over the order.
+        """
+        if limit is None or limit >= len(self):
+            return self
+        if limit < 1:
+            raise InputError(f"--limit must be at least 1, found {limit}")
+        rows = np.arange(limit, dtype=np.int64) * len(self) // limit
+        if not self.multi_label:
+            rows = np.sort(np.argsort(self.labels, kind="stable")[rows])
+        return self.chosen(rows)
+
+    def chosen(self, rows: Int64) -> Target:
+        """The samples ``rows`` in that order, as a target of its own."""
+        paths = self.paths
+        if isinstance(paths, Files):
+            paths = Files(paths.folder, Names(paths.names[i] for i in rows.tolist()))
+        elif paths is not None:
+            paths = tuple(paths[i] for i in rows.tolist())
+        return replace(
+            self,
+            labels=self.labels[rows],
+            ids=Names(self.ids[i] for i in rows.tolist()),
+            images=None if self.images is None else self.images[rows],
+            paths=paths,
+            sizes=None if self.sizes is None else self.sizes[rows],
+            frames=None if self.frames is None else self.frames[rows],
+            starts=None if self.starts is None else self.starts[rows],
+            damaged={
+                i: self.damaged[int(row)] for i, row in enumerate(rows) if int(row) in self.damaged
+            },
+        )
+
+    def windows(self, frames: int) -> Target:
+        """Each clip cut into non-overlapping windows of ``frames``, one sample each.
+
+        The last window may be short (a view repeats its frames), as in the paper's validation;
+        a damaged clip keeps one sample, so that it is reported: how many of its frames decode is
+        no part of the format. Ids become ``ID#FIRST_FRAME``.
+        """
+        assert self.frames is not None
+        if self.starts is not None:
+            if self.window != frames:
+                raise InputError(
+                    f"{self.name} is cut into windows of {self.window} frames; open it again to "
+                    f"cut it into windows of {frames}"
+                )
+            return self
+        usable = self.frames.copy()
+        usable[list(self.damaged)] = 0
+        counts = np.maximum(1, -(-usable // frames))
+        rows = np.repeat(np.arange(len(self)), counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        starts = (np.arange(len(rows)) - first) * frames
+        cut = self.chosen(rows)
+        pairs = zip(cut.ids, starts.tolist(), strict=True)
+        return replace(
+            cut, starts=starts, window=frames, ids=Names(f"{name}#{start}" for name, start in pairs)
+        )

@@ -1,0 +1,1 @@
+"""Copying, removing, exporting, verifying and auditing label sets."""

@@ -1,0 +1,173 @@
+"""What the labels of a set look like, seed by seed: the numbers that give a bad source away."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.format.encodings import as_tensors, soft_labels
+from sskt.teacher_cache.label_sets.create import LabelSet, Shard
+from sskt.teacher_cache.targets.base import Target
+
+ROWS = 2048
+"""Rows decoded at once."""
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SeedAudit:
+    """One seed of a set. Means are over its stored labels; None where there is nothing to say.
+
+    entropy: mean of -sum p log p in nats. confidence: mean of the largest p. matched: labels
+    whose true class the source knows by name; top1, top5: share of those that it gets right.
+    empty: rows without a label (unreadable samples; NaN on disk). faulty: rows that are no
+    probability distribution, left out of all else; no writer of ours makes them. checked: share
+    of the labels that carry the checksum of their view.
+    """
+
+    seed: int
+    rows: int
+    empty: int
+    faulty: int
+    entropy: float | None
+    confidence: float | None
+    checked: float | None
+    matched: int
+    top1: float | None
+    top5: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def audit(
+    label_set: LabelSet,
+    target: Target | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SeedAudit]:
+    """Reads every stored label, a shard at a time. Without ``target`` nothing is matched.
+
+    Raises ``CorruptStore``.
+    """
+    truth = None if target is None else truth_of(target, label_set.classes)
+    shards = [s for s in label_set.shards(range(label_set.seeds)) if label_set.has(s)]
+    sums: dict[int, _Sums] = {}
+    for done, shard in enumerate(shards, 1):
+        total = sums.setdefault(shard.seed, _Sums())
+        for start in range(shard.start, shard.stop, ROWS):
+            _add(total, label_set, shard, start, min(start + ROWS, shard.stop), truth)
+        progress(done, len(shards))
+    return [total.result(seed) for seed, total in sorted(sums.items())]
+
+
+@dataclass
+class _Sums:
+    rows: int = 0
+    empty: int = 0
+    faulty: int = 0
+    entropy: float = 0.0
+    confidence: float = 0.0
+    checked: int = 0
+    matched: int = 0
+    top1: int = 0
+    top5: int = 0
+
+    def result(self, seed: int) -> SeedAudit:
+        def mean(total: float, count: int) -> float | None:
+            return total / count if count else None
+
+        kept = self.rows - self.empty - self.faulty
+        return SeedAudit(
+            seed,
+            self.rows,
+            self.empty,
+            self.faulty,
+            mean(self.entropy, kept),
+            mean(self.confidence, kept),
+            mean(self.checked, kept),
+            self.matched,
+            mean(self.top1, self.matched),
+            mean(self.top5, self.matched),
+        )
+
+
+def _add(
+    total: _Sums,
+    label_set: LabelSet,
+    shard: Shard,
+    start: int,
+    stop: int,
+    truth: Truth | None,
+) -> None:
+    encoded = label_set.read(shard.seed, start, stop)
+    encoding, classes = label_set.encoding, len(label_set.classes)
+    empty, faulty = encoding.skipped(encoded), encoding.faulty(encoded, classes)
+    kept = ~(empty | faulty)
+    checks = label_set.read_checks(shard.seed, start, stop)
+    total.rows += stop - start
+    total.empty += int(empty.sum())
+    total.faulty += int(faulty.sum())
+    total.checked += int((checks[kept] != 0).sum())
+    if not kept.any():
+        return
+    rows = {key: values[kept] for key, values in encoded.items()}
+    p = soft_labels(encoding, as_tensors(rows), classes).double()
+    total.entropy += float(torch.special.entr(p).sum())
+    total.confidence += float(p.max(dim=1).values.sum())
+    if truth is None:
+        return
+    right = torch.from_numpy(truth.of(np.arange(start, stop)[kept]))
+    known = right.any(dim=1)
+    # of a sparse label, the classes beyond its k are alike: none of them is the fifth
+    best = p[known].topk(min(5, encoding.k or classes), dim=1).indices
+    hits = right[known].gather(1, best)
+    total.matched += int(known.sum())
+    total.top1 += int(hits[:, 0].sum())
+    total.top5 += int(hits.any(dim=1).sum())
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Which of a source's classes are true of a sample, by name.
+
+    Names match without regard to case, ``_``, ``-``, ``/`` and spaces; equal lists of classes
+    match by position. ``matches``: uint8 ``[target's classes, source's classes]``.
+    """
+
+    target: Target
+    matches: NDArray[np.uint8]
+
+    def of(self, rows: Int64) -> NDArray[np.bool_]:
+        """bool ``[n, C]``; no true class where the source has no name for it."""
+        labels = self.target.labels[rows]
+        if self.target.multi_label:
+            return np.asarray((labels == 1).astype(np.uint8) @ self.matches > 0)
+        found = self.matches[np.maximum(labels, 0)] > 0
+        found[labels < 0] = False
+        return found
+
+
+def truth_of(target: Target, classes: Sequence[str]) -> Truth | None:
+    """None if the source knows none of the target's classes by name."""
+    matches = _matches(target.classes, classes)
+    return Truth(target, matches) if matches.any() else None
+
+
+def _matches(own: Sequence[str], others: Sequence[str]) -> NDArray[np.uint8]:
+    if tuple(own) == tuple(others):
+        return np.eye(len(own), dtype=np.uint8)
+    names = np.array([_plain(name) for name in others])
+    matches = [(names == _plain(name)) & (names != "") for name in own]
+    return np.array(matches, np.uint8).reshape(len(own), len(others))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name.lower()).strip()

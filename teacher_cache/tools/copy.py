@@ -1,0 +1,314 @@
+"""Copying label sets between caches, and removing them.
+
+Both may be stopped anywhere: what is there of a set is whole shards, and the same call finishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import struct
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
+from sskt.teacher_cache.format.metadata import GROUP, array_document, bereft
+from sskt.teacher_cache.label_sets.create import open_for_writing, open_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.storage.atomic import durable_rename
+from sskt.teacher_cache.storage.base import (
+    METADATA,
+    SWEEP,
+    CacheName,
+    LocalPlace,
+    Place,
+    open_cache,
+)
+
+AT_ONCE = 4
+"""Shards under way at once."""
+
+POLL_SECONDS = 0.1
+"""Pause between looks at shards that another process is writing."""
+
+_NAME = re.compile(r".+\..+\.[0-9a-f]{12}")
+_ABSENT = 2**64 - 1
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards to do)."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy did: shards written, shards found there, bytes written."""
+
+    name: str
+    written: int
+    reused: int
+    bytes: int
+    coverage: list[float]
+
+
+def copy_label_set(
+    source: LabelSet, to: CacheName, progress: Progress = lambda done, total: None
+) -> Copied:
+    """Copies what is stored of a set, byte for byte; each object is checked before and after.
+
+    Raises ``InputError`` if the other cache has something else under the same name, naming the
+    first object that differs; ``CorruptStore`` for a damaged shard of the source, or if what was
+    written does not read back; ``DiskFull``.
+    """
+    home = open_cache(to, make=True)
+    if _real(home.below(source.name)) == _real(source.place):
+        raise InputError(f"cannot copy {source.place} onto itself; name another cache")
+    keys = [GROUP, *(f"{array}/{GROUP}" for array in [*source.arrays[1:], source.arrays[0]])]
+    files = {key: source.place.read(key) for key in keys}
+
+    def documents(rows: int | None, seeds: int | None) -> dict[str, bytes]:
+        if rows not in (None, source.rows):
+            raise _other_rows(source, home, rows)
+        return files
+
+    with closing(open_for_writing(home, source.name, documents, source.seeds)) as target:
+        if target.digest != source.digest:
+            raise InputError(f"{target.place} is another label set than {source.place}")
+        if target.rows != source.rows:
+            raise _other_rows(source, home, target.rows)
+        return _copy_shards(source, target, progress)
+
+
+def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copied:
+    missing = set(source.missing(range(source.seeds)))
+    wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
+    target.place.refresh()
+    chunks = {array: _chunks(source, array) for array in source.arrays}
+    written, sizes, left = 0, 0, wanted
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="sskt-copy")
+    try:
+        while left:
+            busy = []
+            progress(len(wanted) - len(left), len(wanted))
+            stored = pool.map(lambda shard: _copy_shard(source, target, shard, chunks), left)
+            for done, (shard, size) in enumerate(zip(left, stored, strict=True), 1):
+                if size is None:
+                    busy.append(shard)
+                    continue
+                written, sizes = written + bool(size), sizes + size
+                progress(len(wanted) - len(left) + done - len(busy), len(wanted))
+            left = busy
+            if left:
+                time.sleep(POLL_SECONDS)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if "error" in source.attributes:
+        target.record("error", source.attributes["error"])
+    return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
+
+
+def _copy_shard(
+    source: LabelSet, target: LabelSet, shard: Shard, chunks: dict[str, int]
+) -> int | None:
+    """Bytes written (0: it was there); None if another process is writing it."""
+    if not target.has(shard):
+        if target.claim(shard):
+            try:
+                return _write_shard(source, target, shard, chunks)
+            finally:
+                target.release(shard)
+        if target.place.size(target.commit_key(shard), fresh=True) is None:
+            return None
+        target.place.refresh()
+    for array in source.arrays:
+        key = source.shard_key(array, shard)
+        if not _same(source.place, target.place, key):
+            raise _differs(source, target, key)
+    return 0
+
+
+def _write_shard(source: LabelSet, target: LabelSet, shard: Shard, chunks: dict[str, int]) -> int:
+    written = 0
+    for array in source.arrays:
+        key = source.shard_key(array, shard)
+        try:
+            data = source.place.read(key)
+            damage = shard_damage(data, chunks[array])
+        except FileNotFoundError:
+            damage = "it is gone"
+        if damage:
+            raise CorruptStore(
+                f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); "
+                "run sskt verify, delete the shard it names and cache it again"
+            )
+        if array != source.arrays[-1]:
+            target.place.put(key, data)
+        elif not target.place.create(key, data) and target.place.read(key) != data:
+            raise _differs(source, target, key)
+        if not _holds(target.place, key, data):
+            raise CorruptStore(
+                f"{target.place.where(key)} reads back otherwise than it was written; check the "
+                "disk or the store, delete it and copy again"
+            )
+        written += len(data)
+    return written
+
+
+def _real(place: Place) -> str:
+    return str(place.path.resolve() if isinstance(place, LocalPlace) else place)
+
+
+def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
+    return InputError(
+        f"label set {source.name} is in {home} with {rows} samples a shard, at the source with "
+        f"{source.rows}: they cannot be joined; copy into another cache"
+    )
+
+
+def _differs(source: LabelSet, target: LabelSet, key: str) -> InputError:
+    return InputError(
+        f"{target.place.where(key)} is there with other bytes than {source.place.where(key)}; "
+        "check both with sskt verify --recompute, then remove one (sskt rm) or copy elsewhere"
+    )
+
+
+def _same(one: Place, other: Place, key: str) -> bool:
+    """Whether both hold the same bytes; without a transfer where the store knows their MD5."""
+    if one.size(key) is None or one.size(key) != other.size(key):
+        return False
+    if not (one.is_local and other.is_local):
+        sums = one.md5(key), other.md5(key)
+        if sums[0] and sums[0] == sums[1]:
+            return True
+    return one.read(key) == other.read(key)
+
+
+def _holds(place: Place, key: str, data: bytes) -> bool:
+    known = None if place.is_local else place.md5(key)
+    if known and known == hashlib.md5(data, usedforsecurity=False).hexdigest():
+        return True
+    return place.read(key) == data
+
+
+def _chunks(label_set: LabelSet, array: str) -> int:
+    """Inner chunks of a shard; 0 if it is encoded in another way than we know."""
+    codec = array_document(label_set.place, array)["codecs"][0]
+    if codec["name"] != "sharding_indexed":
+        return 0
+    return -(-label_set.rows // int(codec["configuration"]["chunk_shape"][1]))
+
+
+def shard_damage(data: bytes, chunks: int) -> str:
+    """What is wrong with a shard's bytes, by its own checksums (docs/format.md); "" if nothing."""
+    from google_crc32c import value as crc32c
+
+    if not data:
+        return "it is empty"
+    if not chunks:
+        return ""
+    index, size = data[-(16 * chunks + 4) :], 16 * chunks + 4
+    if len(index) < size or struct.unpack("<I", index[-4:])[0] != crc32c(index[:-4]):
+        return "the checksum of its index fails"
+    numbers = struct.unpack(f"<{2 * chunks}Q", index[:-4])
+    for chunk, (start, length) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
+        if start == length == _ABSENT:
+            continue
+        inner = data[start : start + length]
+        if length < 4 or len(inner) < length:
+            return f"chunk {chunk} is cut"
+        if struct.unpack("<I", inner[-4:])[0] != crc32c(inner[:-4]):
+            return f"the checksum of chunk {chunk} fails"
+    return ""
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A label set that could be removed; ``coverage`` is None if it is damaged."""
+
+    cache: Place
+    name: str
+    coverage: list[float] | None
+    bytes: int
+    fault: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """For people and programs."""
+        return {"name": self.name, "coverage": self.coverage, "bytes": self.bytes}
+
+
+def removable(cache: CacheName, wanted: Sequence[str]) -> list[Removable]:
+    """Sets whose name contains, or whose digest starts with, one of ``wanted``; damaged ones too.
+
+    Raises ``MissingData`` naming what fits nothing.
+    """
+    home = open_cache(cache)
+    names = home.folders()
+    chosen = [n for n in names if any(w in n or w.startswith(n[-12:]) for w in wanted)]
+    found = [r for r in (_look(home, name) for name in chosen) if r is not None]
+    for w in wanted:
+        if not any(w in r.name or w.startswith(r.name[-12:]) for r in found):
+            raise MissingData(f"no label set in {home} matches {w}; sskt ls shows what is there")
+    return found
+
+
+def _look(home: Place, name: str) -> Removable | None:
+    place = home.below(name)
+    try:
+        label_set = open_label_set(place)
+    except (CorruptStore, MissingData) as error:
+        # A killed creation in a bucket has arrays only; a folder of another kind is none of ours.
+        ours = place.size(GROUP) is not None or bereft(place) or not place.is_local
+        if not ours or not _NAME.fullmatch(name):
+            return None
+        return Removable(home, name, None, sum(place.sizes().values()), str(error))
+    return Removable(home, name, label_set.coverage(), label_set.stored_bytes())
+
+
+def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = None) -> None:
+    """Removes a set, or the stored shards of some of its seeds (their numbers stay).
+
+    A killed removal never leaves what looks whole: a folder is renamed away first; in a bucket,
+    and for seeds, what commits the shards goes first. Raises ``InputError`` if another process
+    is writing to the set (in a bucket that cannot be seen).
+    """
+    home = open_cache(cache)
+    place = home.below(name)
+    with closing(home.claims(name)) as claims:
+        if not (claims.claim(METADATA) and claims.claim(SWEEP)):
+            raise InputError(
+                f"label set {name} is in use by another process (sskt cache-teachers, copy or "
+                "export); let it end or stop it first"
+            )
+        if seeds is not None:
+            label_set = open_label_set(place)
+            shards = list(label_set.shards(seeds))
+            for array in reversed(label_set.arrays):
+                place.delete([label_set.shard_key(array, shard) for shard in shards])
+        elif isinstance(place, LocalPlace):
+            if place.path.is_symlink():
+                raise InputError(f"{place} is a link; remove it, or what it names, yourself")
+            gone = place.path.with_name(f".{name}.{uuid.uuid4().hex}.partial")
+            try:
+                durable_rename(place.path, gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                raise InputError(f"cannot remove {place}: {error.strerror}") from error
+        else:
+            steps: list[list[str]] = [[], [], [], []]
+            for key in place.sizes():
+                steps[_order(key)].append(key)
+            for keys in steps:
+                place.delete(keys)
+        if isinstance(home, LocalPlace):
+            home.sweep()
+
+
+def _order(key: str) -> int:
+    """What goes first: what commits shards, other shards, the group's metadata, the rest."""
+    if "/c/" in key:
+        return 0 if key.startswith(("labels/", "value/")) else 1
+    return 2 if key == GROUP else 3

@@ -1,0 +1,179 @@
+"""Storing a label set once more in a smaller encoding, without the source network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.errors import CorruptStore, InputError
+from sskt.teacher_cache.format.encodings import (
+    U8_POWER,
+    Encoded,
+    Encoding,
+    Float32,
+    as_tensors,
+    measured_error,
+    soft_labels,
+)
+from sskt.teacher_cache.label_sets.create import create_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.labeling.run import ERROR_ROWS
+from sskt.teacher_cache.storage.base import CacheName, open_cache
+
+EXACT = ("topk", "u8", "f16", "f32")
+"""From the coarsest to the reference."""
+
+POLL_SECONDS = 0.1
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards to do)."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did: shards written, shards found there, the new set's bytes and error."""
+
+    name: str
+    digest: str
+    written: int
+    reused: int
+    bytes: int
+    coverage: list[float]
+    error: dict[str, object] | None
+
+
+def require_exportable(found: Encoding, wanted: Encoding, name: str) -> None:
+    """Raises ``InputError`` unless ``wanted`` holds less than ``found`` does."""
+    coarser = EXACT.index(wanted.name) < EXACT.index(found.name)
+    if coarser or (found.name == wanted.name == "topk" and wanted.k < found.k):
+        return
+    if found == wanted:
+        raise InputError(f"label set {name} is stored as {found} already; sskt copy copies it")
+    raise InputError(
+        f"label set {name} is stored as {found}: {wanted} labels made of it would pass for exact "
+        f"ones; cache them with sskt cache-teachers --encoding {wanted} (it needs the source)"
+    )
+
+
+def export_label_set(
+    source: LabelSet,
+    encoding: Encoding,
+    to: CacheName,
+    progress: Progress = lambda done, total: None,
+) -> Exported:
+    """Makes the label set of the same source, target and views in another encoding.
+
+    What is stored of ``source`` is re-encoded shard by shard; skipped rows stay skipped, view
+    checks are copied. From f32 the bytes are those that the teacher stage would have written.
+    The recorded ``error`` is that of the new encoding relative to the stored labels: what those
+    had lost already comes on top. Safe to stop anywhere and to run again.
+
+    Raises ``InputError`` for an encoding that is no smaller one, or if the set is there and was
+    made in another way; ``CorruptStore`` naming the shard of ``source`` that is damaged;
+    ``DiskFull``.
+    """
+    require_exportable(source.encoding, encoding, source.name)
+    origin = {"exported_from": source.digest, "from_encoding": str(source.encoding)}
+    target = create_label_set(
+        open_cache(to, make=True),
+        source.spec | {"encoding": encoding.identity()},
+        source.classes,
+        source.seeds,
+        shard_rows=source.rows,
+        made=source.attributes.get("made", {}) | origin,
+    )
+    with closing(target):
+        if target.attributes["made"].get("exported_from") != source.digest:
+            raise InputError(
+                f"label set {target.name} is in {to} already and was not exported from "
+                f"{source.name}; export into another cache"
+            )
+        seeds = range(source.seeds)
+        missing, lacking = set(source.missing(seeds)), set(target.missing(seeds))
+        wanted = [s for s in target.shards(seeds) if not _lacks(source, missing, s)]
+        left = [s for s in wanted if s in lacking]
+        there, written = len(wanted) - len(left), 0
+        while left:
+            progress(len(wanted) - len(left), len(wanted))
+            for shard in left:
+                if target.claim(shard):
+                    _export_shard(source, target, shard)
+                    target.release(shard)
+                    written += 1
+                    progress(there + written, len(wanted))
+            lacking = set(target.missing(seeds))
+            busy = [s for s in left if s in lacking]
+            if len(busy) == len(left):
+                time.sleep(POLL_SECONDS)
+            left = busy
+        return Exported(
+            target.name,
+            target.digest,
+            written,
+            len(wanted) - written,
+            target.stored_bytes(),
+            target.coverage(),
+            target.attributes.get("error"),
+        )
+
+
+def _lacks(source: LabelSet, missing: set[Shard], shard: Shard) -> bool:
+    """Whether a part of the samples of the new set's ``shard`` is not stored."""
+    blocks = range(shard.start // source.rows, -(-shard.stop // source.rows))
+    return any(source.shard(shard.seed, block) in missing for block in blocks)
+
+
+def _export_shard(source: LabelSet, target: LabelSet, shard: Shard) -> None:
+    stored = source.read(shard.seed, shard.start, shard.stop)
+    checks = source.read_checks(shard.seed, shard.start, shard.stop)
+    skipped = source.encoding.skipped(stored)
+    _require_sound(source, shard, stored, skipped & (checks != 0))
+    kept = {key: rows[~skipped] for key, rows in stored.items()}
+    if shard.seed == shard.block == 0 and not skipped.all():
+        first = {key: rows[:ERROR_ROWS] for key, rows in kept.items()}
+        log_p = _log_p(source.encoding, first, len(source.classes))
+        target.record("error", measured_error(target.encoding, log_p))
+    encoded = target.encoding.empty(len(skipped), len(target.classes))
+    for key, rows in _encode(source, target, kept).items():
+        encoded[key][~skipped] = rows
+    target.write(shard, encoded, checks)
+
+
+def _encode(source: LabelSet, target: LabelSet, kept: Encoded) -> Encoded:
+    if source.encoding.name == "topk":
+        return {key: rows[:, : target.encoding.k] for key, rows in kept.items()}
+    return target.encoding.encode(_log_p(source.encoding, kept, len(source.classes)))
+
+
+def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
+    """Log-probabilities as they are stored: float32 ``[n, C]``; f16's are not renormalised.
+
+    So the values of a top-k set are those that the source's own would have given.
+    """
+    if encoding.name in ("f32", "f16"):
+        return encoded["labels"].astype(np.float32)
+    if encoding.name == "u8":
+        with np.errstate(divide="ignore"):
+            log_p = U8_POWER * np.log(encoded["labels"].astype(np.float64) / 255)
+            log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+        return log_p.astype(np.float32)
+    p = soft_labels(encoding, as_tensors(encoded), classes)
+    return np.asarray(p.log().numpy())
+
+
+def _require_sound(
+    source: LabelSet, shard: Shard, stored: Encoded, empty: NDArray[np.bool_]
+) -> None:
+    wrong = source.encoding.faulty(stored, len(source.classes)) | empty
+    if wrong.any():
+        raise CorruptStore(
+            f"label set {source.name}: seed {shard.seed}, samples {shard.start} to "
+            f"{shard.stop - 1}: {int(wrong.sum())} rows are no labels, first sample "
+            f"{shard.start + int(np.flatnonzero(wrong)[0])}; run sskt verify, delete the shard "
+            "it names and cache it again"
+        )

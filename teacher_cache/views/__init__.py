@@ -1,0 +1,1 @@
+"""The views of a sample: augmentation policies and frame sampling."""

@@ -1,0 +1,310 @@
+"""View policies: how a sample becomes the uint8 view of a seed.
+
+Parameters come from Philox words, never from a generator with state. Each policy of pictures
+runs batched (pictures of one size in RAM) and per sample (files); ``docs/format.md`` gives the
+rules for an independent reader.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.rng import below, draw, unit
+
+Int64 = NDArray[np.int64]
+
+TRIES = 10
+"""Attempts of the random resized crop before it falls back to the centre (torchvision's)."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One augmentation policy with its parameters; ``version`` changes whenever pixels do."""
+
+    name: str
+    version: int = 1
+    parameters: dict[str, int | float] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names these views."""
+        return {"policy": self.name, "version": self.version, "parameters": self.parameters}
+
+    @property
+    def key(self) -> int:
+        """Second word of the Philox key: CRC-32 of the canonical JSON of ``identity()``."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return zlib.crc32(text.encode())
+
+    def __str__(self) -> str:
+        options = ",".join(f"{k}={v}" for k, v in self.parameters.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+def crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
+    """Top and left of ``pad-crop-flip``'s crops in the padded pictures, and flips: ``[n]`` each."""
+    words = draw(samples, seed, policy.key)
+    shifts = 2 * int(policy.parameters["padding"]) + 1
+    return below(words[:, 0], shifts), below(words[:, 1], shifts), below(words[:, 2], 2) == 1
+
+
+def _pad_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
+    top, left, flip = (x[0] for x in crop_words(policy, np.array([sample]), seed))
+    padding = int(policy.parameters["padding"])
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    view = padded[top : top + height, left : left + width]
+    return view[:, ::-1] if flip else view
+
+
+def _pad_crop_flip_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
+    tops, lefts, flips = crop_words(policy, samples, seed)
+    padding = int(policy.parameters["padding"])
+    _, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+    views = windows[np.arange(len(images)), tops, lefts].transpose(0, 2, 3, 1)
+    views = np.ascontiguousarray(views)
+    views[flips] = views[flips, :, ::-1]
+    return views
+
+
+def crop_boxes(
+    policy: Policy, samples: Int64, seed: int, heights: Int64, widths: Int64
+) -> tuple[Int64, NDArray[np.bool_]]:
+    """Boxes of the random resized crop: int64 ``[n, 4]`` (top, left, height, width), and flips.
+
+    Torchvision's ``RandomResizedCrop``: ten attempts of area ~ U(scale), log ratio ~ U; else
+    the largest centred box whose ratio is allowed.
+    """
+    p = policy.parameters
+    flips = below(draw(samples, seed, policy.key)[:, 2], 2) == 1
+    boxes = np.zeros((len(samples), 4), np.int64)
+    log_low, log_high = np.log(p["ratio_min"]), np.log(p["ratio_max"])
+    open_ = np.ones(len(samples), bool)
+    for attempt in range(1, TRIES + 1):
+        words = draw(samples, seed, policy.key, block=attempt)
+        area = (
+            heights
+            * widths
+            * (p["scale_min"] + unit(words[:, 0]) * (p["scale_max"] - p["scale_min"]))
+        )
+        ratio = np.exp(log_low + unit(words[:, 1]) * (log_high - log_low))
+        w = np.floor(np.sqrt(area * ratio) + 0.5).astype(np.int64)
+        h = np.floor(np.sqrt(area / ratio) + 0.5).astype(np.int64)
+        fits = open_ & (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+        top = below(words[:, 2], np.where(fits, heights - h + 1, 1))
+        left = below(words[:, 3], np.where(fits, widths - w + 1, 1))
+        boxes[fits] = np.stack([top, left, h, w], axis=1)[fits]
+        open_ &= ~fits
+        if not open_.any():
+            break
+    for i in np.flatnonzero(open_):
+        boxes[i] = _centre_box(int(heights[i]), int(widths[i]), p["ratio_min"], p["ratio_max"])
+    return boxes, flips
+
+
+def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, int, int, int]:
+    h, w = height, width
+    if width / height < low:
+        h = int(np.floor(width / low + 0.5))
+    elif width / height > high:
+        w = int(np.floor(height * high + 0.5))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    # One axis at a time: which of them Pillow takes first, and so the rounding, depends on its
+    # version (before 13.0 always the width, since then on the sizes).
+    wide = picture.resize((width, picture.height), Image.Resampling.BILINEAR)
+    return wide.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _resized_crop(image: UInt8, box: NDArray[np.int64], flip: bool, size: int) -> UInt8:
+    top, left, height, width = (int(x) for x in box)
+    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
+    view = np.asarray(_resize(crop, size, size))
+    return view[:, ::-1] if flip else view
+
+
+def _random_resized_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
+    height, width = (np.array([x]) for x in image.shape[:2])
+    boxes, flips = crop_boxes(policy, np.array([sample]), seed, height, width)
+    return _resized_crop(image, boxes[0], bool(flips[0]), int(policy.parameters["size"]))
+
+
+def _random_resized_crop_flip_batch(
+    policy: Policy, images: UInt8, samples: Int64, seed: int
+) -> UInt8:
+    n, height, width, _ = images.shape
+    boxes, flips = crop_boxes(policy, samples, seed, np.full(n, height), np.full(n, width))
+    size = int(policy.parameters["size"])
+    crops = [
+        _resized_crop(im, b, bool(f), size) for im, b, f in zip(images, boxes, flips, strict=True)
+    ]
+    return np.stack(crops)
+
+
+def _resize_center_crop(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
+    height, width = image.shape[:2]
+    resize, size = int(policy.parameters["resize"]), int(policy.parameters["size"])
+    short = min(height, width)
+    new_height, new_width = resize * height // short, resize * width // short
+    view = np.asarray(_resize(Image.fromarray(image), new_width, new_height))
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return view[top : top + size, left : left + size]
+
+
+def _none(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
+    return image
+
+
+def _none_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
+    return images.copy()
+
+
+def clip_frames(policy: Policy, sample: int, seed: int, start: int | None, count: int) -> Int64:
+    """Numbers of the frames of a clip in its file: int64 ``[frames]``.
+
+    The temporal crop of ``count`` decodable frames, or the window that begins at ``start``.
+    What has fewer frames than the clip is repeated from its beginning.
+    """
+    frames = int(policy.parameters["frames"])
+    if start is None:
+        word = draw(sample, seed, policy.key)[0, 0]
+        start = int(below(word, max(1, count - frames + 1)))
+    return start + np.arange(frames, dtype=np.int64) % min(frames, count - start)
+
+
+def _clip_corner_crop_flip(
+    policy: Policy, frames: Sequence[UInt8], sample: int, seed: int
+) -> UInt8:
+    p = policy.parameters
+    words = draw(sample, seed, policy.key)[0]
+    scale, place = int(below(words[1], int(p["scales"]))), int(below(words[2], 5))
+    height, width = frames[0].shape[:2]
+    side = max(1, int(min(height, width) * 2.0 ** (-scale / 4)))
+    down, right = height - side, width - side
+    top, left = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))[place]
+    box, flip = np.array([top, left, side, side]), bool(below(words[3], 2))
+    return np.stack([_resized_crop(frame, box, flip, int(p["size"])) for frame in frames])
+
+
+def _clip_center_crop(policy: Policy, frames: Sequence[UInt8], sample: int, seed: int) -> UInt8:
+    size = policy.parameters["size"]
+    still = Policy("", parameters={"resize": size, "size": size})
+    return np.stack([_resize_center_crop(still, frame, sample, seed) for frame in frames])
+
+
+PerSample = Callable[[Policy, UInt8, int, int], UInt8]
+Batched = Callable[[Policy, UInt8, Int64, int], UInt8]
+PerClip = Callable[[Policy, Sequence[UInt8], int, int], UInt8]
+
+
+@dataclass(frozen=True)
+class PolicyInfo:
+    """A policy's defaults and its executions: of pictures or of clips.
+
+    ``batched`` is None where none is faster. ``windows``: the samples are the clips' windows of
+    ``frames`` frames, not the clips.
+    """
+
+    about: str
+    defaults: dict[str, int | float]
+    evaluation: str
+    per_sample: PerSample | None = None
+    batched: Batched | None = None
+    per_clip: PerClip | None = None
+    windows: bool = False
+
+
+POLICIES: dict[str, PolicyInfo] = {
+    "none": PolicyInfo("the image as it is", {}, "none", _none, _none_batch),
+    "pad-crop-flip": PolicyInfo(
+        "zero padding, random crop of the image's own size, flip (CIFAR, STL10)",
+        {"padding": 4},
+        "none",
+        _pad_crop_flip,
+        _pad_crop_flip_batch,
+    ),
+    "random-resized-crop-flip": PolicyInfo(
+        "random area and aspect ratio, resized to size, flip (ImageNet, Places365, VOC)",
+        {"size": 224, "scale_min": 0.08, "scale_max": 1.0, "ratio_min": 3 / 4, "ratio_max": 4 / 3},
+        "resize-center-crop",
+        _random_resized_crop_flip,
+        _random_resized_crop_flip_batch,
+    ),
+    "resize-center-crop": PolicyInfo(
+        "shorter side to resize, centre crop of size (evaluation)",
+        {"resize": 256, "size": 224},
+        "resize-center-crop",
+        _resize_center_crop,
+    ),
+    "clip-corner-crop-flip": PolicyInfo(
+        "frames from a random start, corner or centre crop at one of five scales, flip (videos)",
+        {"frames": 16, "size": 112, "scales": 5},
+        "clip-center-crop",
+        per_clip=_clip_corner_crop_flip,
+    ),
+    "clip-center-crop": PolicyInfo(
+        "non-overlapping clips, shorter side to size, centre crop (videos, evaluation)",
+        {"frames": 16, "size": 112},
+        "clip-center-crop",
+        per_clip=_clip_center_crop,
+        windows=True,
+    ),
+}
+
+
+def parse_policy(text: str) -> Policy:
+    """``NAME`` or ``NAME:key=value,...`` to a policy with its defaults filled in.
+
+    Raises ``UnknownName`` for the name or a key, ``InputError`` for a value out of range.
+    """
+    name, _, options = text.partition(":")
+    if name not in POLICIES:
+        raise UnknownName("policy", name, POLICIES)
+    parameters = dict(POLICIES[name].defaults)
+    for item in filter(None, options.split(",")):
+        key, _, value = item.partition("=")
+        if key not in parameters:
+            known = parameters or {"(it has none)": 0}
+            raise UnknownName(f"parameter of policy {name}", key, known)
+        try:
+            parameters[key] = type(POLICIES[name].defaults[key])(value)
+        except ValueError:
+            raise InputError(f"policy {name}: {key} must be a number, found '{value}'") from None
+    _check_range(name, parameters)
+    return Policy(name, parameters=parameters)
+
+
+def _check_range(name: str, p: dict[str, int | float]) -> None:
+    bad = [k for k, v in p.items() if not np.isfinite(v) or v < 0 or (v == 0 and k != "padding")]
+    if bad:
+        raise InputError(f"policy {name}: {bad[0]} must be positive, found {p[bad[0]]}")
+    for low, high in (("scale_min", "scale_max"), ("ratio_min", "ratio_max"), ("size", "resize")):
+        if low in p and high in p and p[low] > p[high]:
+            raise InputError(f"policy {name}: {low} {p[low]} is above {high} {p[high]}")
+
+
+def evaluation_policy(policy: Policy) -> Policy:
+    """How a target trained under ``policy`` is seen at test time (REFERENCE: as is, or 256/224)."""
+    name = POLICIES[policy.name].evaluation
+    if policy.name == name:
+        return policy
+    p = policy.parameters
+    if name == "clip-center-crop":
+        return parse_policy(f"{name}:frames={p['frames']},size={p['size']}")
+    if name == "resize-center-crop":
+        size = int(p["size"])
+        return parse_policy(f"{name}:resize={round(size * 256 / 224)},size={size}")
+    return parse_policy(name)

@@ -1,0 +1,202 @@
+"""Views: the uint8 picture or clip a sample becomes under an augmentation seed, replayed exactly.
+
+Teacher stage and trainer both call this module and nothing else. A view is a pure function of
+(policy, seed, sample, pixels).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.errors import BadImage, InputError
+from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.views.frame_sampling import CENTER, IDENTITY, FrameSampling
+from sskt.teacher_cache.views.policies import POLICIES, Policy, PolicyInfo, clip_frames
+
+Int64 = NDArray[np.int64]
+
+
+def check_of(view: UInt8) -> int:
+    """The 32-bit view check: CRC-32 (zlib) of the view's bytes, rows of RGB triples."""
+    return zlib.crc32(np.ascontiguousarray(view).data)
+
+
+def checks_of(views: UInt8) -> NDArray[np.uint32]:
+    """View checks of a batch: uint32 ``[n]``."""
+    return np.array([check_of(view) for view in views], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Views of the readable samples ``rows`` by seed, and (sample, why) of the others.
+
+    views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` of clips.
+    """
+
+    rows: Int64
+    views: dict[int, UInt8]
+    bad: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Views:
+    """``views[sample, seed]`` is what both sides see: uint8 ``[H, W, 3]``, or ``[D, H, W, 3]``.
+
+    Made by ``open_views``. ``f_s`` picks the stills of a clip that a source sees.
+    """
+
+    target: Target
+    policy: Policy
+    f_s: FrameSampling = IDENTITY
+
+    def __post_init__(self) -> None:
+        info, name = POLICIES[self.policy.name], self.target.name
+        if (info.per_clip is not None) != self.target.clips:
+            kind, other = ("clips", "pictures") if self.target.clips else ("pictures", "clips")
+            fitting = ", ".join(
+                n for n, i in POLICIES.items() if bool(i.per_clip) == self.target.clips
+            )
+            raise InputError(
+                f"policy {self.policy.name} is for {other}, target {name} has {kind}; "
+                f"choose {fitting}"
+            )
+        if info.windows and self.target.starts is None:
+            raise InputError(f"policy {self.policy.name} needs {name} cut into windows: open_views")
+        if self.f_s.clips != self.target.clips:
+            what = "is of pictures, which have no frames" if self.f_s.clips else "holds clips"
+            raise InputError(f"frame sampling {self.f_s.name}: target {name} {what}")
+
+    @property
+    def _info(self) -> PolicyInfo:
+        return POLICIES[self.policy.name]
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a label set's spec that names these views."""
+        identity = self.policy.identity() | {"f_s": self.f_s.identity()}
+        return identity | ({"decoder": self.target.decoder} if self.target.clips else {})
+
+    def __getitem__(self, key: tuple[int, int]) -> UInt8:
+        sample, seed = key
+        if not self.target.clips:
+            return self.of_image(self.target.read(sample), sample, seed)
+        return self._clips(sample, [seed])[seed]
+
+    def of_image(self, image: UInt8, sample: int, seed: int) -> UInt8:
+        """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
+        assert self._info.per_sample is not None
+        view = self._info.per_sample(self.policy, image, sample, seed)
+        return np.array(view, order="C")
+
+    def of_images(self, images: Sequence[UInt8] | UInt8, samples: Int64, seed: int) -> UInt8:
+        """Views of decoded images: uint8 ``[n, H, W, 3]``; batched where one size allows it.
+
+        Raises ``InputError`` if the views' sizes differ.
+        """
+        batched = self._info.batched
+        if isinstance(images, np.ndarray) and batched is not None:
+            return batched(self.policy, images, samples, seed)
+        views = [self.of_image(im, int(s), seed) for im, s in zip(images, samples, strict=True)]
+        return self._stacked(views, samples)
+
+    def _stacked(self, views: Sequence[UInt8], samples: Sequence[int] | Int64) -> UInt8:
+        for sample, view in zip(samples, views, strict=True):
+            if view.shape != views[0].shape:
+                raise InputError(
+                    f"views of {self.target.name} differ in size under policy '{self.policy}': "
+                    f"{self.target.ids[int(samples[0])]} gives {views[0].shape[:2]}, "
+                    f"{self.target.ids[int(sample)]} gives {view.shape[:2]}; "
+                    "choose random-resized-crop-flip or resize-center-crop"
+                )
+        return np.stack(views)
+
+    def _clips(self, sample: int, seeds: Sequence[int]) -> dict[int, UInt8]:
+        """Views of one clip under several seeds, its file decoded once."""
+        target, per_clip = self.target, self._info.per_clip
+        assert per_clip is not None and target.frames is not None
+        start = None if target.starts is None else int(target.starts[sample])
+        count = max(1, int(target.frames[sample]))
+        wanted = {s: clip_frames(self.policy, sample, s, start, count) for s in seeds}
+        numbers = sorted({int(n) for frames in wanted.values() for n in frames})
+        frames = target.read_frames(sample, numbers)
+        return {
+            seed: per_clip(self.policy, [frames[int(n)] for n in wanted[seed]], sample, seed)
+            for seed in seeds
+        }
+
+    def seen(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+        """Samples under several seeds, each decoded once.
+
+        Raises ``MissingData`` for a file that cannot be opened, ``InputError`` if the views'
+        sizes differ.
+        """
+        target = self.target
+        if target.clips:
+            return self._seen_clips(samples, seeds)
+        if target.images is not None:
+            images: Sequence[UInt8] | UInt8 = target.images[samples]
+            rows, bad = samples, list[tuple[int, str]]()
+        else:
+            images, rows, bad = target.read_all(samples)
+        if not len(rows):
+            return Seen(rows, {}, bad)
+        return Seen(rows, {seed: self.of_images(images, rows, seed) for seed in seeds}, bad)
+
+    def _seen_clips(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+        views: dict[int, list[UInt8]] = {seed: [] for seed in seeds}
+        rows: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for sample in samples.tolist():
+            try:
+                clips = self._clips(sample, seeds)
+            except BadImage as error:
+                bad.append((sample, str(error)))
+                continue
+            rows.append(sample)
+            for seed, clip in clips.items():
+                views[seed].append(clip)
+        stacked = {seed: self._stacked(made, rows) for seed, made in views.items() if made}
+        return Seen(np.array(rows, np.int64), stacked, bad)
+
+    def stills(self, views: UInt8, samples: Int64, seed: int) -> UInt8:
+        """What a source sees of views: pictures as they are, of clips the stills of f_s.
+
+        uint8 ``[n, H, W, 3]`` to the same; ``[n, D, H, W, 3]`` to ``[n, K, H, W, 3]``.
+        """
+        if not self.target.clips:
+            return views
+        depth = views.shape[1]
+        stills = [
+            view[self.f_s.frames(depth, int(s), seed)]
+            for view, s in zip(views, samples, strict=True)
+        ]
+        counts = sorted({len(some) for some in stills})
+        if len(counts) > 1:
+            raise InputError(
+                f"frame sampling {self.f_s.name} gave {' and '.join(map(str, counts))} stills; "
+                "expected as many for every clip"
+            )
+        return np.stack(stills)
+
+    def batch(self, samples: Int64, seed: int) -> UInt8:
+        """``self[s, seed]`` for each sample, stacked. Raises ``BadImage``."""
+        seen = self.seen(samples, [seed])
+        if seen.bad:
+            raise BadImage(seen.bad[0][1])
+        return seen.views[seed]
+
+
+def open_views(target: Target, policy: Policy, f_s: FrameSampling | None = None) -> Views:
+    """A target under a policy; under an evaluation policy of clips, its windows are the samples.
+
+    Raises ``InputError`` if the policy is not for such a target.
+    """
+    if POLICIES[policy.name].windows and target.clips:
+        target = target.windows(int(policy.parameters["frames"]))
+    return Views(target, policy, f_s or (CENTER if target.clips else IDENTITY))

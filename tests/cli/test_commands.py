@@ -1,0 +1,241 @@
+"""The commands that only look, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.helpers import TINY
+from support.independent_reader import open_set
+
+from sskt.cli.main import COMMANDS
+from sskt.teacher_cache.targets.registry import TARGETS
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sskt.cli.main import run
+
+    folder = tmp_path_factory.mktemp("cache")
+    arguments = ["cache-teachers", "--source", f"tiny={TINY}:build", "--target", str(images)]
+    arguments += ["--policy", "pad-crop-flip", "--seeds", "2", "--cache", str(folder)]
+    assert run([*arguments, "--workers", "0"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(sskt: Call, command: str) -> None:
+    status, out, _ = sskt(command, "--help")
+    assert status == 0 and out.startswith(f"Usage: sskt {command}")
+
+
+def test_ls(sskt: Call, cache: Path) -> None:
+    status, out, _ = sskt("ls", "--cache", cache)
+    assert status == 0 and "tiny (tiny:build)" in out and "2/2" in out
+    (shown,) = json.loads(sskt("ls", "--cache", cache, "--json")[1])
+    assert shown["coverage"] == [1.0, 1.0]
+    assert shown["target"]["size"] == 60 and shown["encoding"] == "f16"
+    assert shown["error"]["T=3"]["gradient"] < 2e-3
+    assert sskt("ls", "--cache", cache, shown["digest"][:8])[0] == 0
+    status, _, err = sskt("ls", "--cache", cache, "nothing")
+    assert status == 2 and "matches nothing; there are: images-train.tiny" in err
+
+
+def test_inspect_shows_the_view_and_the_labels(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    from sskt.teacher_cache.label_sets.find import choose_sets
+    from sskt.teacher_cache.tools.verify import Reopen, reopen
+
+    png = tmp_path / "view.png"
+    ask = ["inspect", "--cache", cache, "--sample", 33, "--seed", 1, "--png", png]
+    shown = json.loads(sskt(*ask, "--json")[1])
+    views, _ = reopen(choose_sets(cache, [])[0], Reopen())
+    with Image.open(png) as image:
+        assert np.array_equal(np.asarray(image), views[33, 1])
+    assert shown["id"] == "bear/0013.png" and shown["label"] == "bear"
+    assert shown["view_matches"] is True
+    (source,) = shown["sources"]
+    assert len(source["top5"]) == 5 and source["top5"][0]["class"].startswith("thing ")
+    assert source["live"]["distance"] < 1e-3
+    assert shown["specs"][source["label_set"]]["views"]["policy"] == "pad-crop-flip"
+    status, out, _ = sskt(*ask)
+    assert status == 0
+    assert "as the sources saw it" in out and "input 16x16 rgb" in out and "thing" in out
+
+
+def test_inspect_of_what_is_not_there(sskt: Call, cache: Path) -> None:
+    status, _, err = sskt("inspect", "--cache", cache, "--sample", 60)
+    assert status == 2 and "samples 0 to 59 and seeds 0 to 1, found sample 60" in err
+
+
+def test_verify_and_recompute(sskt: Call, cache: Path) -> None:
+    status, out, _ = sskt("verify", "--cache", cache, "--recompute", 10)
+    assert status == 0 and "120 rows, 10 recomputed" in out and ": clean" in out
+    (report,) = json.loads(sskt("verify", "--cache", cache, "--recompute", 5, "--json")[1])
+    assert report["problems"] == [] and report["recomputed"] == 5
+
+
+def test_verify_with_another_network_is_refused(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tiny.py"
+    other.write_text(TINY.read_text().replace("manual_seed(1)", "manual_seed(2)"))
+    status, _, err = sskt(
+        "verify", "--cache", cache, "--recompute", 3, "--source", f"tiny={other}:build"
+    )
+    assert status == 2 and "source.weights is 'sha256:" in err
+
+
+def test_verify_finds_labels_that_are_not_the_sources(
+    sskt: Call, cache: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from sskt.teacher_cache.label_sets.find import choose_sets
+
+    damaged = tmp_path / "cache"
+    shutil.copytree(cache, damaged)
+    (label_set,) = choose_sets(damaged, [])
+    for array in ("labels/c", "view_check/c"):
+        shutil.rmtree(label_set.path / array / "1")
+        shutil.copytree(label_set.path / array / "0", label_set.path / array / "1")
+    status, out, _ = sskt("verify", "--cache", damaged)
+    assert status == 0, "swapped whole shards pass their checksums"
+    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20)
+    assert status == 1 and "seed 1: the view is not the one the source saw" in out
+
+
+def rewritten(cache: Path, to: Path, change: Callable[[np.ndarray, np.ndarray], None]) -> Path:
+    """A copy of a cache of one label set, its stored labels and view checks changed."""
+    import shutil
+
+    from sskt.teacher_cache.label_sets.create import create_label_set
+    from sskt.teacher_cache.label_sets.find import choose_sets
+
+    shutil.copytree(cache, to)
+    (found,) = choose_sets(to, [])
+    label_set = create_label_set(to, found.spec, found.classes, found.seeds)
+    for shard in label_set.shards(range(found.seeds)):
+        encoded = label_set.read(shard.seed, shard.start, shard.stop)
+        checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
+        change(encoded["labels"], checks)
+        label_set.write(shard, encoded, checks)
+    label_set.close()
+    return to
+
+
+def test_recomputing_finds_labels_of_other_images(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    """Good distributions with good checksums, each at the place of the sample before it."""
+
+    def shift(labels: np.ndarray, checks: np.ndarray) -> None:
+        labels[1:] = labels[:-1].copy()
+
+    damaged = rewritten(cache, tmp_path / "cache", shift)
+    assert sskt("verify", "--cache", damaged)[0] == 0
+    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, "--json")
+    (report,) = json.loads(out)
+    problems = [p for p in report["problems"] if "stored and recomputed labels differ by" in p]
+    assert status == 1 and report["recomputed"] == 20 and len(problems) > 9
+    (stored,) = (open_set(f.parent) for f in damaged.glob("*/zarr.json"))
+    place = re.match(r"sample (\d+) \(.*\), seed (\d+): .* differ by ([\d.]+)", problems[0])
+    assert place is not None
+    sample, seed = int(place[1]), int(place[2])
+    (true,) = (open_set(f.parent) for f in cache.glob("*/zarr.json"))
+    one, other = stored.label(seed, sample), true.label(seed, sample)
+    assert one is not None and other is not None
+    expected = float(np.abs(one - other).sum()) / 2
+    assert float(place[3]) == pytest.approx(expected, abs=2e-3)
+    assert report["worst_distance"] >= expected - 2e-3
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no distribution", "2 rows are no probability distribution, first sample 7"),
+        ("empty", "2 rows are empty though their views were seen, first sample 7"),
+        ("skipped", ""),
+    ],
+)
+def test_verify_finds_rows_that_are_no_labels(
+    sskt: Call, cache: Path, tmp_path: Path, what: str, said: str
+) -> None:
+    """The files are as good as they were written: what is wrong is in the rows."""
+    places = [7, 31]
+
+    def spoil(labels: np.ndarray, checks: np.ndarray) -> None:
+        if what == "no distribution":
+            labels[places] -= np.log(2)  # sums to a half
+        else:
+            labels[places] = np.nan
+        if what == "skipped":
+            checks[places] = 0
+
+    damaged = rewritten(cache, tmp_path / "cache", spoil)
+    status, out, _ = sskt("verify", "--cache", damaged, "--json")
+    (report,) = json.loads(out)
+    assert status == (1 if said else 0)
+    assert len(report["problems"]) == (2 if said else 0), "one for each seed"
+    assert all(said in problem for problem in report["problems"])
+    assert report["skipped"] == (0 if what == "no distribution" else 4)
+
+
+def test_verify_finds_missing_shards(sskt: Call, cache: Path, tmp_path: Path) -> None:
+    import shutil
+
+    lacking = shutil.copytree(cache, tmp_path / "cache")
+    (file,) = lacking.glob("*/labels/c/1/0/0")
+    file.unlink()
+    status, out, _ = sskt("verify", "--cache", lacking, "--json")
+    (report,) = json.loads(out)
+    assert status == 1 and report["problems"] == ["1 of 2 shards are missing (seed 1)"]
+    assert (report["shards"], report["rows"]) == (1, 60)
+
+
+def test_label_sets_over_different_views_are_not_shown_together(
+    sskt: Call, images: Path, cache: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    both = shutil.copytree(cache, tmp_path / "cache")
+    ask = ["cache-teachers", "--source", f"other={TINY}:build", "--target", images, "--cache", both]
+    assert sskt(*ask, "--policy", "none", "--seeds", 2, "--workers", 0)[0] == 0
+    for command in (["inspect", "--cache", both], ["inspect", "--cache", both, "--no-live"]):
+        status, _, err = sskt(*command)
+        assert status == 2 and "differ in views.policy ('" in err, err
+        assert "pad-crop-flip" in err and err.count("\n") == 1
+    assert sskt("inspect", "--cache", both, ".other-")[0] == 0
+
+
+def test_datasets_and_sources(sskt: Call) -> None:
+    status, out, _ = sskt("datasets")
+    assert status == 0 and "cifar10" in out and "DIR[/SPLIT]/CLASS/FILE" in out
+    names = [t["name"] for t in json.loads(sskt("datasets", "--json")[1])]
+    assert names == [*TARGETS, "a folder", "a manifest"]
+    status, out, _ = sskt("sources")
+    assert status == 0 and "resnet50" in out
+    known = {s["name"]: s for s in json.loads(sskt("sources", "--json")[1])}
+    assert known["imagenet"]["classes"] == 1000
+    assert known["places365"]["archs"] == ["alexnet", "densenet161", "resnet18", "resnet50"]
+
+
+def test_the_demo_deletes_only_its_own(sskt: Call, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch/last.pt").write_text("a night's work")
+    status, _, err = sskt("demo", "--out", tmp_path)
+    assert status == 2 and "is not the folder of an earlier demo" in err
+    assert (tmp_path / "scratch/last.pt").read_text() == "a night's work"
+
+
+def test_the_demo_prints_its_table(sskt: Call, tmp_path: Path) -> None:
+    ask = ["demo", "--out", tmp_path / "demo", "--epochs", 1, "--seeds", 1, "--limit", 64]
+    status, out, err = sskt(*ask)
+    assert status == 0, err
+    assert "scratch" in out and "SSKT + TM, labels from the cache" in out
+    assert "times as fast as with the source in every step" in out
+    assert (tmp_path / "demo/comparison.png").stat().st_size > 10_000
+    result = json.loads(sskt(*ask, "--json")[1])
+    assert result["labels_written"] == 0 and result["labels_reused"] == 64

@@ -1,0 +1,91 @@
+"""Prometheus' and Grafana's files in docker/: they ask for what the server really counts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from sskt.server.metrics.metrics import Metrics
+
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
+PROMTOOL = shutil.which("promtool")
+
+
+def exposed(folder: Path) -> dict[str, set[str]]:
+    """Names of all samples that the server exposes, with their labels' names."""
+    metrics = Metrics(folder, CollectorRegistry())
+    metrics.request("/zarr", "GET", 200, 0.1, 10)
+    metrics.labels("set", 5)
+    metrics.slab(True)
+    metrics.slab(False)
+    metrics.computed(1.0, True)
+    metrics.waiting(1)
+    metrics.error("kind", "detail", "id")
+    families = text_string_to_metric_families(metrics.text().decode())
+    samples = (sample for family in families for sample in family.samples)
+    return {sample.name: set(sample.labels) | {"instance", "job"} for sample in samples}
+
+
+def expressions() -> Iterator[str]:
+    rules = yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            yield rule["expr"]
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "sskt.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            yield target["expr"]
+    for variable in dashboard["templating"]["list"]:
+        yield variable["query"]["query"]
+
+
+def test_every_metric_in_use_exists(tmp_path: Path) -> None:
+    known = exposed(tmp_path)
+    used = set()
+    for expression in expressions():
+        for name, matchers in re.findall(r"\b(sskt_\w+)(?:\{([^}]*)\})?", expression):
+            assert name in known, expression
+            assert set(re.findall(r"(\w+)(?:=~|!~|=|!=)\"", matchers)) <= known[name], expression
+            used.add(name)
+    summed = {name for name in known if name.endswith("_sum")}
+    histograms = {name.removesuffix("_sum") for name in summed}
+    unused = known.keys() - used - summed
+    assert unused == {f"{name}_count" for name in histograms}  # the dashboard shows all there is
+
+
+def test_dashboard_reads_the_provisioned_source() -> None:
+    folder = DOCKER / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "sskt.json").read_text())
+    for panel in dashboard["panels"]:
+        assert panel["datasource"]["uid"] == source["uid"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    (provider,) = yaml.safe_load((folder / "dashboards" / "sskt.yaml").read_text())["providers"]
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    mounts = services["grafana"]["volumes"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in mounts
+
+
+def test_promtool() -> None:
+    if not PROMTOOL:
+        pytest.skip("promtool not found (Debian's package prometheus)")
+    folder = DOCKER / "prometheus"
+    for command in (
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+        ("check", "rules", "rules.yml"),
+        ("test", "rules", "rules_test.yml"),
+    ):
+        done = subprocess.run([PROMTOOL, *command], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

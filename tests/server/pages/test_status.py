@@ -1,0 +1,550 @@
+"""The status page and the sample browser: what they say is what is stored, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from support.helpers import TINY, write_images
+from support.pages import Node, faults, parse
+
+from sskt.server.app import create_app
+from sskt.server.pages.drawing import drawn, percent
+from sskt.server.pages.pages import duration, number, size
+from sskt.server.pages.samples import OPEN, Opened
+from sskt.server.pages.survey import Survey, Surveys, survey
+from sskt.server.settings import Settings
+from sskt.server.state import State
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.label_sets.create import LabelSet, list_label_sets
+from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
+from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.tools.verify import stored_probabilities
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
+
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def stock(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, 3 classes x 10 PNGs of 24x24 pixels, and a cache over it.
+
+    One source in two encodings, 3 seeds and 2, shards of 8 rows, of which two are missing.
+    """
+    folder = tmp_path_factory.mktemp("stock")
+    rng = np.random.default_rng(0)
+    for name in ("apple", "bear", "<b>cup&"):
+        pixels = rng.integers(0, 256, (10, 24, 24, 3), np.uint8)
+        write_images(folder / "pictures" / "train" / name, pixels)
+    views = Views(open_target(str(folder / "pictures")), parse_policy("pad-crop-flip"))
+    options = stage_options(folder / "pictures", "tiny")
+    for encoding, seeds in (("f32", 3), ("u8", 2)):
+        cache_teachers(views, [tiny], parse_encoding(encoding), seeds, folder / "cache", options)
+    first = of_encoding(folder / "cache", "f32")
+    for seed, block in ((1, 3), (2, 0)):
+        for array in first.arrays:
+            first.shard_path(array, first.shard(seed, block)).unlink()
+    return folder
+
+
+@pytest.fixture
+def pictures(stock: Path) -> Iterator[Path]:
+    """The pictures, put back after the test."""
+    shutil.copytree(stock / "pictures", stock / "kept")
+    yield stock / "pictures"
+    shutil.rmtree(stock / "pictures")
+    (stock / "kept").rename(stock / "pictures")
+
+
+@pytest.fixture
+def cache(stock: Path, tmp_path: Path) -> Path:
+    """A copy of the cache."""
+    shutil.copytree(stock / "cache", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def stage_options(pictures: Path, source: str) -> StageOptions:
+    made = {source: {"target": str(pictures)}}
+    return StageOptions(batch_size=8, workers=0, shard_rows=8, made=made)
+
+
+def of_encoding(cache: Path, name: str) -> LabelSet:
+    (found,) = [s for s in list_label_sets(cache) if str(s.encoding) == name]
+    return found
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Callable[..., TestClient]:
+    def make(cache: Path, **changes: Any) -> TestClient:
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        app = create_app(Settings(cache=str(cache), run=str(run), **changes))
+        return TestClient(app, headers=HTML, follow_redirects=False)
+
+    return make
+
+
+def state_of(client: TestClient) -> State:
+    app: Any = client.app
+    return app.state  # type: ignore[no-any-return]  # the gate's
+
+
+def get(client: TestClient, url: str, status: int = 200) -> Node:
+    """A page, checked for what every page must have."""
+    answer = client.get(url)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = parse(answer.text)
+    assert faults(page) == []
+    return page
+
+
+def facts(node: Node) -> dict[str, str]:
+    pairs = zip(node.all("dt"), node.all("dd"), strict=True)
+    return {key.text: value.text for key, value in pairs}
+
+
+def test_the_page_says_what_the_store_holds(cache: Path, client: Callable[..., TestClient]) -> None:
+    page = get(client(cache), "/")
+    sets = list_label_sets(cache)
+    cards = page.all("article")
+    assert [card.one("h3").text for card in cards] == [s.name for s in sets]
+    for card, label_set in zip(cards, sets, strict=True):
+        shown = facts(card.one("dl"))
+        assert shown["Target"] == "pictures train, 30 samples"
+        assert shown["Source"] == "tiny (tiny:build), 12 classes"
+        assert shown["Views"] == "pad-crop-flip (padding 4)"
+        assert shown["Encoding"] == str(label_set.encoding)
+        assert shown["Stored"] == size(label_set.stored_bytes())
+        error = label_set.attributes["error"]
+        assert shown["Gradient error"] == (
+            f"{error['T=1']['gradient']:.2g} at T=1, {error['T=3']['gradient']:.2g} at T=3"
+        )
+        assert card.one("code", title=label_set.digest).text == label_set.digest[:12]
+        assert label_set.digest in card.one("details").text
+        assert label_set.spec["source"]["weights"] in card.one("details").text
+        rows = card.one("table").one("tbody").all("tr")
+        assert [row.all("td")[1].text for row in rows] == [percent(c) for c in label_set.coverage()]
+    shown_words = [card.one("caption").text for card in cards]
+    assert sorted(shown_words) == [
+        "1 of 3 seeds whole; seeds 1-2 incomplete",
+        "2 seeds, all whole",
+    ]
+
+
+def test_what_is_drawn_is_what_is_stored(cache: Path, client: Callable[..., TestClient]) -> None:
+    label_set = of_encoding(cache, "f32")
+    page = get(client(cache), f"/sets/{label_set.name}")
+    rows = page.one("table").one("tbody").all("tr")
+    for seed, row in enumerate(rows):
+        stored = [label_set.has(label_set.shard(seed, b)) for b in range(label_set.blocks)]
+        picture = row.one("svg")
+        assert picture.attributes["aria-label"] == f"{sum(stored)} of 4 blocks stored"
+        assert cells(picture.one("path", class_="stored").attributes["d"], 4) == stored
+
+
+def cells(path: str, blocks: int) -> list[bool]:
+    """The unit cells whose middle lies in one of the path's rectangles."""
+    spans = []
+    for part in path.split("M")[1:]:
+        start, rest = part.split(",")
+        width = rest.split("h")[1].split("v")[0]
+        spans.append((float(start), float(start) + float(width)))
+    return [any(a <= 100 * b + 50 < stop for a, stop in spans) for b in range(blocks)]
+
+
+@pytest.mark.parametrize(("seeds", "blocks"), [(1, 1), (16, 65), (17, 64), (200, 300)])
+def test_large_drawings_are_small_and_right(seeds: int, blocks: int) -> None:
+    rng = np.random.default_rng(0)
+    stored = rng.random((seeds, blocks)) < np.linspace(1.5, 0, blocks)
+    drawing = drawn(Survey(stored, stored.mean(1), 0))
+    paths = [row.paths for row in drawing.rows] or [drawing.paths]
+    assert sum(len(path) for each in paths for path in each.values()) < 120_000
+    assert len(drawing.rows) == (seeds if seeds <= 16 else 0)
+    assert 0 < drawing.height <= 64 * 100
+    assert (drawing.width + 12) // 100 >= min(blocks, 64) - 1
+    whole = drawn(Survey(np.ones_like(stored), np.ones(seeds), 0))
+    for each in [row.paths for row in whole.rows] or [whole.paths]:
+        assert list(each) == ["stored"]
+    none = drawn(Survey(np.zeros_like(stored), np.zeros(seeds), 0))
+    assert not any(row.paths for row in none.rows) and not none.paths
+
+
+def test_a_survey_counts_what_the_store_counts(cache: Path) -> None:
+    for label_set in list_label_sets(cache):
+        found = survey(label_set)
+        assert found.shares.tolist() == pytest.approx(label_set.coverage())
+        assert found.bytes == label_set.stored_bytes()
+        assert found.stored.sum() == sum(
+            label_set.has(shard) for shard in label_set.shards(range(label_set.seeds))
+        )
+
+
+class SlowPlace:
+    """A place that does not answer for now, as a bucket may, and then not at all."""
+
+    name = "slow"
+    answer = threading.Event()
+
+    def refresh(self) -> None:
+        self.answer.wait(60)
+        raise InputError("the bucket is gone")
+
+
+def test_a_place_that_does_not_answer_keeps_no_page_waiting(cache: Path) -> None:
+    good, slow = list_label_sets(cache)
+    place: Any = SlowPlace()
+    stuck = replace(slow, place=place)
+    surveys = Surveys(patience=0.2)
+    assert isinstance(surveys.of([good])[0], Survey)
+    assert surveys.of([stuck]) == [None]
+    found = surveys.of([good, stuck])
+    assert isinstance(found[0], Survey) and found[1] is None, "what is known is shown"
+    place.answer.set()
+    surveys.patience = 30
+    assert surveys.of([stuck]) == ["the bucket is gone"]
+
+
+def test_a_new_shard_is_seen_after_some_seconds_and_not_at_once(cache: Path) -> None:
+    now = [0.0]
+    surveys = Surveys(lambda: now[0], patience=30)
+    label_set = of_encoding(cache, "u8")
+
+    def stored() -> int:
+        (found,) = surveys.of([label_set])
+        assert isinstance(found, Survey)
+        return int(found.stored.sum())
+
+    assert stored() == 8
+    label_set.commit_path(label_set.shard(0, 0)).unlink()
+    assert stored() == 8, "kept"
+    now[0] += 2.5
+    surveys.of([label_set])
+    surveys.settle()
+    assert stored() == 7
+
+
+def test_the_numbers_are_those_that_were_counted(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    browser = client(cache)
+    metrics = state_of(browser).metrics
+    for _ in range(60):
+        metrics.request("/zarr/{path}", "GET", 200, 0.02, 1024)
+    metrics.labels(list_label_sets(cache)[0].name, 120_000)
+    for hit in (True, True, True, False):
+        metrics.slab(hit)
+    metrics.error("overloaded", "64 requests at once", "req-1")
+    page = get(browser, "/")
+    figures = {
+        div.one("dt").text: [dd.text for dd in div.all("dd")]
+        for div in page.one("dl", class_="figures").all("div")
+    }
+    assert figures["Labels"][1] == "120,000 ever"
+    assert figures["Sent"][1] == "60.0 KiB ever"
+    assert figures["Requests"][1] == "0 being served, 60 ever"
+    assert figures["Latency"] == ["18 ms median", "p95 24 ms, p99 25 ms"]
+    assert figures["Slabs in memory"] == ["75 % hits", "75 % ever"]
+    minute = metrics.last_minute()
+    assert figures["Labels"][0] in {
+        f"{number(120_000 / s)} /s" for s in np.arange(1, minute.seconds + 1, 0.01)
+    } | {f"{number(120_000 / minute.seconds)} /s", "120,000 /s"}
+    route = page.one("table", class_="numbers").one("tbody").one("tr")
+    assert route.text.startswith("/zarr/{path} 60 60.0 KiB")
+    error = page.one("ol", class_="errors").one("li")
+    assert error.text.startswith("overloaded 20") and "req-1" in error.text
+    assert error.all("p")[1].text == "64 requests at once"
+
+
+def test_the_live_parts_are_those_of_the_page(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    browser = client(cache)
+    page, live = get(browser, "/"), parse(browser.get("/status/live").text)
+    parts = [node.attributes["id"] for node in page.all() if "data-live" in node.attributes]
+    assert parts == [n.attributes["id"] for n in live.all() if "data-live" in n.attributes]
+    assert page.one(id="live-sets").text == live.one(id="live-sets").text
+    found = get(browser, "/?q=" + of_encoding(cache, "u8").digest[:8])
+    assert [a.one("h3").text for a in found.all("article")] == [of_encoding(cache, "u8").name]
+    nothing = get(browser, "/?q=<b>")
+    assert not nothing.all("article") and "“<b>”" in nothing.text
+
+
+def test_what_is_being_computed_is_shown(cache: Path, client: Callable[..., TestClient]) -> None:
+    browser = client(cache, on_demand=True, queue=30)
+    label_set = of_encoding(cache, "f32")
+    queue = state_of(browser).on_demand
+    assert queue is not None
+    assert get(browser, "/").one(id="live-queue").text.startswith("Computing on demand 0 waiting")
+    for block in range(23):
+        queue.ask(label_set.name, 2, block)
+    shown = get(browser, "/").one(id="live-queue")
+    words = "23 waiting, at most 30; since the start 0 shards computed, 0 failed"
+    assert shown.one("p").text == words
+    lines = [li.text for li in shown.all("li")]
+    assert lines[0].startswith(f"queued {label_set.name}, seed 2, block 0 for")
+    assert len(lines) == 21 and lines[-1] == "and 3 more"
+    assert get(client(cache), "/").one(id="live-queue").text == ""
+
+
+def test_an_empty_cache_says_how_to_fill_it(
+    tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    page = get(client(tmp_path / "empty"), "/")
+    assert page.one(id="live-sets").one("h2").text == "0 label sets"
+    assert "sskt cache-teachers" in page.one(class_="empty").text
+    shutil.rmtree(tmp_path / "empty")
+    gone = get(client(tmp_path / "empty"), "/", 503)
+    assert gone.one("h1").text == "Cache out of reach"
+
+
+def test_a_damaged_set_is_named_and_hides_no_other(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    good, bad = list_label_sets(cache)
+    (bad.path / "zarr.json").write_text("{")
+    page = get(client(cache), "/")
+    assert [a.one("h3").text for a in page.all("article")] == [good.name]
+    alert = page.one(id="live-damaged")
+    assert alert.one("strong").text == bad.name
+    assert "is not a label set's metadata" in alert.text
+    assert get(client(cache), f"/sets/{bad.name}", 500).one("h1").text == "Label set damaged"
+
+
+def test_what_others_wrote_is_never_markup(
+    pictures: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    network = tmp_path / "evil.py"
+    network.write_text(TINY.read_text() + f"\nCLASSES = [{EVIL!r} + str(i) for i in range(12)]\n")
+    source = open_source(parse_source(f"evil={network}:build"))
+    target = replace(open_target(str(pictures)), name=EVIL)
+    options = stage_options(pictures, "evil")
+    views = Views(target, parse_policy("pad-crop-flip"))
+    cache_teachers(views, [source], parse_encoding("f32"), 1, tmp_path / "c", options)
+    (tmp_path / "c" / EVIL.replace("/", "")).mkdir()
+    (tmp_path / "c" / EVIL.replace("/", "") / "zarr.json").write_text("{")
+    browser = client(tmp_path / "c")
+    state_of(browser).metrics.error(EVIL, EVIL, EVIL)
+    name = state_of(browser).sets.all()[0].name
+    urls = ("/", "/status/live", f"/sets/{name}", f"/sets/{name}/samples/3?seed=0")
+    for url in (*urls, f"/?q={EVIL}"):
+        text = browser.get(url).text
+        page = parse(text)
+        assert EVIL in page.text
+        assert faults(page) == [], "no script, no handler, no foreign address"
+        assert "<script>alert" not in text and "<img src=x" not in text
+        assert all(img.attributes["src"].startswith("/sets/") for img in page.all("img"))
+    problem = get(browser, "/sets/<img src=x onerror=alert(1)>", 404)
+    assert "<img src=x onerror=alert(1)>" in problem.text and not problem.all("img")
+
+
+def test_a_sample_shows_the_view_and_what_every_source_says(
+    cache: Path, pictures: Path, client: Callable[..., TestClient]
+) -> None:
+    first, other = of_encoding(cache, "f32"), of_encoding(cache, "u8")
+    browser = client(cache)
+    page = get(browser, f"/sets/{first.name}/samples/25?seed=1")
+    about = facts(page.one("dl"))
+    target = open_target(str(pictures))
+    assert about["Id"] == target.ids[25]
+    assert about["True class"] == target.label_text(25)
+    assert about["Checksum"] == "none stored yet"
+    shown = page.all("div", class_="source")
+    assert "not labelled yet" in shown[0].text
+    assert top5(shown[1]) == expected_top5(other, 25, 1)
+
+    page = get(browser, f"/sets/{first.name}/samples/12?seed=0")
+    assert facts(page.one("dl"))["Checksum"] == "matches: the source saw exactly this"
+    shown = page.all("div", class_="source")
+    assert [top5(each) for each in shown] == [expected_top5(s, 12, 0) for s in (first, other)]
+    bars = [float(bar.attributes["width"]) for bar in shown[0].all("rect", class_="bar")]
+    assert bars == [float(f"{float(p) * 100:.2f}") for p in exact(first, 12, 0)]
+    picture = page.one("img")
+    answer = browser.get(picture.attributes["src"])
+    assert answer.headers["content-type"] == "image/png"
+    pixels = np.asarray(Image.open(io.BytesIO(answer.content)))
+    assert pixels.shape == (int(picture.attributes["height"]), int(picture.attributes["width"]), 3)
+    views = Views(target, parse_policy("pad-crop-flip"))
+    times = 320 // 24
+    assert (pixels == views[12, 0].repeat(times, 0).repeat(times, 1)).all()
+
+
+def top5(source: Node) -> list[tuple[str, str]]:
+    rows = source.one("tbody").all("tr")
+    return [(row.one("th").text, row.all("td")[0].text) for row in rows]
+
+
+def exact(label_set: LabelSet, row: int, seed: int) -> list[float]:
+    p = stored_probabilities(label_set, row, seed)
+    assert p is not None
+    return sorted(p.tolist(), reverse=True)[:5]
+
+
+def expected_top5(label_set: LabelSet, row: int, seed: int) -> list[tuple[str, str]]:
+    p = stored_probabilities(label_set, row, seed)
+    assert p is not None
+    best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
+    return [(label_set.classes[i], f"{p[i]:.4f}") for i in best]
+
+
+def test_the_browser_leads_from_sample_to_sample(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    name = of_encoding(cache, "f32").name
+    browser = client(cache)
+
+    def links(row: int, seed: int) -> dict[str, str]:
+        nav = get(browser, f"/sets/{name}/samples/{row}?seed={seed}").one("nav", class_="steps")
+        return {a.attributes.get("rel", a.text): a.attributes["href"] for a in nav.all("a")}
+
+    here = links(5, 2)
+    assert here["prev"] == f"/sets/{name}/samples/4?seed=2"
+    assert here["next"] == f"/sets/{name}/samples/6?seed=2"
+    assert here["Next seed"] == f"/sets/{name}/samples/5?seed=0"
+    assert "prev" not in links(0, 0) and "next" not in links(29, 0)
+    for _ in range(20):
+        lead = browser.get(here["Random"]).headers["location"]
+        assert 8 <= int(urlsplit(lead).path.rsplit("/", 1)[1]) < 30, "block 0 is not labelled"
+        assert parse_qs(urlsplit(lead).query) == {"seed": ["2"]}
+    jump = browser.get(f"/sets/{name}/samples?row=17&seed=1")
+    assert (jump.status_code, jump.headers["location"]) == (303, f"/sets/{name}/samples/17?seed=1")
+    strip = get(browser, f"/sets/{name}?row=24&seed=1").one("ul", class_="strip").all("li")
+    assert [li.one("a").text for li in strip] == [str(row) for row in range(24, 30)]
+    assert [li.one("p").text for li in strip] == ["not labelled yet"] * 6
+    digest = of_encoding(cache, "f32").digest
+    assert get(browser, f"/sets/{digest[:8]}").one("h1").text == name
+
+
+@pytest.mark.parametrize("end", ["30?seed=0", "0?seed=3", "-1?seed=0", "0?seed=-1", f"{10**30}"])
+def test_samples_that_are_not_there(
+    cache: Path, client: Callable[..., TestClient], end: str
+) -> None:
+    name = of_encoding(cache, "f32").name
+    browser = client(cache)
+    page = get(browser, f"/sets/{name}/samples/{end}", 404)
+    assert "has samples 0 to 29 and seeds 0 to 2" in page.text
+    for url in (
+        f"/sets/{name}/samples/{end}",
+        f"/sets/{name}/samples/{end}".replace("?", "/view.png?"),
+    ):
+        answer = browser.get(url, headers={"Accept": "application/json"})
+        assert answer.status_code == 404
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert browser.get(f"/sets/{name}/samples/x").status_code == 422
+
+
+def test_without_the_files_the_labels_are_still_shown_and_why_there_are_no_pictures(
+    cache: Path, pictures: Path, client: Callable[..., TestClient]
+) -> None:
+    moved = pictures.with_name("elsewhere")
+    pictures.rename(moved)
+    label_set = of_encoding(cache, "u8")
+    page = get(client(cache), f"/sets/{label_set.name}/samples/4?seed=1")
+    assert not page.all("img")
+    assert "The target's files are not at hand here" in page.text
+    assert top5(page.all("div", class_="source")[0]) == expected_top5(label_set, 4, 1)
+    strip = get(client(cache), f"/sets/{label_set.name}")
+    assert not strip.all("img") and "No pictures." in strip.text
+
+    victim = sorted((moved / "train" / "apple").iterdir())[0]
+    moved.rename(pictures)
+    (pictures / "train" / "apple" / victim.name).write_bytes(b"other bytes")
+    page = get(client(cache), f"/sets/{label_set.name}/samples/0?seed=0")
+    assert "target.fingerprint" in page.text and not page.all("img")
+
+
+def test_a_picture_that_changed_is_named(
+    cache: Path, pictures: Path, client: Callable[..., TestClient]
+) -> None:
+    victim = sorted((pictures / "train" / "apple").iterdir())[2]
+    row = list(open_target(str(pictures)).ids).index(f"apple/{victim.name}")
+    pixels = np.array(Image.open(victim))
+    length = victim.stat().st_size
+    pixels[:] = 7
+    Image.fromarray(pixels).save(victim)
+    victim.write_bytes(victim.read_bytes().ljust(length, b"\0"))
+    page = get(client(cache), f"/sets/{of_encoding(cache, 'u8').name}/samples/{row}?seed=0")
+    assert facts(page.one("dl"))["Checksum"] == "differs: the source saw another picture"
+
+
+def test_a_set_cannot_make_the_server_run_code(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    label_set = of_encoding(cache, "u8")
+    label_set.attributes["made"]["frame_sampling"] = f"{tmp_path / 'own.py'}:pick"
+    with pytest.raises(InputError, match="which a server does not run"):
+        Opened().views(label_set, None)
+    assert not ran.exists()
+
+
+def test_few_targets_stay_open(cache: Path) -> None:
+    label_set = of_encoding(cache, "u8")
+    opened = Opened()
+    views = opened.views(label_set, None)
+    assert opened.views(label_set, None) is views
+    for i in range(OPEN):
+        attributes = label_set.attributes | {"digest": f"{i:064d}"}
+        opened.views(replace(label_set, attributes=attributes), None)
+    assert len(opened) == OPEN
+    assert opened.views(label_set, None) is not views
+
+
+def test_static_files_are_kept_as_long_as_they_stay_the_same(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    browser = client(cache)
+    page = get(browser, "/")
+    urls = [link.attributes["href"] for link in page.all("link")]
+    urls += [script.attributes["src"] for script in page.all("script")]
+    assert len(urls) == 3
+    for url in urls:
+        answer = browser.get(url)
+        assert answer.status_code == 200 and "immutable" in answer.headers["cache-control"]
+        assert browser.get(url.split("?")[0]).headers["cache-control"] == "no-cache"
+        assert "http" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+    for name in ("nothing.css", "..%2fstatus.py", "%2e%2e/pages.py", "../templates/base.html"):
+        assert browser.get(f"/static/{name}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.0004, "0.4 ms"),
+        (0.0123, "12 ms"),
+        (2.34, "2.3 s"),
+        (59.9, "59 s"),
+        (3599, "59 min"),
+        (7500, "2 h 5 min"),
+        (200_000, "2 d 7 h"),
+    ],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0 %"), (1, "100 %"), (0.9999, "99.9 %"), (0.00001, "<0.1 %"), (0.747, "74.7 %")],
+)
+def test_only_what_is_whole_is_a_hundred_percent(share: float, text: str) -> None:
+    assert percent(share) == text

@@ -1,0 +1,455 @@
+"""The store over HTTP: every byte for any Zarr client, ranges, tags, nothing outside the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import http.client
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.random_labels import make_labels
+from support.servers import serving
+
+from sskt.server import state
+from sskt.server.compute.queue import Queue
+from sskt.server.http.problems import Problem
+from sskt.server.routes.zarr import open_local, ranges, valid_key
+from sskt.server.state import Sets
+from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.storage.base import LocalPlace
+
+
+@pytest.fixture(scope="module")
+def cache(label_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the label cache with things beside it that nobody may read."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(label_cache, folder / "cache")
+    (folder / "secret.txt").write_text("secret")
+    (folder / "cache" / "set" / "c").mkdir(parents=True)
+    (folder / "cache" / "set" / "link").symlink_to(folder / "secret.txt")
+    (folder / "cache" / "set" / "folder").symlink_to(folder)
+    (folder / "cache" / "set" / "x.0123.partial").write_text("half")
+    (folder / "cache" / "set" / ".hidden").write_text("hidden")
+    (folder / "cache" / ".locks").mkdir(exist_ok=True)
+    (folder / "cache" / ".locks" / "x.lock").write_text("lock")
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def url(cache: Path) -> Iterator[str]:
+    with serving(cache) as address:
+        yield address
+
+
+def get(
+    url: str, path: str, method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """The path is sent as it is, dots and all."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    named = {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request(method, path, headers=named)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
+
+
+def test_every_file_is_served_byte_for_byte(cache: Path, url: str) -> None:
+    (label_set,) = list_label_sets(cache)
+    files = [p for p in label_set.path.rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for path in files:
+        key = path.relative_to(cache).as_posix()
+        status, headers, body = get(url, f"/zarr/{key}")
+        assert (status, body) == (200, path.read_bytes()), key
+        assert headers["accept-ranges"] == "bytes"
+        immutable = "immutable" in headers["cache-control"]
+        assert immutable == (path.name != "zarr.json"), key
+        status, looked, body = get(url, f"/zarr/{key}", "HEAD")
+        assert (status, body) == (200, b"")
+        assert looked["content-length"] == str(path.stat().st_size)
+        assert looked["etag"] == headers["etag"]
+        assert get(url, f"/zarr/{key}", If_None_Match=headers["etag"])[::2] == (304, b"")
+
+
+def first_shard(cache: Path) -> tuple[str, bytes]:
+    (label_set,) = list_label_sets(cache)
+    path = label_set.commit_path(label_set.shard(0, 0))
+    return f"/zarr/{path.relative_to(cache).as_posix()}", path.read_bytes()
+
+
+def test_ranges_over_the_wire(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    size = len(data)
+    for asked, part in (
+        ("bytes=0-0", data[:1]),
+        ("bytes=5-99", data[5:100]),
+        (f"bytes={size - 3}-{size + 100}", data[-3:]),
+        ("bytes=-10", data[-10:]),
+        (f"bytes=-{size + 5}", data),
+        ("bytes=7-", data[7:]),
+    ):
+        status, headers, body = get(url, key, Range=asked)
+        assert (status, body) == (206, part), asked
+        assert headers["content-range"].endswith(f"/{size}")
+    for asked in (f"bytes={size}-", "bytes=-0", f"bytes={10**30}-"):
+        status, headers, body = get(url, key, Range=asked)
+        assert (status, headers["content-range"]) == (416, f"bytes */{size}"), asked
+    for asked in ("bytes=9-2", "items=0-1", "bytes=0-1,5-6", "bytes=-", "bytes=a-b", ""):
+        assert get(url, key, Range=asked)[::2] == (200, data), asked
+
+
+def test_a_part_of_another_version_is_never_given(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    tag = get(url, key)[1]["etag"]
+    assert not tag.startswith("W/")
+    assert get(url, key, Range="bytes=4-", If_Range=tag)[::2] == (206, data[4:])
+    assert get(url, key, Range="bytes=4-", If_Range='"other"')[::2] == (200, data)
+    path = cache / key.removeprefix("/zarr/")
+    path.rename(path.with_name("kept"))
+    path.write_bytes(data)
+    try:
+        assert get(url, key, Range="bytes=4-", If_Range=tag)[::2] == (200, data)
+        assert get(url, key, If_None_Match=tag)[0] == 200
+    finally:
+        path.with_name("kept").replace(path)
+
+
+DOTS = ("..", "%2e%2e", "%2E.", "..%00", "..;", "%252e%252e", "%c0%ae%c0%ae", "%ef%bc%8e%ef%bc%8e")
+SLASHES = ("/", "%2f", "%5c", "\\", "//", "/./", "%252f", "%c0%af")
+
+
+def test_nothing_outside_the_cache(cache: Path, url: str) -> None:
+    (label_set,) = list_label_sets(cache)
+    tried = [
+        f"/zarr/{label_set.name}{slash}{dots}{slash}{dots}{slash}secret.txt"
+        for dots in DOTS
+        for slash in SLASHES
+    ]
+    tried += [f"/zarr{slash}{dots}{slash}secret.txt" for dots in DOTS for slash in SLASHES]
+    tried += [
+        "/zarr/set/link",
+        "/zarr/set/folder/secret.txt",
+        "/zarr/set/x.0123.partial",
+        "/zarr/set/.hidden",
+        "/zarr/.locks/x.lock",
+        "/zarr/set",
+        "/zarr/set/c",
+        "/zarr/",
+        "/zarr//etc/passwd",
+        "/zarr/%2fetc%2fpasswd",
+        f"/zarr/{label_set.name}//zarr.json",
+        "/zarr/" + "a" * 5000 + "/b",
+        "/zarr/" + "a/" * 2000 + "b",
+    ]
+    for path in tried:
+        status, _, body = get(url, path)
+        assert status in (400, 404), path
+        assert b"secret" not in body.replace(b"secret.txt", b""), path
+        assert not {b"half", b"hidden", b"lock"} & {body}, path
+
+
+def test_only_reading(cache: Path, url: str) -> None:
+    key, _ = first_shard(cache)
+    for method in ("PUT", "POST", "DELETE", "PATCH", "MKCOL", "PROPFIND"):
+        status, _, body = get(url, key, method)
+        assert status in (400, 405), method
+        assert b"Traceback" not in body
+
+
+@given(st.text(max_size=40), st.integers(0, 10**6))
+def test_any_range_header_is_a_part_or_refused(header: str, size: int) -> None:
+    try:
+        found = ranges(header, size)
+    except Problem as problem:
+        assert problem.status == 416
+        return
+    assert found is None or 0 <= found[0] < found[1] <= size
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 1000))
+def test_a_range_is_what_it_says(first: int, last: int, size: int) -> None:
+    data = np.arange(size)
+    if first <= last and first < size:
+        start, stop = ranges(f"bytes={first}-{last}", size) or (0, 0)
+        assert (data[start:stop] == data[first : last + 1]).all() and stop - start >= 1
+
+
+@given(st.text(alphabet="ab./\\%\0~", max_size=12))
+def test_keys_never_climb(path: str) -> None:
+    key = valid_key(path)
+    if key is not None:
+        parts = key.split("/")
+        assert all(part and not part.startswith(".") for part in parts)
+        assert "\0" not in key and "\\" not in key
+
+
+def test_a_link_out_is_no_file(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "root-other"
+    for folder in (root / "a", outside):
+        folder.mkdir(parents=True)
+    (outside / "x").write_bytes(b"x")
+    (root / "a" / "in").write_bytes(b"12345")
+    (root / "a" / "out").symlink_to(outside / "x")
+    (root / "a" / "within").symlink_to(root / "a" / "in")
+    assert open_local(root, "a/out") is None
+    assert open_local(root, "a") is None
+    for name in ("in", "within"):
+        file = open_local(root, f"a/{name}")
+        assert file is not None and file.size == 5
+        file.close()
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    file = open_local(linked, "a/in")
+    assert file is not None
+    file.close()
+
+
+def test_a_file_that_is_replaced_meanwhile_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a ``zarr.json`` that grows: the old or the new one, but never none."""
+    (tmp_path / "zarr.json").write_bytes(b"old")
+    look = os.fstat
+
+    def replaced(handle: int) -> os.stat_result:
+        (tmp_path / "new").write_bytes(b"newer")
+        (tmp_path / "new").replace(tmp_path / "zarr.json")
+        return look(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", replaced)
+        file = open_local(tmp_path, "zarr.json")
+    assert file is not None
+    assert asyncio.run(file.read(0, file.size)) == b"old"
+    file.close()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ETIMEDOUT])
+def test_a_shard_that_cannot_be_read_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Zarr clients take 404 for fill values."""
+    (tmp_path / "x").write_bytes(b"x")
+
+    def failing(*_: Any, **__: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(Problem) as told:
+        open_local(tmp_path, "x")
+    assert told.value.status == 503 and str(tmp_path) not in told.value.detail
+
+
+def test_a_file_system_that_cannot_say_it_would_wait_is_read_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    file = open_local(tmp_path, "x")
+    assert file is not None
+    read, readers = os.preadv, []
+
+    def as_on_nfs(handle: int, buffers: Any, start: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        readers.append(threading.current_thread())
+        return read(handle, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", as_on_nfs)
+    assert asyncio.run(file.read(1, 4)) == b"234"
+    assert threading.main_thread() not in readers and len(readers) == 1
+    file.close()
+
+
+def test_a_slow_look_at_the_cache_holds_up_nobody_else(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (label_set,) = list_label_sets(cache)
+    looking, go_on, look = threading.Event(), threading.Event(), Sets._look
+
+    def slow(sets: Sets) -> None:
+        looking.set()
+        assert go_on.wait(30)
+        look(sets)
+
+    monkeypatch.setattr(state, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(Sets, "_look", slow)
+    answers = []
+    with serving(cache) as url:
+
+        def ask() -> None:
+            path = f"/v1/labels:batch?set={label_set.name}&seed=0"
+            answers.append(get(url, path, "POST", Content_Type="application/octet-stream")[0])
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert looking.wait(30)
+            connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().status == 200
+            connection.close()
+        finally:
+            go_on.set()
+            asking.join()
+    assert answers == [200]
+
+
+def test_a_name_that_is_no_folder_computes_nothing(tmp_path: Path) -> None:
+    label_set = make_labels(tmp_path / "cache", without=[(0, 1)])
+    inner = label_set.commit_key(label_set.shard(0, 1))
+    with serving(tmp_path / "cache", on_demand=True, run=tmp_path / "run", wait_seconds=0) as url:
+        assert get(url, f"/zarr/{label_set.digest[:12]}/{inner}")[0] == 404
+        assert Queue(tmp_path / "run/queue", 1).state() == []
+        assert get(url, f"/zarr/{label_set.name}/{inner}")[0] == 503
+        assert len(Queue(tmp_path / "run/queue", 1).state()) == 1
+
+
+def test_an_unreadable_set_hides_no_other(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "private").mkdir()
+    (cache / "private" / "zarr.json").mkdir()  # an OSError that root gets, too
+    try:
+        sets = Sets(LocalPlace(cache))
+        assert len(sets.all()) == 1
+        assert "private" in sets.damaged and str(cache) not in sets.damaged["private"]
+    finally:
+        shutil.rmtree(cache / "private")
+
+    def unreadable(_: LocalPlace) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(LocalPlace, "folders", unreadable)
+    with serving(cache) as url:
+        assert get(url, "/readyz")[0] == 503
+
+
+@pytest.fixture(scope="module", params=["f32", "golden"])
+def readable(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
+    """A served cache and its URL: three seeds in f32, or the golden sets (f16, u8, top-k)."""
+    if request.param == "f32":
+        yield request.getfixturevalue("cache"), request.getfixturevalue("url")
+        return
+    golden = Path(__file__).parents[2] / "golden" / "cache"
+    assert {str(s.encoding) for s in list_label_sets(golden)} >= {"f16", "u8"}
+    with serving(golden) as address:
+        yield golden, address
+
+
+def arrays(cache: Path) -> Iterator[tuple[str, Any]]:
+    import zarr
+
+    for label_set in list_label_sets(cache):
+        for name in label_set.arrays:
+            found = zarr.open_array(label_set.path / name, mode="r")
+            yield f"{label_set.name}/{name}", np.asarray(found[:])
+
+
+def test_zarr_over_obstore(readable: tuple[Path, str]) -> None:
+    cache, url = readable
+    import zarr
+    from obstore.store import HTTPStore
+    from zarr.storage import ObjectStore
+
+    store = ObjectStore(
+        HTTPStore.from_url(f"{url}/zarr", client_options={"allow_http": True}), read_only=True
+    )
+    for path, expected in arrays(cache):
+        found = zarr.open_array(store, path=path, mode="r")
+        assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_zarr_over_fsspec(readable: tuple[Path, str]) -> None:
+    cache, url = readable
+    import zarr
+    from zarr.storage import FsspecStore
+
+    store = FsspecStore.from_url(f"{url}/zarr", read_only=True)
+    for path, expected in arrays(cache):
+        found = zarr.open_array(store, path=path, mode="r")
+        assert np.array_equal(np.asarray(found[:]), expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_tensorstore(readable: tuple[Path, str]) -> None:
+    cache, url = readable
+    import tensorstore
+
+    for path, expected in arrays(cache):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "http", "base_url": f"{url}/zarr/{path}/"}}
+        found = tensorstore.open(spec, read=True).result().read().result()
+        assert np.array_equal(found, expected, equal_nan=expected.dtype.kind == "f")
+
+
+def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -> None:
+    """Many clients ask for a big file and take nothing: each costs a piece, not the file."""
+    import socket
+
+    import psutil
+
+    big = cache / "set" / "big"
+    size, clients = 64 * 2**20, 12
+    with big.open("wb") as file:
+        file.truncate(size)
+    where = urlsplit(url)
+    address = (where.hostname, where.port)
+
+    def memory() -> int:
+        found = 0
+        for process in psutil.process_iter(["net_connections"]):
+            for held in process.info["net_connections"] or ():
+                if held.status == "LISTEN" and held.laddr.port == where.port:
+                    found = max(found, process.memory_info().rss)
+        return found
+
+    before = memory()
+    assert before
+    held = []
+    try:
+        for _ in range(clients):
+            one = socket.create_connection(address)
+            one.sendall(b"GET /zarr/set/big HTTP/1.1\r\nHost: x\r\n\r\n")
+            held.append(one)
+        assert all(one.recv(15) == b"HTTP/1.1 200 OK" for one in held)
+        deadline = time.monotonic() + 0.5
+        peak = 0
+        while time.monotonic() < deadline:
+            peak = max(peak, memory())
+        assert peak - before < size, (before, peak)
+    finally:
+        for one in held:
+            one.close()
+        big.unlink()
+
+
+def test_a_cache_that_is_gone_is_no_missing_shard(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    away = cache.with_name("away")
+    cache.rename(away)
+    try:
+        status, headers, _ = get(url, key)
+        assert status == 503 and headers["retry-after"] == "5"
+    finally:
+        away.rename(cache)
+    assert get(url, key)[2] == data
+
+
+def test_an_empty_shard_is_damage_and_no_fill_values(cache: Path, url: str) -> None:
+    key, data = first_shard(cache)
+    path = cache / key.removeprefix("/zarr/")
+    path.write_bytes(b"")
+    try:
+        status, _, body = get(url, key)
+        assert status == 500 and b"label set damaged" in body
+    finally:
+        path.write_bytes(data)
+    assert get(url, key)[2] == data

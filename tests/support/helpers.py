@@ -1,0 +1,37 @@
+"""Small things that several test files use."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+TINY = Path(__file__).parents[1] / "networks" / "tiny.py"
+
+
+def write_images(folder: Path, pictures: Any) -> None:
+    """PNGs 0000.png, 0001.png, ... from uint8 ``[n, H, W, 3]``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:04d}.png")
+
+
+def write_frames(folder: Path, frames: Any) -> None:
+    """A folder of extracted frames. They are PNGs, so that the pixels are exactly these."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames, 1):
+        data = io.BytesIO()
+        Image.fromarray(frame).save(data, "PNG")
+        (folder / f"image_{i:05d}.jpg").write_bytes(data.getvalue())
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file under ``folder``, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,62 @@
+"""Label sets of made-up labels, written by the stage's own writer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.format.spec import classes_identity
+from sskt.teacher_cache.label_sets.create import create_label_set, open_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.storage.base import CacheName
+
+SAMPLES, ROWS, CLASSES, SEEDS = 1300, 512, 12, 3
+"""Three shards a seed, the last one not full."""
+
+
+def make_labels(
+    cache: CacheName,
+    encoding: str = "f16",
+    *,
+    without: Iterable[tuple[int, int]] = (),
+    salt: int = 0,
+) -> LabelSet:
+    """A label set opened for reading, without some (seed, block). ``salt``: other labels."""
+    names = tuple(f"class {i}" for i in range(CLASSES))
+    kind = parse_encoding(encoding)
+    spec = {
+        "format": 1,
+        "target": {"name": "made", "split": "train", "size": SAMPLES, "fingerprint": "made"},
+        "source": {"name": "made", "arch": "none", "classes": classes_identity(names)},
+        "views": {"policy": "none", "version": 1, "parameters": {}, "f_s": "identity"},
+        "encoding": kind.identity(),
+    }
+    made = {"source": "none"}
+    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=ROWS, made=made)
+    for shard in label_set.missing(range(SEEDS)):
+        if (shard.seed, shard.block) not in without:
+            write_shard(label_set, shard, salt)
+    label_set.close()
+    return open_label_set(label_set.place)
+
+
+def write_shard(label_set: LabelSet, shard: Shard, salt: int = 0) -> None:
+    """Stores one shard of a set that is open for writing."""
+    rng = np.random.default_rng([salt, shard.seed, shard.block])
+    count = shard.stop - shard.start
+    logits = rng.normal(size=(count, CLASSES))
+    log_p = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    checks = rng.integers(0, 2**32, count, np.uint32)
+    label_set.write(shard, label_set.encoding.encode(log_p), checks)
+
+
+def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None:
+    """Removes a stored shard and stores it again with other labels."""
+    place, shard = label_set.place, label_set.shard(seed, block)
+    place.delete(label_set.shard_key(array, shard) for array in label_set.arrays)
+    writer = open_label_set(place)
+    writer.writable = True
+    write_shard(writer, shard, salt)
+    place.refresh()

@@ -1,0 +1,108 @@
+"""Finding label sets in a cache that also holds damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.helpers import TINY
+
+from sskt.teacher_cache.errors import CorruptStore
+from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.label_sets.create import LabelSet, list_label_sets
+from sskt.teacher_cache.label_sets.find import choose_sets, find_label_set
+from sskt.teacher_cache.sources.registry import parse_source
+from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.tools.export import export_label_set
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def views(images: Path) -> Views:
+    return Views(open_target(str(images)), parse_policy("pad-crop-flip"))
+
+
+@pytest.fixture
+def healthy(label_cache: Path, tmp_path: Path) -> LabelSet:
+    """A set in a cache of its own."""
+    (label_set,) = list_label_sets(shutil.copytree(label_cache, tmp_path / "labels"))
+    return label_set
+
+
+def damage(healthy: LabelSet, name: str = "") -> str:
+    """Another set beside it, of another encoding and then damaged: its name."""
+    cache = healthy.path.parent
+    made = cache / export_label_set(healthy, parse_encoding("u8"), cache).name
+    path = made.rename(cache / name) if name else made
+    (path / "zarr.json").write_text("{")
+    return path.name
+
+
+def test_a_damaged_set_hides_no_other(sskt: Call, healthy: LabelSet) -> None:
+    cache, name = healthy.path.parent, damage(healthy)
+    status, out, err = sskt("ls", "--cache", cache)
+    assert status == 1, err
+    table, said = out[: out.index("damaged: ")], out[out.index("damaged: ") :]
+    assert healthy.digest[:12] in table and name[-12:] not in table
+    assert f"{name}: {cache / name / 'zarr.json'} is not a label set's metadata" in said
+    status, out, _ = sskt("ls", "--cache", cache, "--json")
+    assert status == 1
+    assert [(s["name"], "damaged" in s) for s in json.loads(out)] == [
+        (healthy.name, False),
+        (name, True),
+    ]
+    assert sskt("ls", "--cache", cache, healthy.digest[:8])[0] == 0
+    assert sskt("inspect", "--cache", cache, healthy.name, "--no-live")[0] == 0
+    status, out, _ = sskt("verify", "--cache", cache)
+    assert status == 1 and f"{healthy.name}: 12 shards, 180 rows: clean" in out
+    assert f"{name}: 0 shards, 0 rows: 1 problems" in out
+
+
+@pytest.mark.parametrize("part", ["whole name", "digest", "both"])
+def test_a_damaged_set_that_is_named_is_refused(healthy: LabelSet, part: str) -> None:
+    name = damage(healthy)
+    wanted = {"whole name": [name], "digest": [name[-12:-4]], "both": ["tiny"]}[part]
+    with pytest.raises(CorruptStore, match="not a label set's metadata; name other label sets"):
+        choose_sets(healthy.path.parent, wanted)
+
+
+@pytest.mark.parametrize(
+    ("named", "refused"),
+    [
+        ("", True),
+        ("moved", True),
+        ("images-train.tiny-other-build.0123456789ab", False),
+        ("images-train.other-tiny-build.0123456789ab", False),
+        ("images-test.tiny-tiny-build.0123456789ab", False),
+    ],
+)
+def test_a_damaged_set_is_in_the_way_only_where_it_may_be_the_wanted_one(
+    healthy: LabelSet, views: Views, named: str, refused: bool
+) -> None:
+    cache = healthy.path.parent
+    damage(healthy, named)
+    source = f"tiny={TINY}:build"
+    if not refused:
+        found = find_label_set(cache, parse_source(source), views)
+        assert found and found.name == healthy.name
+        return
+    with pytest.raises(CorruptStore, match=r"may be the label set that is wanted: .*sskt rm"):
+        find_label_set(cache, parse_source(source), views)
+    if not named:
+        pinned = parse_source(f"{source}#{healthy.digest[:6]}")
+        found = find_label_set(cache, pinned, views)
+        assert found and found.name == healthy.name
+
+
+def test_without_an_architecture_any_set_of_the_source_may_be_meant(
+    healthy: LabelSet, views: Views
+) -> None:
+    damage(healthy, "images-train.tiny-other-build.0123456789ab")
+    with pytest.raises(CorruptStore, match="may be the label set that is wanted"):
+        find_label_set(healthy.path.parent, parse_source("tiny", stored=True), views)

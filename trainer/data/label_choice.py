@@ -1,0 +1,249 @@
+"""Chooses the label sets of a training, and follows them where the user left a choice open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.format.spec import canonical_json
+from sskt.teacher_cache.label_sets.find import is_of, only, readable_sets, replayed
+from sskt.teacher_cache.sources.names import SourceName, parse_source
+from sskt.teacher_cache.storage.base import CacheName, is_served
+from sskt.teacher_cache.targets.registry import default_policy, is_own
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.trainer.config import AUTO, FIELDS, TrainConfig
+from sskt.trainer.data.caching_command import caching_command, sources_to_cache
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.label_sets.label_set import LabelSet
+    from sskt.teacher_cache.views.views import Views
+
+Chosen = dict[str, "LabelSet"]
+Difference = tuple[str, str]
+"""An option as typed, and as the labels were made with."""
+
+
+def choose_label_sets(config: TrainConfig, cache: CacheName) -> tuple[TrainConfig, Chosen]:
+    """The label sets that a training reads, and the configuration that follows them.
+
+    Where ``policy``, ``limit``, ``decoder``, ``partial`` or ``strict_fingerprint`` were not
+    given, they become those of the label sets, if the sets of one group of views fit; of several
+    groups, the one with the target's default policy and all samples is taken. Sources ``auto``
+    are all sources of that group.
+
+    Args:
+        config: The configuration; its ``source`` is not empty.
+        cache: Where the label sets are.
+
+    Returns:
+        The configuration with these fields filled in, and a label set by source name.
+
+    Raises:
+        MissingData: If a source has no labels of this target.
+        SpecMismatch: If all label sets contradict options that were given; names the options.
+        InputError: If several choices are left.
+        CorruptStore: If a damaged label set may be one of those wanted.
+    """
+    wanted = _wanted(config)
+    sets = _of_target(config, cache, wanted)
+    fitting = [s for s in sets if not contradictions(config, s)]
+    groups: dict[str, dict[str, list[LabelSet]]] = {}
+    for label_set in fitting:
+        group = groups.setdefault(_views_of(label_set), {})
+        name = label_set.spec["source"]["name"]
+        if wanted is None or any(is_of(label_set, source) for source in wanted):
+            group.setdefault(name, []).append(label_set)
+    names = None if wanted is None else [source.name for source in wanted]
+    complete = [g for g in groups.values() if g and all(n in g for n in names or ())]
+    if not complete:
+        raise _none_fits(config, cache, sets, fitting, names)
+    usual = [g for g in complete if _is_usual(config, next(iter(g.values()))[0])]
+    if len(complete) > 1 and len(usual) != 1:
+        raise _several_views(config, complete)
+    (group,) = complete if len(complete) == 1 else usual
+    chosen = {name: only(name, group[name]) for name in names or sorted(group)}
+    return _followed(config, next(iter(chosen.values())), chosen), chosen
+
+
+def require_identity(views: Views, chosen: Mapping[str, LabelSet]) -> None:
+    """Checks that label sets were made over exactly these samples and views (any f_s).
+
+    Raises:
+        SpecMismatch: Names all differences.
+    """
+    for label_set in chosen.values():
+        spec, target, seen = label_set.spec, views.target, replayed(views.identity())
+        found: list[str] = []
+        if spec["target"]["size"] != len(target):
+            found.append(
+                f"it has labels of {spec['target']['size']:,} samples, the data has {len(target):,}"
+            )
+        elif spec["target"]["fingerprint"] != target.fingerprint:
+            found.append("the names, order or sizes of the files (or the pixels) have changed")
+        elif spec["target"].get("contents", target.contents) != target.contents:
+            found.append("the contents of the files have changed")
+        if canonical_json(replayed(spec["views"])) != canonical_json(seen):
+            found.append(f"its views are {replayed(spec['views'])}, these are {seen}")
+        if found:
+            raise SpecMismatch(
+                f"label set {label_set.name} was not made from this data: {'; '.join(found)}; "
+                "restore the data, or cache its labels again"
+            )
+
+
+def contradictions(config: TrainConfig, label_set: LabelSet) -> list[Difference]:
+    """Options that were given and that a label set was not made with, as (typed, made)."""
+    spec, made = label_set.spec, label_set.attributes["made"]
+    found: list[Difference] = []
+    size, whole = spec["target"]["size"], not made.get("limit")
+    if config.limit is not None and size != config.limit and not (whole and size < config.limit):
+        found.append((f"--limit {config.limit}", f"--limit {size}" + _all_of(size, whole)))
+    if config.policy != AUTO:
+        policy = parse_policy(config.policy)
+        if any(spec["views"].get(key) != value for key, value in policy.identity().items()):
+            found.append((f"--policy {policy}", f"--policy {_policy_text(spec['views'])}"))
+    decoder = spec["views"].get("decoder")
+    if decoder is not None and config.decoder not in (AUTO, decoder):
+        found.append((f"--decoder {config.decoder}", f"--decoder {decoder}"))
+    if config.strict_fingerprint and not spec["target"].get("contents"):
+        found.append(("--strict-fingerprint", "--no-strict-fingerprint"))
+    return found
+
+
+def _wanted(config: TrainConfig) -> list[SourceName] | None:
+    if config.source == [AUTO]:
+        return None
+    wanted = [parse_source(text, stored=True) for text in config.source]
+    if len({source.name for source in wanted}) < len(wanted):
+        raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
+    return wanted
+
+
+def _of_target(
+    config: TrainConfig, cache: CacheName, wanted: list[SourceName] | None
+) -> list[LabelSet]:
+    name = Path(config.target).resolve().name if is_own(config.target) else config.target
+    if Path(name).suffix.lower() in (".csv", ".parquet"):
+        name = Path(name).stem
+    return readable_sets(cache, {"name": name, "split": config.split}, wanted)
+
+
+def _views_of(label_set: LabelSet) -> str:
+    spec = label_set.spec
+    return canonical_json({"target": spec["target"], "views": replayed(spec["views"])})
+
+
+def _is_usual(config: TrainConfig, label_set: LabelSet) -> bool:
+    spec, made = label_set.spec, label_set.attributes["made"]
+    usual = parse_policy(default_policy(config.target, clips="decoder" in spec["views"]))
+    same = all(spec["views"].get(key) == value for key, value in usual.identity().items())
+    return same and (config.limit is not None or not made.get("limit"))
+
+
+def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSet]) -> TrainConfig:
+    spec, made = first.spec, first.attributes["made"]
+    fields: dict[str, Any] = {"policy": _policy_text(spec["views"])}
+    if config.limit is None and made.get("limit"):
+        fields["limit"] = int(spec["target"]["size"])
+    if spec["views"].get("decoder"):
+        fields["decoder"] = _decoder_text(spec["views"]["decoder"])
+    if made.get("partial"):
+        fields["partial"] = True
+    if spec["target"].get("contents"):
+        fields["strict_fingerprint"] = True
+    if config.source == [AUTO]:
+        fields["source"] = [f"{name}#{s.digest[:12]}" for name, s in chosen.items()]
+    return replace(config, **fields)
+
+
+def _decoder_text(name: object) -> str:
+    """A label set's decoder as an option. Raises ``InputError``."""
+    if name not in FIELDS["decoder"].metadata["choices"]:
+        raise InputError(f"a label set names the decoder {name!r}, which is unknown; update sskt")
+    return str(name)
+
+
+def _policy_text(views: Mapping[str, Any]) -> str:
+    """A label set's policy as an option. Raises ``UnknownName``, ``InputError``."""
+    options = ",".join(f"{key}={value}" for key, value in views["parameters"].items())
+    return str(parse_policy(f"{views['policy']}:{options}"))
+
+
+def _all_of(size: int, whole: bool) -> str:
+    return f" (all {size:,} samples; leave --limit out)" if whole else ""
+
+
+def _none_fits(
+    config: TrainConfig,
+    cache: CacheName,
+    sets: Sequence[LabelSet],
+    fitting: Sequence[LabelSet],
+    names: Sequence[str] | None,
+) -> InputError:
+    texts = dict(zip(names or (), config.source, strict=False))
+    lacking = [n for n in texts if not any(is_of(s, _parsed(texts[n])) for s in sets)]
+    if lacking or not sets:
+        make = _make(config, cache, [texts[n] for n in lacking] or sources_to_cache(config))
+        what = " or ".join(_described(_parsed(texts[n])) for n in lacking)
+        of = f"source {what}" if lacking else "any source"
+        return MissingData(
+            f"no labels of {of} over {config.target} {config.split} in {cache}; make them with: "
+            f"{make}"
+        )
+    asked = [s for s in sets if not texts or any(is_of(s, _parsed(t)) for t in texts.values())]
+    if not fitting or not any(s in fitting for s in asked):
+        closest = min(asked, key=lambda s: len(contradictions(config, s)))
+        found = contradictions(config, closest)
+        typed, made = (" ".join(side) for side in zip(*found, strict=True))
+        return SpecMismatch(
+            f"label set {closest.name} was made with {made}, but {typed} was given; leave that "
+            f"out to train from it, or make other labels with: "
+            f"{_make(config, cache, list(texts.values()) or sources_to_cache(config))}"
+        )
+    by_name = {s.spec["source"]["name"]: s for s in asked if s in fitting}
+    short = [n for n in texts if n not in by_name]
+    views = "; ".join(
+        f"{name}: --policy {_policy_text(s.spec['views'])}, {s.spec['target']['size']:,} samples"
+        for name, s in by_name.items()
+    )
+    return SpecMismatch(
+        f"the sources have no label sets over the same views ({views}"
+        + (f"; {', '.join(short)}: none that fits the options" if short else "")
+        + "); make them with: "
+        + _make(config, cache, list(texts.values()))
+    )
+
+
+def _several_views(
+    config: TrainConfig, groups: Sequence[Mapping[str, Sequence[LabelSet]]]
+) -> InputError:
+    choices = []
+    for group in groups:
+        label_set = next(iter(group.values()))[0]
+        made, spec = label_set.attributes["made"], label_set.spec
+        text = f"--policy {_policy_text(spec['views'])}"
+        text += f" --limit {spec['target']['size']}" if made.get("limit") else ""
+        text += f" --decoder {spec['views']['decoder']}" if "decoder" in spec["views"] else ""
+        choices.append(f"{text} ({', '.join(s.digest[:12] for v in group.values() for s in v)})")
+    return InputError(
+        f"label sets over several views of {config.target} {config.split} fit; choose with "
+        f"{' or '.join(sorted(choices))}"
+    )
+
+
+def _make(config: TrainConfig, cache: CacheName, sources: Sequence[str]) -> str:
+    command = caching_command(config, sources, None)
+    if is_served(cache):
+        return f"{command} --cache DIR (where DIR is the folder that {cache} serves)"
+    return command
+
+
+def _parsed(text: str) -> SourceName:
+    return parse_source(text, stored=True)
+
+
+def _described(source: SourceName) -> str:
+    return source.name + (f" ({source.recorded_arch})" if source.recorded_arch else "")

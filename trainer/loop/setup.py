@@ -1,0 +1,328 @@
+"""What a configuration names, found and checked: the plan of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sskt.teacher_cache.errors import BadImage, InputError, MissingData
+from sskt.teacher_cache.format.encodings import gradient_error, require_temperature
+from sskt.teacher_cache.label_sets.create import LabelSet
+from sskt.teacher_cache.label_sets.find import require_seeds
+from sskt.teacher_cache.locations import label_location
+from sskt.teacher_cache.sources.registry import parse_source
+from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.storage.base import Place, is_served, open_cache
+from sskt.teacher_cache.storage.http.place import Fetching, open_server
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.registry import default_policy, evaluation_split, open_target
+from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
+from sskt.teacher_cache.views.views import Views, open_views
+from sskt.trainer.config import AUTO, TrainConfig
+from sskt.trainer.data.label_choice import choose_label_sets, require_identity
+from sskt.trainer.data.soft_labels import Window, epoch_windows
+from sskt.trainer.data.test_labels import find_test_sets
+from sskt.trainer.distributed import Ranks, batch_count, join
+from sskt.trainer.loop.preflight import require_present
+from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
+from sskt.trainer.methods.maxl import LOSSES
+from sskt.trainer.methods.maxl import SOURCE as MAXL
+from sskt.trainer.models.base import (
+    TargetNetwork,
+    build_network,
+    is_three_dimensional,
+    parameters_of,
+)
+from sskt.trainer.models.heads import SSKTNetwork
+from sskt.trainer.models.normalization import NORMALISATIONS
+from sskt.trainer.models.pretrained import freeze_before, input_scale_of, load_initial
+
+Record = dict[str, Any]
+
+SMALL_VIEW = 96
+"""Largest views, in pixels, for which ``--model auto`` takes a small ResNet."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with all that it names found: what ``--dry-run`` shows."""
+
+    config: TrainConfig
+    views: Views
+    test: Views | None
+    label_sets: dict[str, LabelSet]
+    live: list[Source]
+    seeds: int
+    device: torch.device
+    loss: tuple[str, str]
+    ranks: Ranks = field(default_factory=Ranks)
+    test_sets: dict[str, LabelSet] = field(default_factory=dict)
+    """Labels of the test split, if a plateau follows the total loss."""
+    input_scale_reason: str = ""
+    """Why ``config.input_scale`` was taken."""
+
+    @property
+    def source_classes(self) -> dict[str, int]:
+        """Number of classes of each auxiliary head: of the sources, or MAXL's own."""
+        if self.config.method == MAXL:
+            return {MAXL: len(self.views.target.classes) * self.config.psi}
+        stored = {name: len(s.classes) for name, s in self.label_sets.items()}
+        return stored | {s.name: len(s.classes) for s in self.live}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return sum(self.steps_of(w) for w in self.windows(0))
+
+    def steps_of(self, window: Window) -> int:
+        """Optimizer steps of a window, if none of its samples is skipped."""
+        return batch_count(len(window.samples), self.config.batch_size, self.ranks.world)
+
+    def windows(self, epoch: int) -> list[Window]:
+        """The epoch's windows; one, unless a slab exceeds the memory budget."""
+        samples, view_seed = len(self.views.target), epoch % self.seeds
+        if not self.label_sets:
+            return [Window(view_seed, ((0, samples),))]
+        sets = list(self.label_sets.values())
+        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets)
+        rows = int(self.config.memory * 2**30 / self.ranks.local / 2 / row)
+        block = max(s.rows for s in sets)
+        return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """uint8 views as float32 input of the target network; see ``Normalisation``."""
+        return NORMALISATIONS[self.config.input_scale](views)
+
+    def build_target(self, classes: int) -> TargetNetwork:
+        """A target network with fresh parameters, drawn from torch's generator."""
+        config = self.config
+        return build_network(
+            config.model,
+            classes,
+            stem=config.stem,
+            shortcut=config.shortcut,
+            taps=tuple(config.taps),
+            size=_view_size(self.views),
+        )
+
+    def build(self, *, initial: bool = True) -> SSKTNetwork:
+        """The network with fresh parameters, drawn from the run's seed; or with initial ones.
+
+        Without ``initial`` they stay fresh: a checkpoint is going to replace them.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        target = self.build_target(len(self.views.target.classes))
+        network = SSKTNetwork(target, self.source_classes, tm=config.tm)
+        if config.init and initial:
+            load_initial(target, config.init, config.model)
+        if config.finetune_from is not None:
+            freeze_before(network, config.finetune_from)
+        return network
+
+    def lossy_labels(self) -> list[str]:
+        """What the training loses by label sets that hold the largest probabilities only.
+
+        Returns:
+            A sentence for each label set of a top-k encoding, with the gradient error that was
+            measured when it was cached.
+        """
+        found = []
+        for name, label_set in self.label_sets.items():
+            if label_set.encoding.name == "topk":
+                error = gradient_error(label_set.attributes.get("error"), "T=1", "T=3")
+                lost = f"error of their gradient: {error}" if error else "their error is not known"
+                found.append(f"labels of {name} are stored as {label_set.encoding}; {lost}")
+        return found
+
+    def describe(self) -> Record:
+        """The resolved configuration, sizes of the networks, steps, label sets found."""
+        network = self.build()
+        resolved = self.config.as_dict() | {
+            "test_split": self.test.target.split if self.test else "none",
+            "milestones": self.config.resolved_milestones(),
+            "seeds": self.seeds,
+            "loss": "+".join(self.loss) if self.source_classes else self.loss[0],
+            "device": str(self.device),
+        }
+        return {
+            "config": resolved,
+            "parameters": {
+                "target": parameters_of(network.target),
+                "heads": {
+                    name: parameters_of(head)
+                    for name, head in zip(network.sources, network.heads, strict=True)
+                },
+            },
+            "samples": len(self.views.target),
+            "steps_per_epoch": self.steps_per_epoch,
+            "label_sets": {
+                name: {
+                    "name": s.name,
+                    "digest": s.digest,
+                    "encoding": str(s.encoding),
+                    "seeds": s.seeds,
+                    "error": s.attributes.get("error"),
+                }
+                for name, s in self.label_sets.items()
+            },
+        }
+
+
+def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = True) -> Plan:
+    """Opens target and label sets and checks that they fit each other.
+
+    ask: whether a label server that computes on demand is to compute what is missing, so that
+    the plan can be carried out.
+    Raises ``UnknownName``, ``MissingData``, ``SpecMismatch``, ``IncompleteLabels``, ``InputError``.
+    """
+    require_present(config)
+    scale, reason = input_scale_of(config.input_scale, config.init)
+    config = replace(config, input_scale=scale)
+    reads = bool(config.source) and not config.live
+    served = reads and is_served(label_location(config.labels or config.cache).value)
+    ranks, device = join(config.device, config.label_wait if served else 0)
+    if config.download and not ranks.first:
+        ranks.wait()  # the first process downloads
+    download = config.download and ranks.first
+    sets: dict[str, LabelSet] = {}
+    cache = open_labels(config) if config.source and not config.live else None
+    if cache is not None:
+        config, sets = choose_label_sets(config, cache)
+    target = open_split(config, config.split, limit=config.limit, download=download)
+    loss = parse_loss(resolve_loss(config.loss, multi_label=target.multi_label))
+    chosen = config.policy
+    if chosen == AUTO:
+        chosen = default_policy(config.target, clips=target.clips)
+    f_s = parse_frame_sampling(config.frame_sampling) if config.frame_sampling else None
+    views = open_views(target, parse_policy(chosen), f_s)
+    require_identity(views, sets)
+    config = replace(config, policy=str(views.policy), decoder=target.decoder or config.decoder)
+    if config.model == AUTO:
+        config = replace(config, model=_usual_model(views))
+    if is_three_dimensional(config.model) != target.clips:
+        what, network = ("clips", "3-D network, such as resnet3d18")
+        if not target.clips:
+            what, network = ("images", "2-D network, such as resnet18")
+        raise InputError(
+            f"--model {config.model} does not take {what}, which {config.target} holds; choose a "
+            f"{network}, or leave --model out"
+        )
+    if not target.multi_label and (target.labels < 0).any():
+        raise InputError(
+            f"{config.target} {config.split} has no labels to train the target task on"
+        )
+    names = list(sets) or [parse_source(text).name for text in config.source]
+    if len(set(names)) < len(names):
+        raise InputError(f"each --source needs a name of its own, found {', '.join(config.source)}")
+    heads = [MAXL] if config.method == MAXL else names
+    parse_source_weights(config.source_weight, heads)
+    if config.method == MAXL and (target.multi_label or loss[1] not in LOSSES):
+        raise InputError(
+            f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
+            f"found --loss {'+'.join(loss)} over {config.target}"
+        )
+    seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
+    for label_set in sets.values():
+        require_seeds(label_set, min(seeds, config.epochs), ask=ask)
+        error = label_set.attributes.get("error")
+        require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
+    if config.batch_size < ranks.world:
+        raise InputError(
+            f"--batch-size {config.batch_size} is that of all {ranks.world} processes together; "
+            f"give at least {2 * ranks.world}"
+        )
+    test = _test_views(config, views, download=download)
+    if config.download and ranks.first:
+        ranks.wait()
+    test_sets: dict[str, LabelSet] = {}
+    if test is not None and cache is not None and config.needs_test_labels:
+        test_sets = find_test_sets(cache, config, sets, test, ask=ask)
+    seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
+    return Plan(
+        config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason
+    )
+
+
+def open_labels(config: TrainConfig) -> Place:
+    """Opens the cache of the configuration, or the default one.
+
+    Raises:
+        InputError: If it cannot be reached.
+    """
+    name = label_location(config.labels or config.cache).value
+    if is_served(name):
+        how = Fetching(config.label_wait, config.label_cache, config.label_cache_size)
+        return open_server(name, how)
+    return open_cache(name)
+
+
+def open_split(
+    config: TrainConfig,
+    split: str,
+    *,
+    limit: int | None = None,
+    download: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Target:
+    """A split of the configuration's target. Raises what ``open_target`` raises."""
+    return open_target(
+        config.target,
+        split,
+        root=config.root,
+        limit=limit,
+        download=download,
+        partial=config.partial,
+        decoder=config.used_decoder,
+        strict=config.strict_fingerprint,
+        progress=progress,
+    )
+
+
+def split_to_test(config: TrainConfig) -> str:
+    """The split that a configuration is judged on; ``none``."""
+    if config.test_split == "auto":
+        return evaluation_split(config.target, config.split)
+    return config.test_split
+
+
+def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views | None:
+    split = split_to_test(config)
+    if split == "none":
+        return None
+    test = open_split(config, split, download=download)
+    if test.classes != views.target.classes:
+        odd = sorted(set(test.classes) ^ set(views.target.classes))
+        raise InputError(
+            f"{config.target}: splits {config.split} and {split} differ in class {odd[0]}"
+        )
+    if not test.multi_label and (test.labels < 0).any():
+        raise InputError(
+            f"{config.target} {split} has samples without a known class: no accuracy can be "
+            "measured on it; choose another --test-split, or none"
+        )
+    return open_views(test, evaluation_policy(views.policy))
+
+
+def _usual_model(views: Views) -> str:
+    """The network of the paper for such views: ResNet-20 up to STL10's 96 pixels."""
+    if views.target.clips:
+        return "resnet3d18"
+    size = _view_size(views)
+    return "resnet20" if size is not None and size <= SMALL_VIEW else "resnet18"
+
+
+def _view_size(views: Views) -> int | None:
+    """Pixels of a view's shorter side; None if that depends on a file that cannot be read."""
+    if "size" in views.policy.parameters:
+        return int(views.policy.parameters["size"])
+    try:
+        height, width, _ = views.target.read(0).shape
+        return int(min(height, width))
+    except (BadImage, MissingData):
+        return None

@@ -1,0 +1,1 @@
+"""Training methods besides SSKT."""

@@ -1,0 +1,1 @@
+"""Target networks, heads and transfer modules, pretrained weights."""

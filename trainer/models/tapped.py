@@ -1,0 +1,331 @@
+"""torchvision's and users' networks as targets: stages tapped by module name.
+
+The taps are forward hooks put in place when the network is built, so that ``torch.compile``
+sees them, DistributedDataParallel and ``copy.deepcopy`` keep them, and parameters keep the names
+that checkpoints have. A traced copy (``create_feature_extractor``) would not take a user's
+network with branches in its ``forward``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.sources.python_code import load_module
+from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
+
+PROBE = 32
+"""Pixels of the picture that finds the stages' widths of known networks."""
+USUAL = 224
+
+
+class _Pass:
+    """What the taps keep of a forward pass: nothing (None) while ``features`` does not run."""
+
+    outputs: dict[str, Tensor] | None = None
+
+
+class _Keep:
+    """A forward hook that keeps a module's output; an object, so that copies keep their own."""
+
+    def __init__(self, current: _Pass, name: str) -> None:
+        self.current, self.name = current, name
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.current.outputs is not None:
+            self.current.outputs[self.name] = output
+
+
+class TappedNetwork(TargetNetwork):
+    """A network of pictures whose last linear layer is the classifier ``fc``.
+
+    ``body`` is the network without it. ``taps`` name the modules of ``body`` whose outputs
+    ``[n, c, h, w]`` are the stages, in order; ``size`` is the pixels of the picture that finds
+    their widths. The first stage begins with the module ``begin``, by default with the first tap.
+    Raises ``InputError`` if there is no such classifier or tap.
+    """
+
+    transfer_fan_out = True
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        classes: int,
+        taps: Sequence[str],
+        size: int,
+        begin: str = "",
+    ) -> None:
+        super().__init__()
+        self.name, self.taps = name, tuple(taps)
+        modules = dict(network.named_modules())
+        linears = [key for key, m in modules.items() if isinstance(m, nn.Linear) and key]
+        if not linears:
+            raise InputError(
+                f"{name} has no linear classifier (nn.Linear) to replace by one of {classes} "
+                "classes; take another network, or wrap it in FILE.py:factory with one at its end"
+            )
+        if len(set(taps)) < len(taps):
+            raise InputError(f"--taps names a module of {name} twice: {', '.join(taps)}")
+        self._classifier = linears[-1]
+        linear = modules[self._classifier]
+        assert isinstance(linear, nn.Linear)
+        network.set_submodule(self._classifier, nn.Identity())
+        self.body = network
+        for tap in self.taps:
+            if tap not in modules or tap == self._classifier:
+                raise InputError(
+                    f"{name} has no module '{tap}' to tap; it has e.g. {', '.join(self.tappable())}"
+                )
+        found = _look(name, network, self._classifier, self.taps, size, begin)
+        self.stage_widths, self.width = found.widths, linear.in_features
+        self._finished, self._first = found.finished, found.first
+        self.fc = linear
+        if linear.out_features != classes:
+            self.fc = nn.Linear(linear.in_features, classes, linear.bias is not None)
+        self._pass = _Pass()
+        for tap in self.taps:
+            network.get_submodule(tap).register_forward_hook(_Keep(self._pass, tap))
+
+    def features(self, x: Tensor) -> Features:
+        """Stage outputs and pooled features of float pictures ``[n, 3, h, w]``."""
+        outputs = self._pass.outputs = {}
+        try:
+            pooled = self.body(x)
+        finally:
+            self._pass.outputs = None
+        return Features([outputs[tap] for tap in self.taps], pooled)
+
+    def parts_before(self, stage: int) -> list[nn.Module]:
+        """All modules that have run when ``stage`` begins."""
+        count = self._first if stage == 1 else self._finished.index(self.taps[stage - 2]) + 1
+        done = set(self._finished[:count])
+        whole = [name for name in self._finished[:count] if name.rpartition(".")[0] not in done]
+        return [self.body.get_submodule(name) for name in dict.fromkeys(whole)]
+
+    def own_key(self, key: str) -> str:
+        head = f"{self._classifier}."
+        return f"fc.{key.removeprefix(head)}" if key.startswith(head) else f"body.{key}"
+
+    def tappable(self) -> list[str]:
+        """Some inner modules with parts of their own."""
+        inner = [
+            name
+            for name, module in self.body.named_modules()
+            if 0 < len(name.split(".")) <= 2 and name and next(module.children(), None) is not None
+        ]
+        return (inner or [name for name, _ in self.body.named_children()])[:6]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One run: the stages' widths, modules as they finish, how many before the first stage."""
+
+    widths: tuple[int, ...]
+    finished: tuple[str, ...]
+    first: int
+
+
+def _look(
+    name: str, body: nn.Module, classifier: str, taps: Sequence[str], size: int, begin: str
+) -> _Found:
+    """Runs one black picture in eval mode; leaves modes, statistics and generator as they were."""
+    finished: list[str] = []
+    outputs: dict[str, tuple[Any, int]] = {}
+    first: list[int] = []
+
+    def leave(key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            finished.append(key)
+            if key in taps or key == classifier:
+                outputs[key] = output, getattr(output, "_version", 0)
+
+        return hook
+
+    modes = {module: module.training for module in body.modules()}
+    handles = [m.register_forward_hook(leave(key)) for key, m in body.named_modules() if key]
+    if taps:
+        module = body.get_submodule(begin or taps[0])
+        # A tap without parameters (a ReLU) only ends its stage, which then began with the picture.
+        whole = next(module.parameters(), None) is not None
+        handles.append(
+            module.register_forward_pre_hook(lambda *_: first.append(len(finished) if whole else 0))
+        )
+    parameter = next(body.parameters(), torch.zeros(0))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            picture = torch.zeros(1, 3, size, size, device=parameter.device)
+            output = body.eval()(picture)
+    except Exception as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{name} does not run on pictures of {size} pixels: {what[:200]}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if output is not outputs.get(classifier, (None, 0))[0] or output.ndim != 2:
+        raise InputError(
+            f"{name}: its last linear layer, {classifier}, must be its last step (on [n, width]), "
+            "so that it can be the classifier"
+        )
+    for tap in taps:
+        _check_tap(name, tap, finished.count(tap), *outputs.get(tap, (None, 0)))
+    order = [finished.index(tap) for tap in taps]
+    if order != sorted(order):
+        found = ", ".join(sorted(taps, key=finished.index))
+        raise InputError(f"{name} runs its taps in another order; name them as {found}")
+    widths = tuple(int(outputs[tap][0].shape[1]) for tap in taps)
+    return _Found(widths, tuple(finished), first[0] if first else 0)
+
+
+def _check_tap(name: str, tap: str, runs: int, output: Any, version: int) -> None:
+    found = ""
+    if runs != 1:
+        found = f"runs {runs} times in one forward"
+    elif not isinstance(output, Tensor) or output.ndim != 4:
+        shape = f"of shape {list(output.shape)}" if isinstance(output, Tensor) else "no tensor"
+        found = f"gives {shape}"
+    elif output._version != version:
+        found = "gives a tensor that the next module changes in place: tap that one"
+    if found:
+        raise InputError(
+            f"{name}: module '{tap}' {found}; a stage is one output [n, channels, h, w]"
+        )
+
+
+def torchvision_names() -> list[str]:
+    """torchvision's classifiers."""
+    from torchvision import models
+
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def torchvision_arch(name: str) -> str:
+    """torchvision's name of a network: its VGG-16 with BatchNorm is the paper's VGG-16."""
+    return "vgg16_bn" if name == "vgg16" else name
+
+
+def torchvision_network(
+    name: str, classes: int, small: bool, stem: str, taps: Sequence[str], size: int | None
+) -> TappedNetwork:
+    """A classifier of torchvision's with fresh parameters; ``small``: its CIFAR form.
+
+    Raises ``InputError``, also for a CIFAR form of a network that has none here.
+    """
+    from torchvision import models
+
+    known = KNOWN_TAPS.get(name, ())
+    taps = tuple(taps) or known
+    if stem == "cifar" and name not in KNOWN_TAPS:
+        raise InputError(f"{name} has no CIFAR form; --stem cifar is for {', '.join(KNOWN_TAPS)}")
+    if name == "vgg16" and small:
+        return TappedNetwork(name, _small_vgg16(classes), classes, taps, PROBE)
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit_") and size:
+        options = {"image_size": size}
+    try:
+        network = models.get_model(
+            torchvision_arch(name), weights=None, num_classes=classes, **options
+        )
+    except (ValueError, RuntimeError, AssertionError) as error:
+        what = str(error).splitlines()[0]
+        raise InputError(f"{name} cannot be built for pictures of {size} pixels: {what}") from error
+    if small and name in KNOWN_TAPS:
+        _shrink(name, network)
+    probe = PROBE if name in KNOWN_TAPS else size or USUAL
+    begin = FIRST_STAGE.get(name, "") if taps == known else ""
+    return TappedNetwork(name, network, classes, taps, probe, begin)
+
+
+def _shrink(name: str, network: nn.Module) -> None:
+    """The CIFAR form: a 3x3 stem of stride 1 without pooling, so that 32 pixels stay 32."""
+    if name == "mobilenet_v2":
+        for key in ("features.0.0", "features.2.conv.1.0"):
+            convolution = network.get_submodule(key)
+            assert isinstance(convolution, nn.Conv2d)
+            convolution.stride = (1, 1)
+        return
+    dense = name == "densenet121"
+    stem, pool = ("features.conv0", "features.pool0") if dense else ("conv1", "maxpool")
+    convolution = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    # As torchvision initialises the rest of these two families.
+    nn.init.kaiming_normal_(
+        convolution.weight, mode="fan_in" if dense else "fan_out", nonlinearity="relu"
+    )
+    network.set_submodule(stem, convolution)
+    network.set_submodule(pool, nn.Identity())
+
+
+def _small_vgg16(classes: int) -> nn.Module:
+    """VGG-16 with BatchNorm and one linear layer from 512 channels, initialised as torchvision's.
+
+    Not torchvision's class: that draws the 120 million parameters of its classifier first.
+    """
+    from torchvision.models import vgg
+
+    network = nn.Sequential(
+        OrderedDict(
+            features=vgg.make_layers(vgg.cfgs["D"], batch_norm=True),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(1),
+            classifier=nn.Linear(512, classes),
+        )
+    )
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def user_network(
+    name: str, classes: int, stem: str, taps: Sequence[str], size: int | None
+) -> TappedNetwork:
+    """A user's network, ``FILE.py:factory`` or ``package.module:factory``.
+
+    The factory is called with ``classes`` or ``num_classes`` if it takes one.
+    Raises ``MissingData``, and ``InputError`` for whatever else is wrong with it.
+    """
+    if stem != "auto":
+        raise InputError(f"{name} has the stem that it was written with; leave --stem out")
+    place, _, factory = name.rpartition(":")
+    try:
+        module = load_module(place, f"model {name}")
+        build = getattr(module, factory, None)
+        if not callable(build):
+            raise InputError(f"model {name}: {place} has no function '{factory}'")
+        network = build(**_arguments(build, classes))
+    except SsktError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(f"model {name} failed: {what}") from error
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise InputError(f"model {name}: {factory}() gave {kind}, not a torch Module")
+    return TappedNetwork(name, network, classes, taps, size or USUAL)
+
+
+def _arguments(build: Callable[..., Any], classes: int) -> dict[str, int]:
+    parameters = inspect.signature(build).parameters
+    if "classes" in parameters:
+        return {"classes": classes}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"num_classes": classes} if takes_any or "num_classes" in parameters else {}
