@@ -44,9 +44,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 def places365_classes() -> tuple[str, ...]:
     """The 365 scene names in label order."""
-    text = importlib.resources.files("sskt.teacher_cache.sources.source").joinpath(
-        "places365_classes.txt"
-    )
+    text = importlib.resources.files("sskt.teacher_cache.sources").joinpath("places365_classes.txt")
     return tuple(x for x in text.read_text("utf-8").splitlines() if not x.startswith("#"))
 
 

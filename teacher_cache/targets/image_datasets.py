@@ -79,9 +79,7 @@ def imagenet(asked: Asked) -> Target:
 
 def imagenet_wnids() -> tuple[str, ...]:
     """The 1,000 WordNet ids in label order."""
-    text = importlib.resources.files("sskt.teacher_cache.targets.registry").joinpath(
-        "imagenet_classes.txt"
-    )
+    text = importlib.resources.files("sskt.teacher_cache.targets").joinpath("imagenet_classes.txt")
     return tuple(x for x in text.read_text("utf-8").splitlines() if not x.startswith("#"))
 
 

@@ -35,3 +35,10 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def one_line(err: str) -> str:
+    """The only line of standard error, which must be sskt's own; without its name."""
+    assert err.count("\n") == 1 and err.startswith("sskt: "), err
+    assert "unexpected" not in err and "Traceback" not in err, err
+    return err[len("sskt: ") : -1]

@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from support.object_stores import NEEDED, Server, objects, raw
 from support.random_labels import ROWS, SAMPLES, SEEDS, make_labels
 from support.servers import serving
-from test_object_store import NEEDED, Server, objects, raw
 
 from sskt.server import state
 from sskt.server.routes.batch_formats import read_answer

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import TINY, tree
-from test_clips import one_line
-from test_stage import APART, SOURCE, TOGETHER, clips, in_memory, jpegs
+from support.helpers import TINY, one_line, tree
+from support.small_targets import APART, SOURCE, TOGETHER, clips, in_memory, jpegs
 from torch import Tensor, nn
 
 from sskt.cli.main import COMMANDS

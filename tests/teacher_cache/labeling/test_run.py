@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.helpers import TINY, tree, write_frames, write_images
-from test_clips import SMALL, one_line, pattern
+from support.clips import SMALL
+from support.helpers import TINY, one_line, tree, write_images
+from support.small_targets import APART, SOURCE, TOGETHER, clips, in_memory, jpegs
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import DiskFull, InputError
@@ -47,54 +48,18 @@ from sskt.teacher_cache.labeling.writer import QUEUED, Writer
 from sskt.teacher_cache.media import images, video
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.base import Names, Target
 from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.verify import verify
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 
+__all__ = ["clips", "jpegs"]  # fixtures
+
 Sskt = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
-SOURCE = f"tiny={TINY}:build"
 F32 = parse_encoding("f32")
-TOGETHER, APART = 4.0, 1e-9
-"""GiB with which all seeds of these targets share a decoding, and with which none do."""
-
-
 # --- three kinds of targets ---------------------------------------------------------------------
-
-
-def in_memory(n: int, height: int = 24, width: int = 24) -> Target:
-    images = np.random.default_rng(n).integers(0, 256, (n, height, width, 3), np.uint8)
-    ids = Names(str(i) for i in range(n))
-    return Target("made", "train", ("a",), np.zeros(n, np.int64), ids, images=images)
-
-
-def write_jpegs(folder: Path, n: int) -> Path:
-    """JPEGs of many sizes in two classes."""
-    rng = np.random.default_rng(n)
-    for i in range(n):
-        height, width = 20 + i * 7 % 17, 20 + i * 5 % 19
-        smooth = rng.integers(0, 256, (3, 4, 3), np.uint8)
-        file = folder / "train" / ("one", "two")[i % 2] / f"{i:03d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC).save(file)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jpegs(tmp_path_factory.mktemp("jpegs") / "jpegs", 22)
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips") / "clips"
-    for i in range(8):
-        frames = pattern(40, 24, 30)[3 * i :][: 3 + i]
-        write_frames(folder / "train" / ("run", "swim")[i % 2] / f"video {i}", frames)
-    return folder
 
 
 KINDS = ("memory", "jpegs", "clips")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.helpers import TINY
 from support.independent_reader import open_set
-from test_stage import SOURCE, in_memory
+from support.small_targets import SOURCE, in_memory
 
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding

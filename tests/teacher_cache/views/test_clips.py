@@ -27,7 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from support.helpers import TINY, write_frames
+from support.clips import SMALL, pattern
+from support.helpers import TINY, one_line, write_frames
 from support.independent_reader import (
     below,
     canonical_json,
@@ -56,17 +57,10 @@ Int64 = NDArray[np.int64]
 
 CLIPS = [name for name, info in POLICIES.items() if info.per_clip]
 SOURCE = f"tiny={TINY}:build"
-SMALL = "clip-corner-crop-flip:frames=4,size=20"
 WINDOWS = "clip-center-crop:frames=4,size=20"
 FAR = 2**32 + 7
 PLACES = ((0, 0), (1, 0), (0, 1), (12345, 9), (FAR, 2**31))
 """Sample, seed."""
-
-
-def pattern(frames: int, height: int, width: int) -> UInt8:
-    """Frames from arithmetic, no two alike: uint8 ``[frames, height, width, 3]``."""
-    i = np.arange(frames * height * width * 3, dtype=np.int64)
-    return ((i * i * 7 + i // 5 * 13) % 251).astype(np.uint8).reshape(frames, height, width, 3)
 
 
 COUNTS = (9, 3, 6, 12)
@@ -405,13 +399,6 @@ def cache(sskt: Sskt, target: Path | str, cache: Path, *more: object) -> tuple[i
     fixed = ("--source", SOURCE, "--target", target, "--cache", cache, "--workers", 0, "--seeds", 1)
     status, _, err = sskt("cache-teachers", *fixed, *more)
     return status, err
-
-
-def one_line(err: str) -> str:
-    """The only line of standard error, which must be sskt's own; without its name."""
-    assert err.count("\n") == 1 and err.startswith("sskt: "), err
-    assert "unexpected" not in err and "Traceback" not in err, err
-    return err[len("sskt: ") : -1]
 
 
 # --- one view, however it is asked for ----------------------------------------------------------
