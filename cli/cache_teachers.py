@@ -69,7 +69,7 @@ def _here(job: Any, share: str, bar: Any) -> tuple[StageReport, Share | None]:
         from sskt.teacher_cache.labeling import run as stage
         from sskt.teacher_cache.labeling.job import open_job_sources, open_job_views
         from sskt.teacher_cache.labeling.units import parse_share
-        from sskt.teacher_cache.storage.base import open_cache
+        from sskt.teacher_cache.storage.open import open_cache
 
     part = parse_share(share)
     views = open_job_views(job, bar("reading files"))

@@ -16,7 +16,7 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
-    from sskt.teacher_cache.tools.copy import Removable
+    from sskt.teacher_cache.tools.remove import Removable
 
 PLACES = "a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
 
@@ -62,8 +62,14 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
     refused; in an object store that cannot be seen. With --seeds the sets stay, and
     cache-teachers labels those seeds again.
     """
-    from sskt.teacher_cache.storage.base import is_served, open_cache
-    from sskt.teacher_cache.tools.copy import removable, remove_label_set
+    from sskt.teacher_cache.storage.open import (
+        is_served,
+        open_cache,
+    )
+    from sskt.teacher_cache.tools.remove import (
+        removable,
+        remove_label_set,
+    )
 
     if is_served(cache):
         open_cache(cache, make=True)  # refuses before anybody is asked

@@ -60,7 +60,7 @@ def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -
         }
         live_image = _time_live(taught, bar)
     plot = out / "comparison.png"
-    from sskt.trainer.results.records import plot_runs
+    from sskt.trainer.results.plots import plot_runs
 
     plot_runs(runs, plot)
     result = _result(runs, cached, live_image)

@@ -15,7 +15,7 @@ from sskt.cli.verify import root_option, sets_argument, target_option
 from sskt.teacher_cache.errors import SsktError
 
 if TYPE_CHECKING:
-    from sskt.teacher_cache.label_sets.create import LabelSet
+    from sskt.teacher_cache.label_sets.label_set import LabelSet
     from sskt.teacher_cache.tools.verify import Reopen
 
 COLUMNS = (

@@ -26,7 +26,11 @@ from sskt.trainer.paper.tables import (
 
 if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig
-    from sskt.trainer.paper.table_runs import Bar, LabelPass, Results
+    from sskt.trainer.data.label_passes import LabelPass
+    from sskt.trainer.paper.table_runs import (
+        Bar,
+        Results,
+    )
 
 
 PICTURE = "figure.png"

@@ -45,7 +45,8 @@ def show_plan(
         UnknownName: for a source that does not exist.
     """
     from sskt.teacher_cache.sources.names import parse_source
-    from sskt.trainer.paper.table_runs import label_bytes, label_passes
+    from sskt.trainer.data.label_passes import label_passes
+    from sskt.trainer.paper.table_runs import label_bytes
 
     sets: list[dict[str, Any]] = []
     for wanted in label_passes([t.config for t in trainings]):

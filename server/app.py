@@ -18,6 +18,7 @@ from sskt.server.pages import status
 from sskt.server.routes import compute as on_demand
 from sskt.server.routes import label_sets as listing
 from sskt.server.routes import labels_batch as batch
+from sskt.server.routes import metrics
 from sskt.server.routes import zarr as files
 from sskt.server.settings import Settings, from_environment
 from sskt.server.state import make_state
@@ -45,6 +46,7 @@ def create_app(settings: Settings) -> ASGIApp:
         app.include_router(part.router)
     app.include_router(listing.health)
     status.mount_static(app)
+    app.include_router(metrics.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(SsktError, _store_failed)
     app.add_exception_handler(RequestValidationError, _invalid)

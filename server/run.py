@@ -27,8 +27,9 @@ from sskt.server.http.protocol import LimitedProtocol, many_files
 from sskt.server.http.tokens import Tokens
 from sskt.server.settings import VARIABLE, Settings
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.storage.base import LocalPlace, open_cache
+from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.object_store import BucketPlace
+from sskt.teacher_cache.storage.open import open_cache
 
 GRACE_SECONDS = 20
 """How long a stop waits for answers that are being sent."""

@@ -19,8 +19,10 @@ from sskt.server.rows.row_cache import Slabs
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
-from sskt.teacher_cache.label_sets.create import LabelSet, open_label_set
-from sskt.teacher_cache.storage.base import Place, open_cache
+from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.open import open_cache
 
 FRESH_SECONDS = 1.0
 """How long a look at the cache's folders holds, at least."""

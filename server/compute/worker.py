@@ -29,8 +29,8 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.labeling.run import StageOptions, label_units
 from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
-from sskt.teacher_cache.storage.atomic import Locks
-from sskt.teacher_cache.storage.base import open_cache
+from sskt.teacher_cache.storage.locks import Locks
+from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.tools.verify import Reopen, reopen
 from sskt.teacher_cache.views.views import Views
 

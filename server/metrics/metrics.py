@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -24,9 +23,7 @@ from prometheus_client import (
     multiprocess,
     values,
 )
-from starlette.responses import Response
 
-from sskt.server.http.openapi import problems
 from sskt.server.metrics.error_log import ErrorLog
 from sskt.server.metrics.last_minute import LastMinute, Minute
 from sskt.teacher_cache.errors import InputError
@@ -289,28 +286,3 @@ def quantile(buckets: Sequence[int], q: float) -> float | None:
             return low + (bound - low) * (rank - before) / inside
         before, low = before + inside, bound
     return BOUNDS[-1]
-
-
-router = APIRouter(tags=["server"])
-
-
-@router.get(
-    "/metrics",
-    operation_id="metrics",
-    summary="For Prometheus",
-    response_class=Response,
-    responses={
-        200: {
-            "description": "Text exposition 0.0.4.",
-            "content": {"text/plain": {"example": 'sskt_info{version="0.1.0"} 1.0'}},
-        },
-        **problems(),
-    },
-)
-def metrics(request: Request) -> Response:
-    """Everything the server counts, of all its processes."""
-    from sskt.server.state import state_of
-
-    text = state_of(request).metrics.text()
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(text, headers={"Content-Type": kind, "Cache-Control": "no-store"})

@@ -10,7 +10,6 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from starlette.responses import Response
 
 from sskt.server.http.problems import Problem
-from sskt.server.metrics import metrics
 from sskt.server.metrics.metrics import quantile
 from sskt.server.pages import pages, samples
 from sskt.server.pages.label_set_cards import cards_of
@@ -29,11 +28,10 @@ router.include_router(samples.router)
 
 
 def mount_static(app: FastAPI) -> None:
-    """Adds the pages' static files, ``/metrics``, and what the pages keep between requests."""
+    """Adds the pages' static files, and what the pages keep between requests."""
     app.state.surveys = Surveys()
     app.state.opened = samples.Opened()
     app.include_router(pages.static)
-    app.include_router(metrics.router)
 
 
 @dataclass(frozen=True)

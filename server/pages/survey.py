@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.base import LocalPlace
+from sskt.teacher_cache.storage.local import LocalPlace
 
 FRESH_SECONDS = 2.0
 """How long a survey holds, at least; one that takes long holds ``REST`` times as long."""

@@ -26,7 +26,8 @@ from sskt.server.routes.compute import wait_for
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.base import LocalPlace, Place
+from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.local import LocalPlace
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.storage.object_store import BucketPlace

@@ -6,7 +6,8 @@ import os
 import time
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.storage.base import LocalPlace, Place
+from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.local import LocalPlace
 
 Version = tuple[tuple[object, ...] | None, ...]
 """For each of a shard's files what changes with its content; None: there is no such file."""

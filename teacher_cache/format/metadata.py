@@ -1,21 +1,19 @@
-"""The JSON documents of a label set: made through Zarr, read and checked without it."""
+"""The files of a label set as bytes: its JSON documents, made through Zarr; checksums of shards."""
 
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any, Literal
 
 import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.encodings import encoding_of
-from sskt.teacher_cache.format.spec import FORMAT, Spec, classes_identity, digest_of
-from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"
-_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 Document = dict[str, Any]
 
@@ -76,50 +74,32 @@ def _codecs(dtype: np.dtype[Any]) -> list[Any]:
     ]
 
 
-def array_document(place: Place, array: str) -> Document:
-    """An array's metadata. Raises ``OSError``, ``ValueError``, ``KeyError``, ``TypeError``."""
-    document: Document = json.loads(place.read(f"{array}/{GROUP}"))
-    if document["chunk_key_encoding"] != _KEYS:
-        raise ValueError(f"{array} has other chunk keys")
-    return document
-
-
 def shard_rows_of(document: Document) -> int:
     """Samples in a shard of an array."""
     return int(document["chunk_grid"]["configuration"]["chunk_shape"][1])
 
 
-def read_attributes(place: Place) -> Document:
-    """The ``sskt`` attributes of a label set's group. Raises ``MissingData``, ``CorruptStore``."""
-    try:
-        return parse_attributes(place, place.read(GROUP))
-    except FileNotFoundError as error:
-        if bereft(place):
-            raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
-        raise MissingData(f"no label set at {place}") from error
+_ABSENT = 2**64 - 1
 
 
-def bereft(place: Place) -> bool:
-    """Whether what is there can only be a label set that has lost its ``zarr.json``.
+def shard_damage(data: bytes, chunks: int) -> str:
+    """What is wrong with a shard's bytes, by its own checksums (docs/format.md); "" if nothing."""
+    from google_crc32c import value as crc32c
 
-    In an object store, metadata without shards is a creation that somebody has not finished.
-    """
-    return bool(place.sizes("view_check" if place.is_local else "view_check/c"))
-
-
-def parse_attributes(place: Place, data: bytes) -> Document:
-    """The ``sskt`` attributes in the group's metadata, checked. Raises ``CorruptStore``."""
-    try:
-        attributes: Document = json.loads(data)["attributes"]["sskt"]
-        if attributes["format"] > FORMAT:
-            raise CorruptStore(
-                f"label set {place.name} has format {attributes['format']}, this version of sskt "
-                f"reads up to {FORMAT}; update sskt"
-            )
-        if digest_of(attributes["spec"]) != attributes["digest"]:
-            raise CorruptStore(f"label set {place.name}: its spec does not match its digest")
-        if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
-            raise CorruptStore(f"label set {place.name}: its classes do not match its spec")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptStore(f"{place.where(GROUP)} is not a label set's metadata") from error
-    return attributes
+    if not data:
+        return "it is empty"
+    if not chunks:
+        return ""
+    index, size = data[-(16 * chunks + 4) :], 16 * chunks + 4
+    if len(index) < size or struct.unpack("<I", index[-4:])[0] != crc32c(index[:-4]):
+        return "the checksum of its index fails"
+    numbers = struct.unpack(f"<{2 * chunks}Q", index[:-4])
+    for chunk, (start, length) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
+        if start == length == _ABSENT:
+            continue
+        inner = data[start : start + length]
+        if length < 4 or len(inner) < length:
+            return f"chunk {chunk} is cut"
+        if struct.unpack("<I", inner[-4:])[0] != crc32c(inner[:-4]):
+            return f"the checksum of chunk {chunk} fails"
+    return ""

@@ -17,23 +17,29 @@ from sskt.teacher_cache.format.encodings import encoding_of
 from sskt.teacher_cache.format.metadata import (
     CHUNK_ROWS,
     GROUP,
-    array_document,
-    bereft,
     new_documents,
-    read_attributes,
     shard_rows_of,
 )
 from sskt.teacher_cache.format.spec import Spec, name_of
+from sskt.teacher_cache.label_sets.documents import (
+    array_document,
+    bereft,
+    read_attributes,
+)
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.atomic import Locks, durable_rename, durable_write
+from sskt.teacher_cache.storage.atomic import (
+    durable_rename,
+    durable_write,
+)
 from sskt.teacher_cache.storage.base import (
     METADATA,
     SWEEP,
     CacheName,
-    LocalPlace,
     Place,
-    open_cache,
 )
+from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.locks import Locks
+from sskt.teacher_cache.storage.open import open_cache
 
 __all__ = [
     "CHUNK_ROWS",

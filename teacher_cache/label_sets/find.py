@@ -14,10 +14,19 @@ from sskt.teacher_cache.errors import (
     SpecMismatch,
 )
 from sskt.teacher_cache.format.spec import Spec, digest_of, first_difference, name_of
-from sskt.teacher_cache.label_sets.create import Damaged, LabelSet, Shard, look_over
-from sskt.teacher_cache.label_sets.label_set import seed_ranges
+from sskt.teacher_cache.label_sets.create import (
+    Damaged,
+    look_over,
+)
+from sskt.teacher_cache.label_sets.label_set import (
+    LabelSet,
+    Shard,
+    seed_ranges,
+)
 from sskt.teacher_cache.sources.names import SourceName
-from sskt.teacher_cache.storage.base import CacheName, is_served
+from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.http.place import HttpPlace
+from sskt.teacher_cache.storage.open import is_served
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.views.views import Views
@@ -183,7 +192,7 @@ def require_seeds(label_set: LabelSet, seeds: int, *, ask: bool = True) -> None:
         {s.seed for s in label_set.missing(range(min(seeds, label_set.seeds)))} | set(beyond)
     )
     if lacking and is_served(label_set.place):
-        from sskt.teacher_cache.storage.http.place import compute_on_demand
+        from sskt.teacher_cache.label_sets.find import compute_on_demand
 
         if compute_on_demand(label_set, lacking, ask=ask):
             return
@@ -210,3 +219,18 @@ def same_views(sets: Sequence[LabelSet]) -> None:
 def shard_name(shard: Shard) -> str:
     """For messages."""
     return f"seed {shard.seed}, samples {shard.start} to {shard.stop - 1}"
+
+
+def compute_on_demand(label_set: LabelSet, seeds: list[int], *, ask: bool = True) -> bool:
+    """Has a label server compute ``seeds``, of which something is missing; False if none would.
+
+    The set then has as many seeds as were asked for. Without ``ask``, only whether one would.
+    Raises ``InputError``, ``SsktError``.
+    """
+    place = label_set.place
+    if not isinstance(place, HttpPlace) or not place.computes():
+        return False
+    if ask:
+        place.compute(seeds)
+        label_set.seeds = max(label_set.seeds, *(seed + 1 for seed in seeds))
+    return True

@@ -23,14 +23,17 @@ from torch import Tensor
 
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
-from sskt.teacher_cache.format.metadata import GROUP, bereft
+from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP
 from sskt.teacher_cache.format.spec import label_set_spec, name_of
-from sskt.teacher_cache.label_sets.create import CHUNK_ROWS, LabelSet, open_label_set
+from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.documents import bereft
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job
 from sskt.teacher_cache.labeling.loader import Order, batches
 from sskt.teacher_cache.labeling.units import Unit, seeds_together, units
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.storage.base import LocalPlace, open_cache
+from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import Views
 
 ENCODINGS = ("f32", "f16", "u8", "topk-10")

@@ -103,3 +103,8 @@ def _split_size(text: str) -> tuple[str, int | None]:
     if not (size.isascii() and size.isdigit()) or int(size) < 1:
         raise InputError(f"--source {text}: expected a size in pixels after @, found '{size}'")
     return body, int(size)
+
+
+def source_name(text: str) -> str:
+    """``imagenet`` of ``imagenet:resnet50@74``; ``tiny`` of ``tiny=FILE.py:build``."""
+    return re.split("[:=@#]", text, maxsplit=1)[0]

@@ -1,25 +1,18 @@
-"""Files that are there whole or not at all, and locks that die with their process."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import functools
-import logging
 import os
-import threading
-import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from sskt.teacher_cache.errors import DiskFull, InputError
+from sskt.teacher_cache.errors import DiskFull
 
 
 def durable_write(path: Path, data: bytes | memoryview) -> None:
@@ -93,94 +86,3 @@ class DurableStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         self._check_writable()
         durable_write(self.root / key, memoryview(value.as_buffer_like()))
-
-
-SHARDS_TWICE = (
-    "several processes may label the same shards (give each its part with --share); what they "
-    "store is right all the same"
-)
-ABANDONED_SECONDS = 24 * 3600.0
-"""Age of a temporary file whose writer is taken for dead where there are no locks to tell."""
-
-
-@functools.lru_cache(maxsize=64)
-def _warn_of_no_locks(folder: Path, so: str) -> None:
-    logging.getLogger("sskt").warning("the file system of %s has no locks: %s", folder, so)
-
-
-class Locks:
-    """Byte-range locks over one file; the kernel drops them when a process dies.
-
-    Where the file system has none, every claim is granted, ``working`` becomes False, and a
-    warning says once what that means (``without``).
-
-    The kernel also drops all of a process's locks on a file as soon as that process closes any
-    handle of it: ask ``open_here`` before opening a second one.
-    """
-
-    _open: ClassVar[Counter[Path]] = Counter()
-    _guard: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, path: Path, without: str = SHARDS_TWICE) -> None:
-        self.working, self._without = True, without
-        with naming_full_disk(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-                raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
-        self._path = path.resolve()
-        with self._guard:
-            self._open[self._path] += 1
-
-    @classmethod
-    def open_here(cls, path: Path) -> bool:
-        """Whether this process has the file open."""
-        with cls._guard:
-            return cls._open[path.resolve()] > 0
-
-    def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
-        """Takes a byte; False if another process has it (and ``wait`` is not set)."""
-        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            fcntl.lockf(self._handle, mode | (0 if wait else fcntl.LOCK_NB), 1, byte)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            self.working = False
-            _warn_of_no_locks(self._path.parent, self._without)
-        return True
-
-    def abandoned(self, leftover: Path) -> bool:
-        """Whether nobody writes a temporary file any more; for who holds what its writers claim."""
-        try:
-            age = time.time() - leftover.stat().st_mtime
-        except FileNotFoundError:
-            return False
-        return self.working or age > ABANDONED_SECONDS
-
-    def release(self, byte: int) -> None:
-        """Gives a byte back."""
-        with contextlib.suppress(OSError):  # there was no lock to give back
-            fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
-
-    def close(self) -> None:
-        """Gives everything back; nothing happens the second time."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-            with self._guard:
-                self._open[self._path] -= 1
-
-    @contextlib.contextmanager
-    def held(self, byte: int) -> Iterator[None]:
-        """Waits for a byte and holds it."""
-        self.claim(byte, wait=True)
-        try:
-            yield
-        finally:
-            self.release(byte)

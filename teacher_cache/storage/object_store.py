@@ -64,7 +64,7 @@ class _Object:
 
 @dataclass
 class BucketPlace:
-    """A prefix of a bucket. See ``places.Place``.
+    """A prefix of a bucket. See ``base.Place``.
 
     What is below its first-level keys is listed once, and again after ``refresh``. What this
     process stored itself is known without a listing.

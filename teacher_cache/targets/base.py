@@ -82,7 +82,10 @@ class Files(Sequence[Path]):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a loader is asked for. ``partial``: take what is there of an official list."""
+    """What a loader is asked for. ``partial``: take what is there of an official list.
+
+    ``layout`` and ``get`` say for messages what is expected under ``root`` and how to get it.
+    """
 
     name: str
     split: str
@@ -90,6 +93,8 @@ class Asked:
     download: bool = False
     partial: bool = False
     decoder: str = "pyav"
+    layout: str = ""
+    get: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Asked, Files, Int64, Names, Target
-from sskt.teacher_cache.targets.registry import TARGETS
 from sskt.teacher_cache.targets.scan import (
     check_unique,
     entries,
@@ -128,7 +127,7 @@ def _flat_val(asked: Asked, root: Path, base: Path, found: list[str]) -> tuple[N
         raise InputError(f"{base / files[stray[0]]} is not one of the {len(truth):,} of {source}")
     order = sorted(truth)
     there = np.array([name in files for name in order])
-    rows = rows_there(there, order, source, TARGETS[asked.name].layout, asked.partial)
+    rows = rows_there(there, order, source, asked.layout, asked.partial)
     kept = [order[row] for row in rows.tolist()]
     label = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
     labels = np.array([label[truth[name]] for name in kept], np.int64)
@@ -219,7 +218,7 @@ def _places365(asked: Asked) -> Target:
     names = Names(_listed(path, len(classes), labels))
     check_unique(names, path)
     sizes = sizes_of(base, names)
-    rows = rows_there(sizes >= 0, names, path, TARGETS[asked.name].layout, asked.partial)
+    rows = rows_there(sizes >= 0, names, path, asked.layout, asked.partial)
     files = Files(base, names)
     known = np.array(labels, np.int64)
     whole = Target(asked.name, asked.split, classes, known, names, paths=files, sizes=sizes)
@@ -290,7 +289,7 @@ def _voc(asked: Asked) -> Target:
     there, noted = sizes >= 0, sizes_of(base, notes) >= 0
     needed = there if asked.partial else there & noted
     absent = [notes[row] if there[row] else pictures[row] for row in range(len(ids))]
-    rows = rows_there(needed, absent, path, TARGETS[asked.name].layout, asked.partial)
+    rows = rows_there(needed, absent, path, asked.layout, asked.partial)
     labels = np.zeros((len(ids), len(VOC_CLASSES)), np.int64)
     for row in rows.tolist():
         if not noted[row]:
@@ -319,10 +318,9 @@ def _download_voc(asked: Asked) -> None:
 
 
 def _not_found(asked: Asked, what: str) -> MissingData:
-    info = TARGETS[asked.name]
     return MissingData(
         f"{asked.name} {asked.split} not found under {asked.root} ({what}); "
-        f"expected {info.layout}; {info.get}"
+        f"expected {asked.layout}; {asked.get}"
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.targets import shapes
 from sskt.teacher_cache.targets.base import Asked, Names, Target
-from sskt.teacher_cache.targets.registry import TARGETS
 
 
 def torchvision_arrays(asked: Asked) -> Target:
@@ -34,7 +33,7 @@ def torchvision_arrays(asked: Asked) -> Target:
         what = _unfit(kind, folder) or str(error).partition("\n")[0] or type(error).__name__
         raise MissingData(
             f"{name} {split} not found under {folder} ({what}); expected "
-            f"{TARGETS[name].layout}; {TARGETS[name].get}"
+            f"{asked.layout}; {asked.get}"
         ) from error
     images = np.ascontiguousarray(data)
     return Target(name, split, classes, labels, _numbers(len(labels)), images=images)

@@ -51,7 +51,7 @@ class TargetInfo:
         """The split asked for."""
         module, _, function = self.loader.partition(":")
         found = getattr(importlib.import_module(module), function)
-        target: Target = found(asked)
+        target: Target = found(replace(asked, layout=self.layout, get=self.get))
         return target
 
 
@@ -231,7 +231,7 @@ def open_target(
     """A split of a known target, of a folder of class folders, or of a CSV or Parquet manifest.
 
     partial: an official list may name files that are not there. decoder: of clips, ``pyav`` or
-    ``decord``; the frames of every clip are counted, once (``index.py``). strict: the contents
+    ``decord``; the frames of every clip are counted, once (``file_index.py``). strict: the contents
     of all files join the identity. Raises ``UnknownName`` (target or split), ``MissingData``
     (with the expected layout).
     """

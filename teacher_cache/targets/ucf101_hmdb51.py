@@ -21,7 +21,6 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
 from sskt.teacher_cache.targets.base import Asked, Files, Names, Target
-from sskt.teacher_cache.targets.registry import TARGETS
 from sskt.teacher_cache.targets.scan import entries, read_list, rows_there, sizes_of_clips
 
 UCF101_LISTS = ("ucfTrainTestlist", ".", "../ucfTrainTestlist")
@@ -85,10 +84,9 @@ def hmdb51(asked: Asked) -> Target:
 
 def _root(asked: Asked) -> Path:
     if asked.download:
-        info = TARGETS[asked.name]
         raise InputError(
-            f"sskt cannot download {asked.name}: its host offers .rar archives only; {info.get} "
-            f"as {info.layout}, and leave out --download"
+            f"sskt cannot download {asked.name}: its host offers .rar archives only; {asked.get} "
+            f"as {asked.layout}, and leave out --download"
         )
     return asked.root
 
@@ -99,8 +97,7 @@ def _fold(split: str) -> tuple[str, int]:
 
 
 def _missing(asked: Asked, what: str) -> MissingData:
-    info = TARGETS[asked.name]
-    return MissingData(f"{what}; expected {info.layout}; {info.get}")
+    return MissingData(f"{what}; expected {asked.layout}; {asked.get}")
 
 
 def _first(root: Path, places: Sequence[str], pattern: str) -> Path | None:
@@ -229,12 +226,11 @@ def _target(asked: Asked, root: Path, places: Sequence[str], listed: _List) -> T
         tried = ", ".join(str(root / place) for place in places)
         raise _missing(asked, f"no class folder in any of {tried}")
     ids, files = _clips(base, listed)
-    info = TARGETS[asked.name]
     rows = rows_there(
         np.array([bool(file) for file in files]),
         ids,
         f"{listed.file} under {base}",
-        f"{info.layout}; {info.get}",
+        f"{asked.layout}; {asked.get}",
         asked.partial,
     ).tolist()
     names = Names(files[row] for row in rows)

@@ -23,7 +23,8 @@ from sskt.teacher_cache.format.encodings import (
 from sskt.teacher_cache.label_sets.create import create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.labeling.run import ERROR_ROWS
-from sskt.teacher_cache.storage.base import CacheName, open_cache
+from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.open import open_cache
 
 EXACT = ("topk", "u8", "f16", "f32")
 """From the coarsest to the reference."""

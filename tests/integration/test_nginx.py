@@ -21,8 +21,8 @@ from support.fronts import NGINX, OPENSSL, Front, free_ports, front
 
 from sskt.server.http.tokens import new_token, revoke
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.storage.base import open_cache
 from sskt.teacher_cache.storage.http.place import HttpPlace
+from sskt.teacher_cache.storage.open import open_cache
 
 pytestmark = [
     pytest.mark.skipif(not NGINX, reason="nginx not found (Debian's package nginx)"),

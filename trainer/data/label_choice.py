@@ -11,7 +11,8 @@ from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
 from sskt.teacher_cache.format.spec import canonical_json
 from sskt.teacher_cache.label_sets.find import is_of, only, readable_sets, replayed
 from sskt.teacher_cache.sources.names import SourceName, parse_source
-from sskt.teacher_cache.storage.base import CacheName, is_served
+from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.open import is_served
 from sskt.teacher_cache.targets.registry import default_policy, is_own
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.trainer.config import AUTO, FIELDS, TrainConfig

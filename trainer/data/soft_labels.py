@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sskt.teacher_cache.errors import CorruptStore, ViewMismatch
 from sskt.teacher_cache.format.encodings import EncodedTensors, as_tensors, soft_labels
-from sskt.teacher_cache.label_sets.create import LabelSet
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source

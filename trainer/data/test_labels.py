@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sskt.teacher_cache.errors import MissingData
-from sskt.teacher_cache.label_sets.create import LabelSet
 from sskt.teacher_cache.label_sets.find import find_alike, require_seeds
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.batchnorm import batch_of
-from sskt.teacher_cache.storage.base import Place, is_served
+from sskt.teacher_cache.sources.names import source_name
+from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.open import is_served
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.paper.table_runs import cache_command, evaluation_pass
-from sskt.trainer.paper.tables import source_name
+from sskt.trainer.data.label_passes import (
+    cache_command,
+    evaluation_pass,
+)
 
 
 def find_test_sets(

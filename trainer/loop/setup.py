@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,21 +11,25 @@ from torch import Tensor
 
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData
 from sskt.teacher_cache.format.encodings import gradient_error, require_temperature
-from sskt.teacher_cache.label_sets.create import LabelSet
 from sskt.teacher_cache.label_sets.find import require_seeds
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.registry import parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.storage.base import Place, is_served, open_cache
+from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.http.place import Fetching, open_server
-from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import default_policy, evaluation_split, open_target
+from sskt.teacher_cache.storage.open import (
+    is_served,
+    open_cache,
+)
+from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, TrainConfig
 from sskt.trainer.data.label_choice import choose_label_sets, require_identity
 from sskt.trainer.data.soft_labels import Window, epoch_windows
+from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.data.test_labels import find_test_sets
 from sskt.trainer.distributed import Ranks, batch_count, join
 from sskt.trainer.loop.preflight import require_present
@@ -34,13 +38,15 @@ from sskt.trainer.methods.maxl import LOSSES
 from sskt.trainer.methods.maxl import SOURCE as MAXL
 from sskt.trainer.models.base import (
     TargetNetwork,
-    build_network,
-    is_three_dimensional,
     parameters_of,
 )
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.normalization import NORMALISATIONS
 from sskt.trainer.models.pretrained import freeze_before, input_scale_of, load_initial
+from sskt.trainer.models.registry import (
+    build_network,
+    is_three_dimensional,
+)
 
 Record = dict[str, Any]
 
@@ -260,35 +266,6 @@ def open_labels(config: TrainConfig) -> Place:
         how = Fetching(config.label_wait, config.label_cache, config.label_cache_size)
         return open_server(name, how)
     return open_cache(name)
-
-
-def open_split(
-    config: TrainConfig,
-    split: str,
-    *,
-    limit: int | None = None,
-    download: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Target:
-    """A split of the configuration's target. Raises what ``open_target`` raises."""
-    return open_target(
-        config.target,
-        split,
-        root=config.root,
-        limit=limit,
-        download=download,
-        partial=config.partial,
-        decoder=config.used_decoder,
-        strict=config.strict_fingerprint,
-        progress=progress,
-    )
-
-
-def split_to_test(config: TrainConfig) -> str:
-    """The split that a configuration is judged on; ``none``."""
-    if config.test_split == "auto":
-        return evaluation_split(config.target, config.split)
-    return config.test_split
 
 
 def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views | None:

@@ -4,110 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.locations import label_location
-from sskt.teacher_cache.sources.names import SOURCES
+from sskt.teacher_cache.sources.names import SOURCES, source_name
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.data.caching_command import VIEW_FIELDS, caching_command
+from sskt.trainer.data.label_passes import LabelPass
 from sskt.trainer.paper.tables import (
-    TRAINING_SAMPLES,
     PaperTable,
     Row,
     header,
     markdown,
     result_cells,
-    source_name,
 )
 
 if TYPE_CHECKING:
-    from sskt.teacher_cache.label_sets.create import LabelSet
+    from sskt.teacher_cache.label_sets.label_set import LabelSet
     from sskt.teacher_cache.labeling.job import Job
     from sskt.teacher_cache.views.views import Views
 
 Bar = Callable[[str], Callable[[int, int], None]]
 RESULTS, RESULTS_TEXT = "results.json", "results.md"
-
-
-@dataclass(frozen=True)
-class LabelPass:
-    """One pass over a target: sources with names of their own, and how many view seeds."""
-
-    config: TrainConfig
-    sources: tuple[str, ...]
-    seeds: int
-
-    @property
-    def samples(self) -> int | None:
-        """Samples of the training split, without opening it; None if that is not known."""
-        whole = TRAINING_SAMPLES.get(self.config.target) if self.config.split == "train" else None
-        limit = self.config.limit
-        return min(whole, limit) if whole and limit else whole or limit
-
-
-def views_key(config: TrainConfig) -> tuple[Any, ...]:
-    """Equal for configurations that train on the same views."""
-    return tuple(getattr(config, name) for name in VIEW_FIELDS)
-
-
-def label_passes(configs: Sequence[TrainConfig]) -> list[LabelPass]:
-    """All label sets that the configurations train from, in as few passes as names allow."""
-    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
-    for config in configs:
-        if config.source and not config.live:
-            groups.setdefault(views_key(config), []).append(config)
-    passes = [
-        LabelPass(members[0], tuple(share), max(view_seeds(c) for c in members))
-        for members in groups.values()
-        for share in _shares(members)
-    ]
-    followed: dict[tuple[Any, ...], list[TrainConfig]] = {}
-    for config in configs:
-        if config.needs_test_labels and not config.live:
-            over = evaluation_pass(config, config.source).config
-            followed.setdefault(views_key(over), []).append(config)
-    return passes + [
-        evaluation_pass(members[0], share)
-        for members in followed.values()
-        for share in _shares(members)
-    ]
-
-
-def _shares(configs: Sequence[TrainConfig]) -> list[list[str]]:
-    """The sources of configurations in as few lists as names allow, each name once in a list."""
-    shares: list[list[str]] = []
-    for text in dict.fromkeys(text for c in configs for text in c.source):
-        name = source_name(text)
-        free = (s for s in shares if name not in map(source_name, s))
-        share = next(free, None)
-        if share is None:
-            shares.append([text])
-        else:
-            share.append(text)
-    return shares
-
-
-def evaluation_pass(config: TrainConfig, sources: Sequence[str]) -> LabelPass:
-    """The pass over the test split of a configuration, for a plateau on the total loss."""
-    from sskt.teacher_cache.targets.registry import default_policy
-    from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
-    from sskt.trainer.loop.setup import split_to_test
-    from sskt.trainer.models.base import is_three_dimensional
-
-    policy = config.policy
-    if policy == "auto":
-        policy = default_policy(config.target, clips=is_three_dimensional(config.model))
-    tested = str(evaluation_policy(parse_policy(policy)))
-    over = replace(config, split=split_to_test(config), policy=tested, limit=None)
-    return LabelPass(over, tuple(text.partition("#")[0] for text in sources), 1)
-
-
-def view_seeds(config: TrainConfig) -> int:
-    """View seeds that a training sees."""
-    return min(config.seeds or config.epochs, config.epochs)
 
 
 def label_bytes(text: str, samples: int | None, seeds: int, encoding: str) -> int | None:
@@ -123,7 +43,7 @@ def label_bytes(text: str, samples: int | None, seeds: int, encoding: str) -> in
 
 def limited(config: TrainConfig, fraction: float, bar: Bar) -> TrainConfig:
     """The configuration on a fraction of its training split. Raises what ``open_target`` does."""
-    from sskt.trainer.loop.setup import open_split
+    from sskt.trainer.data.splits import open_split
 
     if config.limit is not None:
         raise InputError(
@@ -151,7 +71,10 @@ def cache_labels(
     """
     from sskt.teacher_cache.labeling import run as stage
     from sskt.teacher_cache.labeling.job import open_job_sources, open_job_views
-    from sskt.teacher_cache.storage.base import is_served, open_cache
+    from sskt.teacher_cache.storage.open import (
+        is_served,
+        open_cache,
+    )
 
     job = replace(_job(wanted, cache), encoding=encoding)
     open_cache(cache, make=not is_served(cache))
@@ -228,7 +151,7 @@ def lacking_labels(config: TrainConfig) -> TrainConfig | None:
     Raises what ``open_target`` raises.
     """
     from sskt.teacher_cache.labeling.job import Job, open_job_views
-    from sskt.teacher_cache.storage.base import is_served
+    from sskt.teacher_cache.storage.open import is_served
 
     cache = label_location(config.labels or config.cache).value
     if is_served(cache):
@@ -245,11 +168,6 @@ def lacking_labels(config: TrainConfig) -> TrainConfig | None:
     return replace(config, source=list(lacking), seeds=max(lacking.values()))
 
 
-def cache_command(wanted: LabelPass, more: Sequence[str] = ()) -> str:
-    """The ``sskt cache-teachers`` that makes the labels of a pass; ``more`` are further options."""
-    return caching_command(wanted.config, wanted.sources, wanted.seeds, more)
-
-
 def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
     """The configuration with each source's label set named by digest."""
     source = [t if "#" in t else f"{t}#{digests[t][:12]}" for t in config.source]
@@ -258,7 +176,10 @@ def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
 
 def require_test_split(config: TrainConfig, bar: Bar) -> None:
     """Raises ``MissingData`` before hours of labelling if the test split is not there."""
-    from sskt.trainer.loop.setup import open_split, split_to_test
+    from sskt.trainer.data.splits import (
+        open_split,
+        split_to_test,
+    )
 
     split = split_to_test(config)
     if split == "none":

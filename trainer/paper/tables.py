@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.sources.names import source_name
 from sskt.trainer.config import FIELDS, TrainConfig, make_config, read_fields, typed
 from sskt.trainer.paper.figures import figure_rows
 from sskt.trainer.paper.table_form import require_form
@@ -35,19 +36,6 @@ TARGET_LETTERS = {
     "hmdb51": "H51",
 }
 MODEL_LETTERS = {"resnet3d": "3DR", "resnet": "R", "densenet": "D", "vgg": "V"}
-TRAINING_SAMPLES = {
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "stl10": 5_000,
-    "imagenet": 1_281_167,
-    "places365": 1_803_460,
-    "places365-small": 1_803_460,
-    "voc2012": 5_717,
-    "ucf101": 9_537,
-    "hmdb51": 3_570,
-    "shapes": 2_000,
-}
-"""Samples of the split ``train``, so that a dry run can count without the data."""
 
 _ROW_KEYS = ("sources", "reported", "reported_std", "name", "panel")
 _TABLE_KEYS = ("title", "notes", "sources", "needs", "on", "row", "figure", "panel")
@@ -158,11 +146,6 @@ class PaperTable:
             for target, names in self.sources.items()
         }
         return replace(self, sources=changed)
-
-
-def source_name(text: str) -> str:
-    """``imagenet`` of ``imagenet:resnet50@74``; ``tiny`` of ``tiny=FILE.py:build``."""
-    return re.split("[:=@#]", text, maxsplit=1)[0]
 
 
 def model_letters(model: str) -> str:

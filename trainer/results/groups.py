@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.sources.names import source_name
 from sskt.trainer.config import FIELDS, INDIFFERENT, TrainConfig, read_config
-from sskt.trainer.paper.tables import source_name
 
 Record = dict[str, Any]
 

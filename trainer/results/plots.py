@@ -11,7 +11,7 @@ from typing import Any
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.trainer.results.compare import Comparison, Curve, curve
-from sskt.trainer.results.groups import METRICS
+from sskt.trainer.results.groups import METRICS, Record, main_metric
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#6f4cb0", "#8c564b")
 """Told apart by colour-blind eyes too; with more groups than colours the dashes change."""
@@ -185,3 +185,36 @@ def _save(figure: Any, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     durable_write(path, buffer.getvalue())
+
+
+def plot_runs(runs: dict[str, list[Record]], path: Path) -> None:
+    """Loss and accuracy over epochs of one or several runs, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    losses, accuracies = figure.subplots(1, 2)
+    judged = "top-1"
+    for i, (name, records) in enumerate(runs.items()):
+        epochs = [r["epoch"] + 1 for r in records]
+        style = {"color": f"C{i}", "marker": "o" if len(epochs) < 20 else None, "markersize": 3}
+        losses.plot(epochs, [r["loss_primary"] for r in records], label=name, **style)
+        result = main_metric(records)
+        if result:
+            judged = METRICS[result]
+            tested = [(r["epoch"] + 1, r[result]) for r in records if result in r]
+            accuracies.plot(*zip(*tested, strict=True), label=f"{name}, test", **style)
+        style["marker"] = None
+        if records and "train_top1" in records[0]:
+            train = [r["train_top1"] for r in records]
+            accuracies.plot(epochs, train, label=f"{name}, train", linestyle=":", **style)
+    losses.set(xlabel="epoch", ylabel="primary loss (train)", title="Loss")
+    accuracies.set(xlabel="epoch", ylabel=f"{judged}, %", title="Accuracy")
+    for axes in (losses, accuracies):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    figure.savefig(path)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
-from sskt.teacher_cache.storage.atomic import Locks, durable_write
-from sskt.trainer.results.groups import METRICS as METRIC_NAMES
-from sskt.trainer.results.groups import main_metric
+from sskt.teacher_cache.storage.atomic import durable_write
+from sskt.teacher_cache.storage.locks import Locks
 
 METRICS, CONFIG, PLOT = "metrics.jsonl", "config.json", "curves.png"
 LOCK = ".lock"
@@ -116,36 +115,3 @@ class Events:
     def close(self) -> None:
         """Ends the event file."""
         self._writer.close()
-
-
-def plot_runs(runs: dict[str, list[Record]], path: Path) -> None:
-    """Loss and accuracy over epochs of one or several runs, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    losses, accuracies = figure.subplots(1, 2)
-    judged = "top-1"
-    for i, (name, records) in enumerate(runs.items()):
-        epochs = [r["epoch"] + 1 for r in records]
-        style = {"color": f"C{i}", "marker": "o" if len(epochs) < 20 else None, "markersize": 3}
-        losses.plot(epochs, [r["loss_primary"] for r in records], label=name, **style)
-        result = main_metric(records)
-        if result:
-            judged = METRIC_NAMES[result]
-            tested = [(r["epoch"] + 1, r[result]) for r in records if result in r]
-            accuracies.plot(*zip(*tested, strict=True), label=f"{name}, test", **style)
-        style["marker"] = None
-        if records and "train_top1" in records[0]:
-            train = [r["train_top1"] for r in records]
-            accuracies.plot(epochs, train, label=f"{name}, train", linestyle=":", **style)
-    losses.set(xlabel="epoch", ylabel="primary loss (train)", title="Loss")
-    accuracies.set(xlabel="epoch", ylabel=f"{judged}, %", title="Accuracy")
-    for axes in (losses, accuracies):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
-    figure.savefig(path)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, SsktError
-from sskt.teacher_cache.label_sets.create import LabelSet, open_label_set
+from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job, open_job_views, source_at
 from sskt.teacher_cache.labeling.ray.cluster import (
     RayOptions,
@@ -43,7 +44,7 @@ from sskt.teacher_cache.labeling.ray.tasks import (
 from sskt.teacher_cache.labeling.run import StageReport
 from sskt.teacher_cache.labeling.units import Unit
 from sskt.teacher_cache.sources.names import parse_source
-from sskt.teacher_cache.storage.base import open_cache
+from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.targets.registry import is_own
 from sskt.teacher_cache.views.views import Views
 

@@ -21,7 +21,7 @@ from sskt.teacher_cache import errors
 from sskt.teacher_cache.errors import InputError, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.spec import label_set_spec, name_of
-from sskt.teacher_cache.label_sets.create import LabelSet
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job, Opened, open_job_sources
 from sskt.teacher_cache.labeling.run import (
     StageOptions,
@@ -31,7 +31,7 @@ from sskt.teacher_cache.labeling.run import (
     open_sets,
 )
 from sskt.teacher_cache.labeling.units import Unit, units
-from sskt.teacher_cache.storage.base import open_cache
+from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import Views
 
 REPORT_SECONDS = 0.5

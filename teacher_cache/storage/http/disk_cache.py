@@ -14,7 +14,7 @@ again has the same digest, but its files have other tags: each process asks once
 checksums. So nothing stale and nothing that the disk has changed is used, and the server is needed
 even where all shards are here.
 
-flock and not ``durable.Locks``: it also keeps this process's threads apart, and it too ends with
+flock and not ``locks.Locks``: it also keeps this process's threads apart, and it too ends with
 its process. Locks are given back explicitly, as forked loader workers inherit the handles.
 """
 
@@ -38,6 +38,7 @@ from typing import BinaryIO, ClassVar
 from urllib.parse import quote, unquote
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError
+from sskt.teacher_cache.format.metadata import shard_damage
 from sskt.teacher_cache.storage.http.answers import Answer, Gone, Unavailable
 from sskt.teacher_cache.storage.http.client import Server
 from sskt.teacher_cache.storage.http.disk_cache_users import (
@@ -47,7 +48,6 @@ from sskt.teacher_cache.storage.http.disk_cache_users import (
     locked,
     private_folder,
 )
-from sskt.teacher_cache.tools.copy import shard_damage
 
 GIB = 2**30
 KEPT_GIB = 50.0

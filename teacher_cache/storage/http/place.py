@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import quote
 
 from sskt.teacher_cache.errors import InputError, SsktError
@@ -19,9 +19,6 @@ from sskt.teacher_cache.storage.http.answers import Computing, Gone
 from sskt.teacher_cache.storage.http.client import WAIT_MINUTES, Server
 from sskt.teacher_cache.storage.http.disk_cache import NodeCache
 from sskt.teacher_cache.storage.http.zarr_store import NodeStore
-
-if TYPE_CHECKING:
-    from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Session:
 
 @dataclass
 class HttpPlace:
-    """A cache behind a label server, or one label set in it. See ``places.Place``.
+    """A cache behind a label server, or one label set in it. See ``base.Place``.
 
     What is stored is listed once, and again after ``refresh``. Everything that writes raises
     ``InputError``.
@@ -265,18 +262,3 @@ def open_server(url: str, how: Fetching | None = None) -> HttpPlace:
     """
     how = how or Fetching()
     return HttpPlace(Session(Server(url, how.wait_minutes), how))
-
-
-def compute_on_demand(label_set: LabelSet, seeds: list[int], *, ask: bool = True) -> bool:
-    """Has a label server compute ``seeds``, of which something is missing; False if none would.
-
-    The set then has as many seeds as were asked for. Without ``ask``, only whether one would.
-    Raises ``InputError``, ``SsktError``.
-    """
-    place = label_set.place
-    if not isinstance(place, HttpPlace) or not place.computes():
-        return False
-    if ask:
-        place.compute(seeds)
-        label_set.seeds = max(label_set.seeds, *(seed + 1 for seed in seeds))
-    return True

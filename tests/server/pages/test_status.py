@@ -27,7 +27,8 @@ from sskt.server.settings import Settings
 from sskt.server.state import State
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.encodings import parse_encoding
-from sskt.teacher_cache.label_sets.create import LabelSet, list_label_sets
+from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source

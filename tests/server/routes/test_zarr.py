@@ -27,7 +27,7 @@ from sskt.server.http.problems import Problem
 from sskt.server.routes.zarr import open_local, ranges, valid_key
 from sskt.server.state import Sets
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.storage.base import LocalPlace
+from sskt.teacher_cache.storage.local import LocalPlace
 
 
 @pytest.fixture(scope="module")

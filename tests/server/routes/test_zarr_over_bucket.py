@@ -18,8 +18,8 @@ from sskt.server.routes.batch_formats import read_answer
 from sskt.server.rows import shard_files
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.base import open_cache
 from sskt.teacher_cache.storage.object_store import BucketPlace
+from sskt.teacher_cache.storage.open import open_cache
 
 for needed in NEEDED:
     pytest.importorskip(needed)

@@ -22,7 +22,8 @@ from support.independent_reader import FormatError, compare, load_factory, open_
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
 from sskt.teacher_cache.format.encodings import as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.format.spec import canonical_json, digest_of
-from sskt.teacher_cache.label_sets.create import LabelSet, open_label_set
+from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target

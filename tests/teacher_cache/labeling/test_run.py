@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from sskt.teacher_cache.errors import DiskFull, InputError
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.format.spec import digest_of
-from sskt.teacher_cache.label_sets.create import LabelSet, list_label_sets
+from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling import loader as reading
 from sskt.teacher_cache.labeling.loader import Batch, Order, batches
 from sskt.teacher_cache.labeling.run import (

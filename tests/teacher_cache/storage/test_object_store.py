@@ -20,12 +20,13 @@ from support.processes import Launcher, launched
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.label_sets.create import (
-    LabelSet,
     create_label_set,
     list_label_sets,
     open_label_set,
 )
-from sskt.teacher_cache.storage.base import LocalPlace, open_cache
+from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.open import open_cache
 
 Sskt = Callable[..., tuple[int, str, str]]
 

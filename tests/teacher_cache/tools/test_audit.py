@@ -21,7 +21,8 @@ from support.small_targets import SOURCE, in_memory
 
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
-from sskt.teacher_cache.label_sets.create import LabelSet, list_label_sets
+from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, close_sets, open_sets
 from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
 from sskt.teacher_cache.targets.base import Target

@@ -24,15 +24,17 @@ from support.processes import Launcher, launched
 from sskt.cli.main import run
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
 from sskt.teacher_cache.format.encodings import Encoding, as_tensors, parse_encoding, soft_labels
-from sskt.teacher_cache.format.metadata import array_document
+from sskt.teacher_cache.format.metadata import shard_damage
 from sskt.teacher_cache.label_sets.create import (
-    LabelSet,
     create_label_set,
     list_label_sets,
     open_label_set,
 )
-from sskt.teacher_cache.tools.copy import copy_label_set, remove_label_set, shard_damage
+from sskt.teacher_cache.label_sets.documents import array_document
+from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.tools.copy import copy_label_set
 from sskt.teacher_cache.tools.export import _log_p, require_exportable
+from sskt.teacher_cache.tools.remove import remove_label_set
 
 Sskt = Callable[..., tuple[int, str, str]]
 
@@ -418,7 +420,7 @@ def test_a_creation_in_this_process_keeps_its_locks(
     other = only(made / "f16")
     create_label_set(tmp_path / "new", other.spec, other.classes, 2).close()
     code = f"""
-from sskt.teacher_cache.storage.atomic import Locks
+from sskt.teacher_cache.storage.locks import Locks
 from pathlib import Path
 print(Locks(Path({str(tmp_path / "new" / ".locks" / f"{fresh.name}.lock")!r})).claim(2))
 """
@@ -750,7 +752,7 @@ def test_what_was_written_is_read_back(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that stores something else than it was given."""
-    from sskt.teacher_cache.storage.base import LocalPlace
+    from sskt.teacher_cache.storage.local import LocalPlace
 
     create = LocalPlace.create
 

@@ -24,10 +24,10 @@ from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig, make_config
+from sskt.trainer.data.label_passes import label_passes
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
-from sskt.trainer.paper.table_runs import label_passes
 from sskt.trainer.paper.tables import Choices, read_table
 
 Call = Callable[..., tuple[int, str, str]]

@@ -25,9 +25,9 @@ from sskt.trainer.config import AUTO, FIELDS, TrainConfig, read_config
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
-from sskt.trainer.models.base import build_network
 from sskt.trainer.models.normalization import NORMALISATIONS
 from sskt.trainer.models.pretrained import input_scale_of, load_initial
+from sskt.trainer.models.registry import build_network
 from sskt.trainer.results import records
 from sskt.trainer.results.groups import load_run
 

@@ -13,9 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
-from sskt.trainer.models.base import TargetNetwork, build_network, is_three_dimensional
+from sskt.trainer.models.base import TargetNetwork
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.pretrained import freeze_before, load_initial
+from sskt.trainer.models.registry import (
+    build_network,
+    is_three_dimensional,
+)
 from sskt.trainer.results import records
 
 

@@ -26,8 +26,12 @@ import torch
 from support.released_networks import CASES, CLASSES, ORIGIN, SOURCES, Case, fill, summary, uniform
 from torch import Tensor
 
-from sskt.trainer.models.base import Features, build_network, parameters_of
+from sskt.trainer.models.base import (
+    Features,
+    parameters_of,
+)
 from sskt.trainer.models.heads import SSKTNetwork
+from sskt.trainer.models.registry import build_network
 
 GOLDEN: dict[str, Any] = json.loads(
     Path(__file__).parents[2].joinpath("golden").joinpath("networks.json").read_text()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sskt.teacher_cache.errors import InputError, MissingData
-from sskt.trainer.models.base import build_network
 from sskt.trainer.models.heads import SSKTNetwork
+from sskt.trainer.models.registry import build_network
 
 NETWORK = '''
 import torch

@@ -11,10 +11,14 @@ import pytest
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.sources.known_networks import CSAIL_SHA256, imagenet_archs
 from sskt.teacher_cache.sources.names import SOURCES, parse_source
+from sskt.trainer.data.label_passes import label_passes
 from sskt.trainer.losses import parse_loss
-from sskt.trainer.models.base import NETWORKS
+from sskt.trainer.models.registry import NETWORKS
 from sskt.trainer.paper.select import select_rows
-from sskt.trainer.paper.table_runs import Results, label_bytes, label_passes
+from sskt.trainer.paper.table_runs import (
+    Results,
+    label_bytes,
+)
 from sskt.trainer.paper.tables import (
     Choices,
     PaperTable,

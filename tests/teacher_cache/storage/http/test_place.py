@@ -43,19 +43,19 @@ from sskt.teacher_cache.errors import (
 )
 from sskt.teacher_cache.format.spec import digest_of
 from sskt.teacher_cache.label_sets.create import (
-    LabelSet,
     create_label_set,
     list_label_sets,
     open_label_set,
 )
 from sskt.teacher_cache.label_sets.find import require_seeds
-from sskt.teacher_cache.storage.base import open_cache
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.http import client as http_client
 from sskt.teacher_cache.storage.http import disk_cache as node_cache
 from sskt.teacher_cache.storage.http.answers import Unavailable
 from sskt.teacher_cache.storage.http.client import TOKEN, Server
 from sskt.teacher_cache.storage.http.disk_cache_users import private_folder
 from sskt.teacher_cache.storage.http.place import Fetching, HttpPlace, open_server
+from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import checks_of
 from sskt.trainer.config import TrainConfig, make_config
 from sskt.trainer.data.soft_labels import StoredLabels, Window

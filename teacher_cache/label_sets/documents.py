@@ -1,0 +1,56 @@
+"""The JSON documents of a stored label set, read and checked without Zarr."""
+
+from __future__ import annotations
+
+import json
+
+from sskt.teacher_cache.errors import CorruptStore, MissingData
+from sskt.teacher_cache.format.metadata import GROUP, Document
+from sskt.teacher_cache.format.spec import FORMAT, classes_identity, digest_of
+from sskt.teacher_cache.storage.base import Place
+
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}
+
+
+def array_document(place: Place, array: str) -> Document:
+    """An array's metadata. Raises ``OSError``, ``ValueError``, ``KeyError``, ``TypeError``."""
+    document: Document = json.loads(place.read(f"{array}/{GROUP}"))
+    if document["chunk_key_encoding"] != _KEYS:
+        raise ValueError(f"{array} has other chunk keys")
+    return document
+
+
+def read_attributes(place: Place) -> Document:
+    """The ``sskt`` attributes of a label set's group. Raises ``MissingData``, ``CorruptStore``."""
+    try:
+        return parse_attributes(place, place.read(GROUP))
+    except FileNotFoundError as error:
+        if bereft(place):
+            raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
+        raise MissingData(f"no label set at {place}") from error
+
+
+def bereft(place: Place) -> bool:
+    """Whether what is there can only be a label set that has lost its ``zarr.json``.
+
+    In an object store, metadata without shards is a creation that somebody has not finished.
+    """
+    return bool(place.sizes("view_check" if place.is_local else "view_check/c"))
+
+
+def parse_attributes(place: Place, data: bytes) -> Document:
+    """The ``sskt`` attributes in the group's metadata, checked. Raises ``CorruptStore``."""
+    try:
+        attributes: Document = json.loads(data)["attributes"]["sskt"]
+        if attributes["format"] > FORMAT:
+            raise CorruptStore(
+                f"label set {place.name} has format {attributes['format']}, this version of sskt "
+                f"reads up to {FORMAT}; update sskt"
+            )
+        if digest_of(attributes["spec"]) != attributes["digest"]:
+            raise CorruptStore(f"label set {place.name}: its spec does not match its digest")
+        if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
+            raise CorruptStore(f"label set {place.name}: its classes do not match its spec")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptStore(f"{place.where(GROUP)} is not a label set's metadata") from error
+    return attributes

@@ -1,0 +1,133 @@
+"""Caches in a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sskt.teacher_cache.locations import require_folder
+from sskt.teacher_cache.storage.atomic import DurableStore, durable_write, sync_folder
+from sskt.teacher_cache.storage.base import METADATA
+from sskt.teacher_cache.storage.locks import Locks
+
+LOCKS = ".locks"
+
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
+
+
+@dataclass(frozen=True)
+class LocalPlace:
+    """A folder."""
+
+    path: Path
+    is_local: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def below(self, name: str) -> LocalPlace:
+        return LocalPlace(self.path / name)
+
+    def where(self, key: str) -> str:
+        return str(self.path / key)
+
+    def there(self) -> bool:
+        return self.path.exists()
+
+    def folders(self) -> list[str]:
+        """See ``Place``. Raises ``MissingData`` if there is no such folder."""
+        require_folder(self.path)
+        return sorted(
+            p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir()
+        )
+
+    def sizes(self, under: str = "") -> dict[str, int]:
+        found = {}
+        for path in (self.path / under).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+                about = path.stat()
+                if stat.S_ISREG(about.st_mode):
+                    found[path.relative_to(self.path).as_posix()] = about.st_size
+        return found
+
+    def size(self, key: str, *, fresh: bool = False) -> int | None:
+        try:
+            return (self.path / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def refresh(self) -> None:
+        """Nothing is remembered."""
+
+    def read(self, key: str) -> bytes:
+        return (self.path / key).read_bytes()
+
+    def md5(self, key: str) -> str | None:
+        with (self.path / key).open("rb") as file:
+            return hashlib.file_digest(file, _md5).hexdigest()
+
+    def put(self, key: str, data: bytes) -> None:
+        durable_write(self.path / key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See ``Place``; between two processes only under a claim."""
+        if (self.path / key).exists():
+            return False
+        durable_write(self.path / key, data)
+        return True
+
+    def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
+        """See ``Place``; between two processes only under a claim."""
+        data = change((self.path / key).read_bytes())
+        if data is not None:
+            durable_write(self.path / key, data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        paths = [self.path / key for key in keys]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in paths}:
+            with contextlib.suppress(FileNotFoundError):
+                sync_folder(folder)
+
+    def array(self, name: str, *, writable: bool) -> Any:
+        import zarr
+
+        store = DurableStore(self.path, read_only=not writable)
+        return zarr.open_array(store, path=name, mode="r+" if writable else "r")
+
+    def claims(self, name: str) -> Locks:
+        return Locks(self.path / LOCKS / f"{name}.lock")
+
+    def close(self) -> None:
+        """Nothing is waited for."""
+
+    def sweep(self) -> None:
+        """Removes creations and removals that a killed process left half-way.
+
+        Only where nobody holds the set's lock: what another process is making stays.
+        """
+        for leftover in self.path.glob(".*.partial"):
+            found = _PARTIAL.fullmatch(leftover.name)
+            if not found or not leftover.is_dir():
+                continue
+            lock = self.path / LOCKS / f"{found[1]}.lock"
+            if not Locks.open_here(lock):
+                with contextlib.closing(Locks(lock)) as locks:
+                    if locks.claim(METADATA) and locks.abandoned(leftover):
+                        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _md5() -> Any:
+    return hashlib.md5(usedforsecurity=False)

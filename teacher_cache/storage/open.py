@@ -1,0 +1,53 @@
+"""Opening a cache by its name: a folder, an object store or a label server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.storage.base import CacheName, Place
+from sskt.teacher_cache.storage.http.place import open_server
+from sskt.teacher_cache.storage.local import LocalPlace
+
+SCHEMES = ("s3", "gs", "az")
+
+SERVED = ("http", "https")
+
+
+def is_served(cache: CacheName) -> bool:
+    """Whether a cache is behind a label server, and so cannot be written to."""
+    return str(cache).partition("://")[0] in SERVED and "://" in str(cache)
+
+
+def open_cache(cache: CacheName, *, make: bool = False) -> Place:
+    """A cache by its name; with ``make``, ready to be written to.
+
+    See ``object_store.py`` and ``http/place.py`` for URLs. Raises ``InputError`` if the name means
+    nothing, or with ``make`` if it cannot be used; ``MissingData`` if object stores are not
+    installed.
+    """
+    if not isinstance(cache, str | Path):
+        return cache
+    scheme, mark, rest = str(cache).partition("://")
+    if isinstance(cache, str) and mark:
+        if is_served(cache):
+            served = open_server(cache)
+            if make:
+                served.refuse_writing()
+            return served
+        if scheme not in SCHEMES:
+            known = ", ".join([*(f"{s}://BUCKET/PREFIX" for s in SCHEMES), "http://HOST:PORT"])
+            raise InputError(f"unknown kind of cache {cache}; expected a folder, {known}")
+        from sskt.teacher_cache.storage.object_store import open_bucket
+
+        bucket = open_bucket(scheme, rest)
+        if make:
+            bucket.there()
+        return bucket
+    path = Path(cache)
+    if make:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot use {path} as cache folder: {error.strerror}") from error
+    return LocalPlace(path)

@@ -1,0 +1,111 @@
+"""Removing label sets, or the labels of some of their seeds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
+from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.documents import bereft
+from sskt.teacher_cache.storage.atomic import durable_rename
+from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
+from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.open import open_cache
+
+_NAME = re.compile(r".+\..+\.[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A label set that could be removed; ``coverage`` is None if it is damaged."""
+
+    cache: Place
+    name: str
+    coverage: list[float] | None
+    bytes: int
+    fault: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """For people and programs."""
+        return {"name": self.name, "coverage": self.coverage, "bytes": self.bytes}
+
+
+def removable(cache: CacheName, wanted: Sequence[str]) -> list[Removable]:
+    """Sets whose name contains, or whose digest starts with, one of ``wanted``; damaged ones too.
+
+    Raises ``MissingData`` naming what fits nothing.
+    """
+    home = open_cache(cache)
+    names = home.folders()
+    chosen = [n for n in names if any(w in n or w.startswith(n[-12:]) for w in wanted)]
+    found = [r for r in (_look(home, name) for name in chosen) if r is not None]
+    for w in wanted:
+        if not any(w in r.name or w.startswith(r.name[-12:]) for r in found):
+            raise MissingData(f"no label set in {home} matches {w}; sskt ls shows what is there")
+    return found
+
+
+def _look(home: Place, name: str) -> Removable | None:
+    place = home.below(name)
+    try:
+        label_set = open_label_set(place)
+    except (CorruptStore, MissingData) as error:
+        # A killed creation in a bucket has arrays only; a folder of another kind is none of ours.
+        ours = place.size(GROUP) is not None or bereft(place) or not place.is_local
+        if not ours or not _NAME.fullmatch(name):
+            return None
+        return Removable(home, name, None, sum(place.sizes().values()), str(error))
+    return Removable(home, name, label_set.coverage(), label_set.stored_bytes())
+
+
+def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = None) -> None:
+    """Removes a set, or the stored shards of some of its seeds (their numbers stay).
+
+    A killed removal never leaves what looks whole: a folder is renamed away first; in a bucket,
+    and for seeds, what commits the shards goes first. Raises ``InputError`` if another process
+    is writing to the set (in a bucket that cannot be seen).
+    """
+    home = open_cache(cache)
+    place = home.below(name)
+    with closing(home.claims(name)) as claims:
+        if not (claims.claim(METADATA) and claims.claim(SWEEP)):
+            raise InputError(
+                f"label set {name} is in use by another process (sskt cache-teachers, copy or "
+                "export); let it end or stop it first"
+            )
+        if seeds is not None:
+            label_set = open_label_set(place)
+            shards = list(label_set.shards(seeds))
+            for array in reversed(label_set.arrays):
+                place.delete([label_set.shard_key(array, shard) for shard in shards])
+        elif isinstance(place, LocalPlace):
+            if place.path.is_symlink():
+                raise InputError(f"{place} is a link; remove it, or what it names, yourself")
+            gone = place.path.with_name(f".{name}.{uuid.uuid4().hex}.partial")
+            try:
+                durable_rename(place.path, gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                raise InputError(f"cannot remove {place}: {error.strerror}") from error
+        else:
+            steps: list[list[str]] = [[], [], [], []]
+            for key in place.sizes():
+                steps[_order(key)].append(key)
+            for keys in steps:
+                place.delete(keys)
+        if isinstance(home, LocalPlace):
+            home.sweep()
+
+
+def _order(key: str) -> int:
+    """What goes first: what commits shards, other shards, the group's metadata, the rest."""
+    if "/c/" in key:
+        return 0 if key.startswith(("labels/", "value/")) else 1
+    return 2 if key == GROUP else 3
