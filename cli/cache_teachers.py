@@ -8,7 +8,15 @@ import click
 
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.options import job_of, job_options, require_ready, run_options
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
+from sskt.cli.output import (
+    as_json,
+    error_text,
+    human_bytes,
+    print_json,
+    print_table,
+    progress,
+    working,
+)
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,10 +119,3 @@ def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
         click.echo(f"skipped, unreadable: {', '.join(report.skipped)}")
     rows = [[s["name"], human_bytes(s["bytes"]), error_text(s["error"])] for s in sets]
     print_table(["label set", "size", "gradient error of the encoding"], rows)
-
-
-def error_text(error: dict[str, Any] | None) -> str:
-    """The measured encoding error in words."""
-    if not error:
-        return "not measured yet"
-    return ", ".join(f"{error[t]['gradient']:.2g} at {t}" for t in ("T=1", "T=3"))

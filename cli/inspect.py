@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.label_set_options import (
+    cache_option,
+    device_option,
+    root_option,
+    sets_argument,
+    target_option,
+)
 from sskt.cli.output import as_json, print_json, print_table, working
-from sskt.cli.verify import cache_option, device_option, root_option, sets_argument, target_option
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from sskt.teacher_cache.targets.registry import TARGETS, is_own
 
 Command = Callable[..., Any]
 
+CACHES = "a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
 DEFAULT_LABELS = "Default: $SSKT_CACHE or $SSKT_LABELS, else ./labels."
 DEFAULT_WRITABLE = "Default: $SSKT_CACHE, else ./labels."
 

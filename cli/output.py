@@ -107,3 +107,25 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def error_text(error: dict[str, Any] | None) -> str:
+    """The measured encoding error in words."""
+    if not error:
+        return "not measured yet"
+    return ", ".join(f"{error[t]['gradient']:.2g} at {t}" for t in ("T=1", "T=3"))
+
+
+def partly(coverage: list[float]) -> str:
+    """How many seeds of a copied or exported label set are not whole; empty if all are."""
+    lacking = sum(c < 1.0 for c in coverage)
+    return f"; {lacking} of {len(coverage)} seeds are not whole at the source" if lacking else ""
+
+
+@contextmanager
+def resumable(state: str) -> Iterator[None]:
+    """Says at Ctrl-C what has become of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{state}; run the same command again for the rest") from None

@@ -303,6 +303,7 @@ def _run(
     preprocessing: dict[str, str],
     results: Results,
 ) -> None:
+    from sskt.trainer.data.label_passes import label_passes, views_key
     from sskt.trainer.paper import table_runs
     from sskt.trainer.paper.table_runs import by_name
 
@@ -314,17 +315,17 @@ def _run(
             table_runs.require_test_split(config, bar)
         table_runs.require_networks(configs)
         digests: dict[tuple[Any, ...], dict[str, str]] = {}
-        for wanted in table_runs.label_passes(configs):
+        for wanted in label_passes(configs):
             say(f"labels: {_pass_text(wanted)}")
             found = table_runs.cache_labels(wanted, cache, encoding, weights, preprocessing, bar)
-            digests.setdefault(table_runs.views_key(wanted.config), {}).update(found)
+            digests.setdefault(views_key(wanted.config), {}).update(found)
     for training, config in zip(trainings, configs, strict=True):
         if config.source and config.live:
             files = by_name(config.source, weights, "=")
             how = [*config.preprocessing, *by_name(config.source, preprocessing, ":")]
             config = dataclasses.replace(config, weights=files, preprocessing=how)
         elif config.source:
-            config = table_runs.pinned(config, digests[table_runs.views_key(config)])
+            config = table_runs.pinned(config, digests[views_key(config)])
         results.add(training.row, config.seed, _train(training.row, config))
 
 

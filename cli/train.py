@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from sskt.cli.cache_teachers import error_text
-from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
 from sskt.cli.training_output import first_line, hooks_of
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe

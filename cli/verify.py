@@ -1,4 +1,4 @@
-"""``sskt verify``, ``datasets``, ``sources``: looking without changing."""
+"""``sskt verify``: checking label sets without changing them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ from typing import Any
 
 import click
 
-from sskt.cli.locations import cache_option as label_cache_option
-from sskt.cli.output import as_json, print_json, print_table, progress
+from sskt.cli.label_set_options import (
+    cache_option,
+    device_option,
+    root_option,
+    sets_argument,
+    target_option,
+)
+from sskt.cli.output import as_json, print_json, progress
 from sskt.teacher_cache.errors import InputError
-
-OWN_NETWORKS = (
-    "your own (they are programs: open only what you trust):",
-    "  NAME=FILE.py:factory or NAME=package.module:factory, a function without arguments that",
-    "    gives a torch Module; beside it SIZE, MEAN, STD (where needed CHANNELS, SCALE, CLASSES)",
-    "  NAME=FILE.pt (TorchScript) or NAME=FILE.pt2 (torch.export), with FILE.pt.json or",
-    "    FILE.pt2.json beside it, or --preprocessing",
-    "  NAME:timm/ARCH for timm networks with other classes",
-)
-
-cache_option = label_cache_option("Folder or URL (s3://..., http://HOST:PORT) of the label sets.")
-sets_argument = click.argument("sets", nargs=-1, metavar="[SET]...")
-root_option = click.option(
-    "--root", type=click.Path(path_type=Path), help="Where the target's data lives now."
-)
-target_option = click.option("--target", help="Target to open instead of the recorded one.")
-device_option = click.option("--device", default="cpu", show_default=True)
 
 
 @click.command("verify")
@@ -109,71 +98,3 @@ def _print_reports(reports: list[Any]) -> None:
             click.echo(f"  {problem}")
         if len(r.problems) > 20:
             click.echo(f"  and {len(r.problems) - 20} more (--json lists them)")
-
-
-@click.command("datasets")
-@as_json
-def datasets(as_json: bool) -> None:
-    """List the known targets and the layout that each expects under --root."""
-    from sskt.teacher_cache.targets.folder import FOLDER_LAYOUT
-    from sskt.teacher_cache.targets.registry import CLIP_POLICY, IMAGE_POLICY, TARGETS
-
-    known: list[dict[str, Any]] = [
-        {
-            "name": n,
-            "about": t.about,
-            "splits": list(t.splits),
-            "policy": t.policy,
-            "layout": t.layout,
-        }
-        for n, t in TARGETS.items()
-    ]
-    own = ["train", "test", "val"]
-    known += [
-        {
-            "name": "a folder",
-            "about": "your own pictures, or clips (files, or folders of image_00001.jpg ...)",
-            "splits": own,
-            "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
-            "layout": FOLDER_LAYOUT,
-        },
-        {
-            "name": "a manifest",
-            "about": "your own list, .csv or .parquet",
-            "splits": own,
-            "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
-            "layout": "columns path, label (or labels: a|b), split if any; paths under --root",
-        },
-    ]
-    if as_json:
-        print_json(known)
-        return
-    columns = ["name", "about", "splits", "policy", "layout"]
-    rows = [[", ".join(t[c]) if c == "splits" else str(t[c]) for c in columns] for t in known]
-    print_table(["target", "about", "splits", "default views", "expected under --root"], rows)
-
-
-@click.command("sources")
-@as_json
-def sources(as_json: bool) -> None:
-    """List the known sources and their architectures."""
-    from sskt.teacher_cache.sources.registry import (
-        CSAIL_SHA256,
-        DEFAULT_ARCH,
-        SOURCES,
-        imagenet_archs,
-    )
-
-    archs = {"imagenet": imagenet_archs(), "places365": list(CSAIL_SHA256)}
-    known: list[dict[str, Any]] = [
-        {"name": n, "classes": count, "about": about, "default": DEFAULT_ARCH, "archs": archs[n]}
-        for n, (count, about) in SOURCES.items()
-    ]
-    if as_json:
-        print_json(known)
-        return
-    for source in known:
-        click.echo(f"{source['name']}: {source['classes']} classes; {source['about']}")
-        click.echo(f"  default {source['default']}; {', '.join(source['archs'])}")
-    for line in OWN_NETWORKS:
-        click.echo(line)

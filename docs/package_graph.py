@@ -100,8 +100,8 @@ def imports(path: Path, known: Iterable[str]) -> set[str]:
 
 def _seen_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-        for child in node.orelse:
-            yield from _seen_at_run_time(child)
+        for other in node.orelse:
+            yield from _seen_at_run_time(other)
         return
     yield node
     for child in ast.iter_child_nodes(node):

@@ -38,6 +38,7 @@ from sskt.trainer.models.heads import to_channels_last
 from sskt.trainer.optim import Average, EarlyStop, Schedule, build_optimizer
 from sskt.trainer.results import records
 from sskt.trainer.results.groups import main_metric
+from sskt.trainer.results.plots import plot_runs
 
 Record = dict[str, Any]
 Int64 = NDArray[np.int64]
@@ -353,7 +354,7 @@ class Trainer:
             for labels in filter(None, (self.labels, self.test_labels)):
                 labels.close()
         if first:
-            records.plot_runs({out.name: self.records}, out / records.PLOT)
+            plot_runs({out.name: self.records}, out / records.PLOT)
         self.plan.ranks.wait()
         return self.records
 

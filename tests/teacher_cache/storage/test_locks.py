@@ -16,7 +16,7 @@ import pytest
 from support.helpers import TINY
 
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.storage import atomic as durable
+from sskt.teacher_cache.storage import locks as durable
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.loop.runs import run_training
 
