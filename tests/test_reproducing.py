@@ -19,7 +19,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 def test_a_dry_run_needs_no_data(sskt: Call, tmp_path: Path) -> None:
     status, out, err = sskt("reproduce", "table3", "--dry-run", "--fraction", 0.1)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "labels: labels (default)\n")
     assert re.search(r"imagenet:resnet50 +stl10 +500 +10 +9\.5 MiB", out)
     assert "trainings: 78" in out and "r32-p+i-tm-ce+kd" in out
     assert "epochs = 200 is the released STL10 script's: the paper gives none" in out
