@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sskt.cli.output import (
-    as_json,
-    human_bytes,
-    partly,
-    print_json,
-    progress,
-    resumable,
-)
+from sskt.cli.output import as_json, human_bytes, partly, print_json, progress, resumable
 
 if TYPE_CHECKING:
     pass

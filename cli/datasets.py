@@ -6,11 +6,7 @@ from typing import Any
 
 import click
 
-from sskt.cli.output import (
-    as_json,
-    print_json,
-    print_table,
-)
+from sskt.cli.output import as_json, print_json, print_table
 
 
 @click.command("datasets")

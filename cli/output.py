@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from rich.text import Text
 
 Step = Callable[[int, int], None]
 
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?( ?(B|[KMGT]iB|%|s|min|h))?|\d+/\d+")
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
@@ -32,21 +35,64 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; as wide as it needs when it is not a terminal."""
+    """Prints a table on standard output.
+
+    Cells are broken between words only, and the first column, which names the row, is never
+    broken. Where the terminal is too narrow for that, each row is printed as a block of lines.
+    Elsewhere than in a terminal the table is as wide as it needs.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+        console = Console(highlight=False, width=max(200, _width(_widest(columns, rows))))
+    narrowest = [
+        max((_longest_word(text) for text in (column, *(row[i] for row in rows))), default=1)
+        for i, column in enumerate(columns)
+    ]
+    narrowest[0] = max((len(row[0]) for row in rows), default=1)
+    if _width(narrowest) > console.width:
+        _print_blocks(console, columns, rows)
+        return
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         number = bool(rows) and all(_is_number(row[i]) for row in rows)
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            no_wrap=i == 0,
+            min_width=narrowest[i],
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
+def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    width = max(map(len, columns))
+    for row in rows:
+        lines = [row[0]]
+        lines += [
+            f"  {name:<{width}}  {cell}" for name, cell in zip(columns[1:], row[1:], strict=True)
+        ]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _widest(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [
+        max(len(text) for text in (c, *(row[i] for row in rows))) for i, c in enumerate(columns)
+    ]
+
+
+def _width(widths: Sequence[int]) -> int:
+    """Characters of a line of a table whose columns have these widths."""
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=0)
+
+
 def _is_number(text: str) -> bool:
-    return text[:1].isdigit() or text in ("", "-")
+    return text in ("", "-") or bool(_NUMBER.fullmatch(text))
 
 
 _shown: list[Console] = []

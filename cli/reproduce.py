@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
 from sskt.cli.reproduce_plan import Training, show_plan
 from sskt.teacher_cache.errors import InputError, UnknownName
@@ -27,10 +28,7 @@ from sskt.trainer.paper.tables import (
 if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig
     from sskt.trainer.data.label_passes import LabelPass
-    from sskt.trainer.paper.table_runs import (
-        Bar,
-        Results,
-    )
+    from sskt.trainer.paper.table_runs import Bar, Results
 
 
 PICTURE = "figure.png"
@@ -114,7 +112,7 @@ PICTURE = "figure.png"
     "--root", "roots", multiple=True, metavar="[TARGET=]DIR", help="Where a target's data lives."
 )
 @click.option("--download", is_flag=True, help="Let torchvision download the targets.")
-@click.option("--cache", help="Label sets: a folder or URL; default: OUT/cache.")
+@click.option("--cache", help=f"Folder or URL of the label sets. {DEFAULT_LABELS}")
 @click.option("--encoding", default="f16", show_default=True, help="Of labels not yet cached.")
 @click.option(
     "--out",
@@ -170,7 +168,7 @@ def reproduce(
     needed = _placeholders(paper) if dry_run else {}
     given = settings, _roots(roots), needed | files
     choices = Choices(epochs, seeds, kd, *given, focal_schedule)
-    cache = cache or str(out / "cache")
+    cache = located_cache(cache, make=True)
     trainings = [
         Training(row, choices.config(paper, row, **_place(row, cache, out, paper, device, seed)))
         for seed in range(max(runs or paper.runs_of(row) for row in rows))

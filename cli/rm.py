@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sskt.cli.locations import CACHES, cache_option
-from sskt.cli.output import (
-    as_json,
-    human_bytes,
-    print_json,
-    print_table,
-    resumable,
-)
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, resumable
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,14 +28,8 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
     refused; in an object store that cannot be seen. With --seeds the sets stay, and
     cache-teachers labels those seeds again.
     """
-    from sskt.teacher_cache.storage.open import (
-        is_served,
-        open_cache,
-    )
-    from sskt.teacher_cache.tools.remove import (
-        removable,
-        remove_label_set,
-    )
+    from sskt.teacher_cache.storage.open import is_served, open_cache
+    from sskt.teacher_cache.tools.remove import removable, remove_label_set
 
     if is_served(cache):
         open_cache(cache, make=True)  # refuses before anybody is asked

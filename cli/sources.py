@@ -6,10 +6,7 @@ from typing import Any
 
 import click
 
-from sskt.cli.output import (
-    as_json,
-    print_json,
-)
+from sskt.cli.output import as_json, print_json
 
 OWN_NETWORKS = (
     "your own (they are programs: open only what you trust):",

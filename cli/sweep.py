@@ -134,10 +134,7 @@ for _parameter in sweep.params:
 
 def _check(planned: Sweep) -> None:
     """Opens every panel's target, labels and network: what is wrong must not show after a night."""
-    from sskt.trainer.data.label_passes import (
-        cache_command,
-        label_passes,
-    )
+    from sskt.trainer.data.label_passes import cache_command, label_passes
     from sskt.trainer.loop.setup import make_plan
     from sskt.trainer.paper.table_runs import lacking_labels
 

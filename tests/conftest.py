@@ -33,6 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSKT_HOME", str(folder))
+        for name in ("SSKT_DATA", "SSKT_CACHE", "SSKT_LABELS"):
+            patch.delenv(name, raising=False)
         yield folder
 
 

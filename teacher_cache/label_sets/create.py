@@ -14,29 +14,12 @@ from typing import Any
 
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import encoding_of
-from sskt.teacher_cache.format.metadata import (
-    CHUNK_ROWS,
-    GROUP,
-    new_documents,
-    shard_rows_of,
-)
+from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP, new_documents, shard_rows_of
 from sskt.teacher_cache.format.spec import Spec, name_of
-from sskt.teacher_cache.label_sets.documents import (
-    array_document,
-    bereft,
-    read_attributes,
-)
+from sskt.teacher_cache.label_sets.documents import array_document, bereft, read_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.atomic import (
-    durable_rename,
-    durable_write,
-)
-from sskt.teacher_cache.storage.base import (
-    METADATA,
-    SWEEP,
-    CacheName,
-    Place,
-)
+from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
+from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache

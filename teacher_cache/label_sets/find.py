@@ -14,15 +14,8 @@ from sskt.teacher_cache.errors import (
     SpecMismatch,
 )
 from sskt.teacher_cache.format.spec import Spec, digest_of, first_difference, name_of
-from sskt.teacher_cache.label_sets.create import (
-    Damaged,
-    look_over,
-)
-from sskt.teacher_cache.label_sets.label_set import (
-    LabelSet,
-    Shard,
-    seed_ranges,
-)
+from sskt.teacher_cache.label_sets.create import Damaged, look_over
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.sources.names import SourceName
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.http.place import HttpPlace

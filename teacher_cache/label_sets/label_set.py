@@ -18,18 +18,10 @@ from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, SsktError
 from sskt.teacher_cache.format.encodings import Encoded, Encoding, encoding_of
-from sskt.teacher_cache.format.metadata import (
-    GROUP,
-    to_json,
-)
+from sskt.teacher_cache.format.metadata import GROUP, to_json
 from sskt.teacher_cache.format.spec import Spec
 from sskt.teacher_cache.label_sets.documents import parse_attributes
-from sskt.teacher_cache.storage.base import (
-    METADATA,
-    SHARDS,
-    Claims,
-    Place,
-)
+from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
 from sskt.teacher_cache.storage.local import LocalPlace
 
 

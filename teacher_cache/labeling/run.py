@@ -22,14 +22,8 @@ from torch import Tensor
 from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError
 from sskt.teacher_cache.format.encodings import Encoded, Encoding, measured_error
 from sskt.teacher_cache.format.spec import label_set_spec
-from sskt.teacher_cache.label_sets.create import (
-    SHARD_ROWS,
-    create_label_set,
-)
-from sskt.teacher_cache.label_sets.label_set import (
-    LabelSet,
-    Shard,
-)
+from sskt.teacher_cache.label_sets.create import SHARD_ROWS, create_label_set
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.labeling.loader import Batch, Order, batches, naming_killed_workers
 from sskt.teacher_cache.labeling.units import MEMORY, Share, Unit, units
 from sskt.teacher_cache.labeling.writer import Writer

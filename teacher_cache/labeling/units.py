@@ -11,10 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.label_sets.label_set import (
-    LabelSet,
-    Shard,
-)
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.views.views import Views
 
 MEMORY = 4.0

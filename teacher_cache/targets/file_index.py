@@ -25,10 +25,7 @@ import numpy as np
 
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.images import UInt8
-from sskt.teacher_cache.storage.atomic import (
-    durable_rename,
-    durable_write,
-)
+from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.targets.base import Files, Target
 from sskt.teacher_cache.targets.scan import entries

@@ -12,10 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.format.encodings import as_tensors, soft_labels
-from sskt.teacher_cache.label_sets.label_set import (
-    LabelSet,
-    Shard,
-)
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.targets.base import Target
 
 ROWS = 2048

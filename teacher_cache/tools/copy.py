@@ -15,14 +15,9 @@ from dataclasses import dataclass
 from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.metadata import GROUP, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
-from sskt.teacher_cache.label_sets.documents import (
-    array_document,
-)
+from sskt.teacher_cache.label_sets.documents import array_document
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.base import (
-    CacheName,
-    Place,
-)
+from sskt.teacher_cache.storage.base import CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 

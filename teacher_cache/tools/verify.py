@@ -15,11 +15,7 @@ from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.encodings import Encoded, as_tensors, soft_labels
 from sskt.teacher_cache.format.spec import label_set_spec, require
 from sskt.teacher_cache.label_sets.find import shard_name
-from sskt.teacher_cache.label_sets.label_set import (
-    LabelSet,
-    Shard,
-    seed_ranges,
-)
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.registry import open_source, parse_source

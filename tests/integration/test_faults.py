@@ -21,10 +21,7 @@ from support.helpers import TINY, tree, write_images
 from support.processes import Launcher, launched
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
-from sskt.teacher_cache.label_sets.create import (
-    list_label_sets,
-    open_label_set,
-)
+from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling import run as stage
 from sskt.teacher_cache.labeling import units as shares

@@ -147,7 +147,7 @@ def listening(log: Path, process: subprocess.Popen[bytes]) -> int:
 
 
 def test_shards_are_the_files_and_python_is_not_asked_for_them(site: Site) -> None:
-    token = new_token(site.token_file, "never shown to nginx", ["read"], None)
+    token = new_token(site.token_file, "new-to-nginx", ["read"], None)
     until = time.monotonic() + 5
     while ask(site.port, "/v1/server", token).status != 200:  # it looks at its file now and then
         assert time.monotonic() < until

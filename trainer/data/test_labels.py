@@ -14,10 +14,7 @@ from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.open import is_served
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.data.label_passes import (
-    cache_command,
-    evaluation_pass,
-)
+from sskt.trainer.data.label_passes import cache_command, evaluation_pass
 
 
 def find_test_sets(

@@ -18,10 +18,7 @@ from sskt.teacher_cache.sources.registry import parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.http.place import Fetching, open_server
-from sskt.teacher_cache.storage.open import (
-    is_served,
-    open_cache,
-)
+from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
@@ -36,17 +33,11 @@ from sskt.trainer.loop.preflight import require_present
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.methods.maxl import LOSSES
 from sskt.trainer.methods.maxl import SOURCE as MAXL
-from sskt.trainer.models.base import (
-    TargetNetwork,
-    parameters_of,
-)
+from sskt.trainer.models.base import TargetNetwork, parameters_of
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.normalization import NORMALISATIONS
 from sskt.trainer.models.pretrained import freeze_before, input_scale_of, load_initial
-from sskt.trainer.models.registry import (
-    build_network,
-    is_three_dimensional,
-)
+from sskt.trainer.models.registry import build_network, is_three_dimensional
 
 Record = dict[str, Any]
 

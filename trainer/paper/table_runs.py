@@ -13,13 +13,7 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SOURCES, source_name
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.label_passes import LabelPass
-from sskt.trainer.paper.tables import (
-    PaperTable,
-    Row,
-    header,
-    markdown,
-    result_cells,
-)
+from sskt.trainer.paper.tables import PaperTable, Row, header, markdown, result_cells
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -71,10 +65,7 @@ def cache_labels(
     """
     from sskt.teacher_cache.labeling import run as stage
     from sskt.teacher_cache.labeling.job import open_job_sources, open_job_views
-    from sskt.teacher_cache.storage.open import (
-        is_served,
-        open_cache,
-    )
+    from sskt.teacher_cache.storage.open import is_served, open_cache
 
     job = replace(_job(wanted, cache), encoding=encoding)
     open_cache(cache, make=not is_served(cache))
@@ -176,10 +167,7 @@ def pinned(config: TrainConfig, digests: Mapping[str, str]) -> TrainConfig:
 
 def require_test_split(config: TrainConfig, bar: Bar) -> None:
     """Raises ``MissingData`` before hours of labelling if the test split is not there."""
-    from sskt.trainer.data.splits import (
-        open_split,
-        split_to_test,
-    )
+    from sskt.trainer.data.splits import open_split, split_to_test
 
     split = split_to_test(config)
     if split == "none":

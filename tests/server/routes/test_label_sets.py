@@ -16,10 +16,7 @@ import pytest
 from support.servers import serving
 
 from sskt.server.state import FRESH_SECONDS
-from sskt.teacher_cache.label_sets.create import (
-    list_label_sets,
-    look_over,
-)
+from sskt.teacher_cache.label_sets.create import list_label_sets, look_over
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 

@@ -190,18 +190,24 @@ class Cluster:
         self._nodes.shutdown()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is not installed (pip install 'sskt[ray]')")
-    token = secrets.token_hex(32)
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[str]:
+    """The token of the cluster. Ray reads these variables once, when it is imported."""
+    secret = secrets.token_hex(32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", token)
+        patch.setenv("RAY_AUTH_TOKEN", secret)
         patch.delenv("RAY_ADDRESS", raising=False)
-        started = Cluster(tmp_path_factory.mktemp("nodes"))
-        yield started
-        started.close()
+        yield secret
+
+
+@pytest.fixture(scope="module")
+def cluster(token: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed (pip install 'sskt[ray]')")
+    started = Cluster(tmp_path_factory.mktemp("nodes"))
+    yield started
+    started.close()
     wait_for("the end of the cluster's processes", lambda: not processes_with(token))
 
 

@@ -19,11 +19,7 @@ from support.object_stores import NEEDED, Server, objects, raw
 from support.processes import Launcher, launched
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
-from sskt.teacher_cache.label_sets.create import (
-    create_label_set,
-    list_label_sets,
-    open_label_set,
-)
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache

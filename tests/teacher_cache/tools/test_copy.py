@@ -25,11 +25,7 @@ from sskt.cli.main import run
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
 from sskt.teacher_cache.format.encodings import Encoding, as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.format.metadata import shard_damage
-from sskt.teacher_cache.label_sets.create import (
-    create_label_set,
-    list_label_sets,
-    open_label_set,
-)
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.documents import array_document
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.tools.copy import copy_label_set

@@ -684,9 +684,9 @@ def orders(config: TrainConfig, epochs: int) -> list[list[int]]:
     found: list[list[int]] = []
     step = trainer.step
 
-    def recorded(samples: Any, *rest: Any) -> Any:
+    def recorded(samples: Any, views: Tensor, whole: int | None = None) -> dict[str, Any]:
         found[-1] += samples.tolist()
-        return step(samples, *rest)
+        return step(samples, views, whole)
 
     trainer.step = recorded  # type: ignore[method-assign,assignment]
     for trainer.epoch in range(epochs):
@@ -812,8 +812,8 @@ def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> Non
     trainer = Trainer(make_plan(dataclasses.replace(config, batch_size=44, alpha=0.3)))
     step, found = trainer.step, list[tuple[int, dict[str, float]]]()
 
-    def recorded(samples: Any, *rest: Any) -> Any:
-        parts = step(samples, *rest)
+    def recorded(samples: Any, views: Tensor, whole: int | None = None) -> dict[str, Any]:
+        parts = step(samples, views, whole)
         found.append((len(samples), {k: float(v) for k, v in parts.items()}))
         return parts
 

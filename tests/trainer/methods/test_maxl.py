@@ -25,10 +25,7 @@ from sskt.trainer.methods.maxl import (
     generator_lr,
     mask_softmax,
 )
-from sskt.trainer.models.base import (
-    Features,
-    TargetNetwork,
-)
+from sskt.trainer.models.base import Features, TargetNetwork
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.pretrained import freeze_before
 from sskt.trainer.models.registry import build_network

@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from sskt.teacher_cache.errors import InputError, UnknownName
-from sskt.trainer.models.base import (
-    TargetNetwork,
-    parameters_of,
-)
+from sskt.trainer.models.base import TargetNetwork, parameters_of
 from sskt.trainer.models.heads import SSKTNetwork, TransferModule
-from sskt.trainer.models.registry import (
-    NETWORKS,
-    build_network,
-    is_three_dimensional,
-)
+from sskt.trainer.models.registry import NETWORKS, build_network, is_three_dimensional
 from sskt.trainer.models.resnet3d import PaddedShortcut
 from sskt.trainer.models.resnet_cifar import BasicBlock
 

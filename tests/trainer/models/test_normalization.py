@@ -420,6 +420,7 @@ def test_the_fine_tuned_video_row_learns(
     command = ["reproduce", "table8", "--row", 15, "--weights", f"K={kinetics}"]
     command += ["--source", f"P=tiny={TINY}:build", "--root", f"ucf101={ucf101}", "--seeds", 1]
     command += ["--epochs", 4, "--device", "cpu", "--out", tmp_path, "--json"]
+    command += ["--cache", tmp_path / "cache"]
     for setting in (f"policy='{REAL}'", "batch_size=4", "workers=0"):
         command += ["--set", setting]
     status, out, err = sskt(*command)

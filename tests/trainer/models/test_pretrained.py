@@ -16,10 +16,7 @@ from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
 from sskt.trainer.models.base import TargetNetwork
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.pretrained import freeze_before, load_initial
-from sskt.trainer.models.registry import (
-    build_network,
-    is_three_dimensional,
-)
+from sskt.trainer.models.registry import build_network, is_three_dimensional
 from sskt.trainer.results import records
 
 

@@ -26,10 +26,7 @@ import torch
 from support.released_networks import CASES, CLASSES, ORIGIN, SOURCES, Case, fill, summary, uniform
 from torch import Tensor
 
-from sskt.trainer.models.base import (
-    Features,
-    parameters_of,
-)
+from sskt.trainer.models.base import Features, parameters_of
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.registry import build_network
 

@@ -151,7 +151,7 @@ def test_a_figure_is_trained_drawn_and_kept(sskt: Call, images: Path, tmp_path: 
     text = head.replace("seeds = 2", 'seeds = 2\npolicy = "pad-crop-flip"\nbatch-size = 60')
     recipe.write_text(text + PANELS)
     options = ["--epochs", 1, "--device", "cpu", "--set", "workers=0", "--out", out]
-    command = ["reproduce", recipe, *options]
+    command = ["reproduce", recipe, *options, "--cache", tmp_path / "cache"]
     status, _, err = sskt(*command, "--panel", 1)
     assert status == 0, err
     results: dict[str, Any] = json.loads((out / "small/results.json").read_text())

@@ -15,10 +15,7 @@ from sskt.trainer.data.label_passes import label_passes
 from sskt.trainer.losses import parse_loss
 from sskt.trainer.models.registry import NETWORKS
 from sskt.trainer.paper.select import select_rows
-from sskt.trainer.paper.table_runs import (
-    Results,
-    label_bytes,
-)
+from sskt.trainer.paper.table_runs import Results, label_bytes
 from sskt.trainer.paper.tables import (
     Choices,
     PaperTable,

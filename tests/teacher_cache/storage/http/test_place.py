@@ -42,11 +42,7 @@ from sskt.teacher_cache.errors import (
     SsktError,
 )
 from sskt.teacher_cache.format.spec import digest_of
-from sskt.teacher_cache.label_sets.create import (
-    create_label_set,
-    list_label_sets,
-    open_label_set,
-)
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.find import require_seeds
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.http import client as http_client
@@ -958,6 +954,32 @@ def test_a_forked_process_has_connections_of_its_own(large: Path) -> None:
             os._exit(0 if right else 1)
         assert all(place.folders() == expected for _ in range(30))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_process_does_not_take_over_a_connection(
+    large: Path, proxied: tuple[Proxy, Served]
+) -> None:
+    """One that both use would give one process the answer to the other's question."""
+    proxy, _ = proxied
+    begun: list[int] = []
+
+    def treat(sent: int, data: bytes) -> bytes:
+        if not sent:
+            begun.append(len(data))
+        return data
+
+    proxy.treat = treat
+    place = open_cache(proxy.url)
+    expected = place.folders()
+    assert len(begun) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are threads is the point
+        child = os.fork()
+    if not child:
+        os._exit(0 if place.folders() == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(begun) == 2
+    assert place.folders() == expected and len(begun) == 2
 
 
 @pytest.mark.slow
