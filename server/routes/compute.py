@@ -1,7 +1,7 @@
 """Shards computed when somebody asks for them: waiting for one, asking for many, the queue.
 
-A web worker never writes into the cache: it puts shards into the queue (``shard_queue.py``), and
-the owner of the accelerator (``owner.py``) stores them before anyone is answered.
+A web worker never writes into the cache: it puts shards into the queue (``compute/queue.py``), and
+the owner of the accelerator (``compute/worker.py``) stores them before anyone is answered.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The teacher stage: every source labels every missing view, once.
 
-Work is cut into units of whole shards (``shares.py``). Within a shard the forward batches are
+Work is cut into units of whole shards (``units.py``). Within a shard the forward batches are
 fixed by (shard, batch size), so the stored bytes do not depend on workers, memory, order, other
 processes or interruptions. A sample is decoded once for all seeds of a unit, and a view is made
 once for all sources.

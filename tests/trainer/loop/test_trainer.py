@@ -688,7 +688,7 @@ def orders(config: TrainConfig, epochs: int) -> list[list[int]]:
         found[-1] += samples.tolist()
         return step(samples, views, whole)
 
-    trainer.step = recorded  # type: ignore[method-assign,assignment]
+    trainer.step = recorded  # type: ignore[method-assign]
     for trainer.epoch in range(epochs):
         found.append([])
         trainer.train_epoch()
@@ -817,7 +817,7 @@ def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> Non
         found.append((len(samples), {k: float(v) for k, v in parts.items()}))
         return parts
 
-    trainer.step = recorded  # type: ignore[method-assign,assignment]
+    trainer.step = recorded  # type: ignore[method-assign]
     record = trainer.train_epoch()
     assert [n for n, _ in found] == [44, 16]
     for name in ("loss", "loss_primary", "loss_tiny"):
