@@ -182,6 +182,11 @@ class Cluster:
             os.kill(pid, signal.SIGSTOP)
         return stopped
 
+    def is_idle(self) -> bool:
+        """Whether no task runs: those of a run that failed or was interrupted end after it."""
+        free, all_ = self.ray.available_resources(), self.ray.cluster_resources()
+        return bool(free.get("CPU") == all_.get("CPU"))
+
     def nodes_alive(self) -> int:
         return sum(bool(node["Alive"]) for node in self.ray.nodes())
 
@@ -202,13 +207,20 @@ def token() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(token: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def nodes(token: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed (pip install 'sskt[ray]')")
     started = Cluster(tmp_path_factory.mktemp("nodes"))
     yield started
     started.close()
     wait_for("the end of the cluster's processes", lambda: not processes_with(token))
+
+
+@pytest.fixture
+def cluster(nodes: Cluster) -> Iterator[Cluster]:
+    """The cluster without a task of the test before."""
+    yield nodes
+    wait_for("the end of all tasks", nodes.is_idle)
 
 
 @on_cluster
@@ -239,6 +251,12 @@ class Running:
         except BaseException as error:
             self._error = error
 
+    def wait_for(self, what: str, true: Callable[[], Any]) -> None:
+        """Waits while the run goes on; what ends it with an error is raised."""
+        wait_for(what, lambda: self._error is not None or true())
+        if self._error is not None:
+            raise self._error
+
     def result(self) -> stage.StageReport:
         self._thread.join(LIMIT)
         assert not self._thread.is_alive(), "the run does not end"
@@ -254,7 +272,7 @@ def test_progress_while_a_unit_is_under_way(cluster: Cluster, tmp_path: Path, ga
     job = job_over_shapes(tmp_path / "ray", seeds=1, shard_rows=1000)
     gate.let_pass(5)
     run = Running(replace(job, sources=(gate.source,)))
-    wait_for("a step", lambda: any(0 < done < total for done, total in run.steps))
+    run.wait_for("a step", lambda: any(0 < done < total for done, total in run.steps))
     assert not shards(tmp_path / "ray")
     gate.open()
     assert run.result().written == 1000
@@ -267,13 +285,13 @@ def test_a_worker_and_a_node_die(cluster: Cluster, tmp_path: Path, gate: Gate) -
     job = replace(job_over_shapes(tmp_path / "ray"), sources=(gate.source,))
     gate.let_pass(9)
     run = Running(job)
-    wait_for("both workers", lambda: len(gate.waiting()) == 2)
+    run.wait_for("both workers", lambda: len(gate.waiting()) == 2)
     before = shards(tmp_path / "ray")
     victim = gate.waiting()[0]
     os.kill(victim, signal.SIGKILL)
     wait_for("the worker's end", lambda: victim not in gate.waiting())
     gate.let_pass(19)
-    wait_for("both workers again", lambda: gate.passed() == 19 and len(gate.waiting()) == 2)
+    run.wait_for("both workers again", lambda: gate.passed() == 19 and len(gate.waiting()) == 2)
     later = shards(tmp_path / "ray")
     assert 6 <= len(before) < len(later) < 60
     cluster.remove(cluster.second, kill=True)
@@ -295,14 +313,14 @@ def test_a_node_that_is_only_presumed_dead(cluster: Cluster, tmp_path: Path, gat
     job = replace(job_over_shapes(tmp_path / "ray"), sources=(gate.source,))
     gate.let_pass(9)
     run = Running(job)
-    wait_for("both workers", lambda: len(gate.waiting()) == 2)
+    run.wait_for("both workers", lambda: len(gate.waiting()) == 2)
     before = shards(tmp_path / "ray")
     frozen = cluster.freeze_second(gate.waiting())
     try:
         wait_for("the node's death", lambda: cluster.nodes_alive() == 1)
         gate.open()
-        wait_for("all other shards", lambda: len(shards(tmp_path / "ray")) == 58)
-        wait_for("the bar", lambda: (2900, 3000) in run.steps)
+        run.wait_for("all other shards", lambda: len(shards(tmp_path / "ray")) == 58)
+        run.wait_for("the bar", lambda: (2900, 3000) in run.steps)
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
         report = run.result()
@@ -328,8 +346,8 @@ def test_a_shard_that_another_process_is_at(cluster: Cluster, tmp_path: Path) ->
     assert other.claim(other.shard(1, 4))
     try:
         run = Running(job)
-        wait_for("the other shards", lambda: len(other.missing(range(3))) == 1)
-        wait_for("the bar", lambda: (900, 1000) in run.steps)
+        run.wait_for("the other shards", lambda: len(other.missing(range(3))) == 1)
+        run.wait_for("the bar", lambda: (900, 1000) in run.steps)
         other.release(other.shard(1, 4))
         report = run.result()
     finally:
@@ -419,6 +437,7 @@ def test_a_folder_that_the_nodes_do_not_share(
     shutil.copytree(made.path, tmp_path / "labels" / made.name)
     with pytest.raises(InputError, match=r"stored samples .* a folder that all nodes share"):
         cache_with_ray(job)
+    wait_for("the end of its tasks", cluster.is_idle)
     shutil.rmtree(cluster.folder / "labels")
 
 
@@ -437,9 +456,9 @@ def test_shares_of_a_gpu(
     job = replace(job, device="cpu")
     gate.let_pass(9)
     run = Running(job, RayOptions(task_gpus=0.5))
-    wait_for("two tasks", lambda: len(gate.waiting()) == 2)
+    run.wait_for("two tasks", lambda: len(gate.waiting()) == 2)
     free = cluster.ray.available_resources
-    wait_for("the last of the GPU", lambda: free().get("GPU", 0.0) == 0.0)
+    run.wait_for("the last of the GPU", lambda: free().get("GPU", 0.0) == 0.0)
     assert free()["CPU"] == 4.0, "six cores, two tasks"
     assert len(gate.waiting()) == 2
     monkeypatch.setattr(ray_engine, "NODES_SECONDS", 0.5)

@@ -760,6 +760,6 @@ def test_what_was_written_is_read_back(
         copy_label_set(only(made / "f16"), tmp_path / "to")
 
 
-def test_removing_what_is_not_there(made: Path) -> None:
+def test_removing_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SsktError):
-        remove_label_set(made / "f16", "a-train.b-c.0123456789ab")
+        remove_label_set(tmp_path, "a-train.b-c.0123456789ab")
