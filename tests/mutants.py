@@ -33,6 +33,8 @@ SECONDS = 600
 """A mutant whose tests take longer is taken for noticed: it made the code wait for ever."""
 IMPORTED = ("torch", "torchvision", "av", "torch.utils.tensorboard")
 """What most tests need, and no mistake is made in."""
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+"""The same examples with and without a mistake: no failure by chance may be taken for notice."""
 SURVIVED = "SURVIVED"
 
 
@@ -135,7 +137,7 @@ def _run_pytest(root: Path, tests: Sequence[str], output: int) -> NoReturn:
         found = importlib.import_module("sskt.teacher_cache.errors").__file__
         if not str(found).startswith(str(root)):
             raise RuntimeError(f"another checkout would be tested: {found}")
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        status = pytest.main([*OPTIONS, *tests])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -157,6 +159,7 @@ def outcome(mutant: Mutant, root: Path) -> str:
         status, said = pytest_in(root, [selected_test(t, root) for t in mutant.tests])
     finally:
         path.write_text(whole)
+        shutil.rmtree(root / ".hypothesis", ignore_errors=True)  # it would repeat a failure
     if status is None:
         return "killed by a timeout"
     ran = "ERROR collecting" not in said and re.search(r"\d (passed|failed|error)", said)

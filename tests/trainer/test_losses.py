@@ -74,10 +74,11 @@ def test_primary_losses_written_out(
         truth = torch.randint(0, c, (n,), generator=generator)
     expected = of_one_class(name, logits, truth, gamma)
     loss = PRIMARY[name]
-    assert float(loss(logits, truth, gamma)) == pytest.approx(expected / n, rel=1e-5)
+    # A float32 logarithm near 0 is right to about 1e-7, not to so many of its own digits.
+    assert float(loss(logits, truth, gamma)) == pytest.approx(expected / n, rel=1e-5, abs=1e-6)
     halves = [h for h in (slice(0, cut), slice(cut, n)) if len(truth[h])]
     parts = [float(loss(logits[h], truth[h], gamma, reduction="sum")) for h in halves]
-    assert sum(parts) == pytest.approx(expected, rel=1e-5)
+    assert sum(parts) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_focal_golden() -> None:
