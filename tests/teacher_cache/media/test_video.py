@@ -602,7 +602,7 @@ def test_without_decord_its_name_is_given(made: Callable[[str], Path], tmp_path:
     (tmp_path / "decord.py").write_text("raise ImportError")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from pathlib import Path\n"
-        "from sskt.teacher_cache import errors, video\n"
+        "from sskt.teacher_cache import errors\nfrom sskt.teacher_cache.media import video\n"
         "try: video.read_frames(Path(sys.argv[1]), [0], 'decord')\n"
         "except errors.MissingData as error: print(error)"
     )
