@@ -29,8 +29,10 @@ CSAIL_SHA256: dict[str, str | None] = {
     "resnet18": "2f4759217d470da2b803f8f66cd4488a066406b555a5fb95ee9a4663f9f05588",
     "resnet50": "46529c86902bd0cfb0ea562a30b2850c28d2620d96282b3db9c318e1d774f6c5",
 }
-"""SHA-256 of the checkpoints as public projects record them (docs/decisions.md); where none is
-known there is no download over plain HTTP: the file must be given with --weights."""
+"""SHA-256 of the checkpoints as public projects record them (docs/decisions/0011-sources.md).
+
+Where none is known nothing is downloaded over plain HTTP: the file must be given with --weights.
+"""
 
 Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...]]
 

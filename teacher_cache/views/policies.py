@@ -297,7 +297,17 @@ def _check_range(name: str, p: dict[str, int | float]) -> None:
 
 
 def evaluation_policy(policy: Policy) -> Policy:
-    """How a target trained under ``policy`` is seen at test time (REFERENCE: as is, or 256/224)."""
+    """The policy of the test split of a target that is trained under ``policy``.
+
+    As in the released code: images of a random resized crop to ``size`` pixels are tested on the
+    centre crop after resizing the shorter side to ``size`` * 256 / 224, padded crops unchanged.
+
+    Args:
+        policy: The policy of the training split.
+
+    Returns:
+        The policy itself where it is one for evaluation.
+    """
     name = POLICIES[policy.name].evaluation
     if policy.name == name:
         return policy

@@ -1,4 +1,4 @@
-"""The losses of REFERENCE.md: divisors, temperatures, gradients."""
+"""The losses of docs/decisions/0014-losses.md: divisors, temperatures, gradients."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The teacher stage over a Ray cluster: plain tasks, one a unit of whole shards.
 
 Shards are there whole or not at all, so whatever dies is simply labelled again: Ray retries the
-task, the task skips what is stored. Nothing is kept in actors (``docs/decisions.md``).
+task, the task skips what is stored. Nothing is kept in actors
+(``docs/decisions/0010-many-machines.md``).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ EXTREME: dict[str, Float32] = {
 def decoded(
     encoding: Encoding, encoded: Encoded, classes: int, temperature: float, tail: float = 0.0
 ) -> Float64:
-    """The decode rule in numpy, from the docstrings and DESIGN.md section 5 alone.
+    """The decode rule in numpy, from docs/format.md, section 4, alone.
 
     ``tail`` is added to what topk spreads over the rest.
     """
@@ -322,12 +322,12 @@ def real_rows(data: Path) -> Float32:
     return _real(data)
 
 
-# DESIGN.md section 5, the gradient's error at T = 1 and 3.
+# Errors of the gradient at T = 1 and 3: docs/decisions/0007-encodings.md.
 BOUNDS = {"f32": (1e-6, 1e-6), "f16": (2.6e-4, 7.0e-4), "u8": (3.2e-3, 9.4e-3)}
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-def test_the_designs_errors_hold_on_real_outputs(name: str, real_rows: Float32) -> None:
+def test_the_recorded_errors_hold_on_real_outputs(name: str, real_rows: Float32) -> None:
     report = measured_error(parse_encoding(name), real_rows)
     for temperature, bound in zip((1, 3), BOUNDS[name], strict=True):
         assert report[f"T={temperature}"]["gradient"] <= 1.25 * bound
