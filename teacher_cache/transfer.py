@@ -192,7 +192,7 @@ def _chunks(label_set: LabelSet, array: str) -> int:
     codec = array_document(label_set.place, array)["codecs"][0]
     if codec["name"] != "sharding_indexed":
         return 0
-    return -(-label_set.rows // int(codec["configuration"]["chunk_shape"][1]))
+    return -(-label_set.shard_rows // int(codec["configuration"]["chunk_shape"][1]))
 
 
 def shard_damage(data: bytes, chunks: int) -> str:

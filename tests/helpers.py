@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop import Trainer
+    from sskt.trainer.soft_label_batch import SoftLabelBatch
 
 TINY = Path(__file__).with_name("networks") / "tiny.py"
 
@@ -35,3 +39,18 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def batch_of(trainer: Trainer, samples: Any, seed: int = 0) -> SoftLabelBatch:
+    """Some samples of a trainer's target under a view seed, with their labels."""
+    import torch
+
+    from sskt.trainer.labels import Window, labels_over
+    from sskt.trainer.soft_label_batch import SoftLabelBatch
+
+    plan, views = trainer.plan, trainer.views
+    whole = Window(seed, ((0, len(views.target)),))
+    labels = labels_over(views, plan.label_sets, plan.live, plan.device).enter(whole, None)
+    seen = torch.from_numpy(views.batch(samples, seed))
+    truth = torch.from_numpy(views.target.labels)[torch.from_numpy(samples)]
+    return SoftLabelBatch(samples, seen, truth, labels, plan.normalise)
