@@ -50,7 +50,7 @@ def target(images: Path) -> Target:
 
 
 def loader_of(target: Target, cache: object, **given: Any) -> SoftLabelLoader:
-    settings = {"batch_size": 16, "device": "cpu", "workers": 0} | given
+    settings: dict[str, Any] = {"batch_size": 16, "device": "cpu", "workers": 0} | given
     return SoftLabelLoader(target, cache=str(cache), **settings)
 
 
@@ -348,10 +348,12 @@ def test_an_own_normalisation_and_the_input_scale(target: Target, label_cache: P
 
 def test_parts_and_copies_of_a_batch(target: Target, label_cache: Path) -> None:
     batch = next(iter(loader_of(target, label_cache)))
+    soft, pixels = batch.soft("tiny", 2.0), batch.images
     part = batch[4:9]
     assert len(part) == 5 and part.samples.tolist() == batch.samples[4:9].tolist()
-    assert torch.equal(part.soft("tiny", 2.0), batch.soft("tiny", 2.0)[4:9])
-    assert torch.equal(part.images, batch.images[4:9])
+    assert part.labels.tolist() == batch.labels[4:9].tolist()
+    assert torch.equal(part.soft("tiny", 2.0), soft[4:9])
+    assert torch.equal(part.images, pixels[4:9])
     assert batch.to("cpu") is batch
     elsewhere = batch.to("meta")
     assert elsewhere.views.device.type == elsewhere.labels.device.type == "meta"
