@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -31,7 +32,15 @@ from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
-from sskt.trainer.data.soft_labels import Labels, LiveLabels, NoLabels, StoredLabels, Window
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+from sskt.trainer.data.soft_labels import (
+    BatchLabels,
+    Labels,
+    LiveLabels,
+    StoredLabels,
+    Window,
+    WindowLabels,
+)
 from sskt.trainer.distributed import batches_of
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
@@ -42,19 +51,47 @@ SIZE = 74
 """Input of the sources: the released code upsamples CIFAR by 7/3, 32 to 74 pixels."""
 
 
-class InMemory(NoLabels):
+class InMemory:
     """Soft labels decoded beforehand: the least that any way of delivery has to do."""
 
     def __init__(self, soft: list[dict[str, Tensor]]) -> None:
-        self._by_seed, self._seed = soft, 0
+        self._by_seed = soft
 
-    def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
-        self._seed = window.seed
-        return super().enter(window, following)
+    def enter(self, window: Window, following: Window | None) -> WindowLabels:
+        return Decoded(window, self._by_seed[window.seed])
 
-    def soft(self, samples: NDArray[Any], views: Tensor, temperature: float) -> dict[str, Tensor]:
-        rows, stored = torch.from_numpy(samples), self._by_seed[self._seed]
-        return {name: p[rows].to(views.device, non_blocking=True) for name, p in stored.items()}
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The labels of a window."""
+
+    window: Window
+    stored: dict[str, Tensor]
+
+    @property
+    def skipped(self) -> NDArray[np.bool_]:
+        return np.zeros(len(self.window.samples), bool)
+
+    def check(self, samples: NDArray[Any], views: NDArray[Any]) -> int:
+        return 0
+
+    def of(self, samples: NDArray[Any], views: Tensor) -> BatchLabels:
+        return DecodedBatch(self.stored, torch.from_numpy(samples), views.device)
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """The labels of a batch, which are only indexed."""
+
+    stored: dict[str, Tensor]
+    rows: Tensor
+    device: torch.device
+
+    def soft(self, source: str, temperature: float) -> Tensor:
+        return self.stored[source][self.rows].to(self.device, non_blocking=True)
 
 
 def main() -> None:
@@ -79,11 +116,12 @@ def main() -> None:
     )
     # One trainer whose labels are exchanged: two would differ in where their weights lie.
     trainer = Trainer(make_plan(config))
-    stored = trainer.labels
-    assert isinstance(stored, StoredLabels)
+    stored = StoredLabels(trainer.plan.label_sets, trainer.plan.device)
     ways: dict[str, Labels] = {
         "cache": stored,
-        "memory": InMemory([decoded(stored, views, seed) for seed in range(SEEDS)]),
+        "memory": InMemory(
+            [decoded(stored, views, trainer.loader.sources, seed) for seed in range(SEEDS)]
+        ),
         "live": LiveLabels(sources, trainer.views),
     }
 
@@ -121,31 +159,39 @@ def alternating(trainer: Trainer, ways: dict[str, Labels], epochs: int) -> dict[
     seconds = {name: Seconds() for name in ways}
     for epoch in range(epochs):
         (window,), (following,) = trainer.plan.windows(epoch), trainer.plan.windows(epoch + 1)
+        entered: dict[str, WindowLabels] = {}
         for name, labels in ways.items():
             begin = time.perf_counter()
-            labels.enter(window, following)
+            entered[name] = labels.enter(window, following)
             seconds[name].waits.append(time.perf_counter() - begin)
         order = permutation(window.samples, 0, epoch)
         batches = batches_of(order, trainer.plan.config.batch_size)
-        for i, batch in enumerate(trainer.feed(batches, window.seed)):
+        for i, batch in enumerate(trainer.loader.feed(batches, window.seed)):
             turn = list(ways) if (i + epoch) % 2 else list(reversed(ways))
             for name in turn:
-                trainer.labels = ways[name]
                 synchronise()
                 begin = time.perf_counter()
-                trainer.labels.check(batch.samples, batch.views.numpy())
-                trainer.step(batch.samples, batch.views.to(trainer.plan.device))
+                entered[name].check(batch.samples, batch.views.numpy())
+                views = batch.views.to(trainer.plan.device)
+                truth = trainer.loader.truth[torch.from_numpy(batch.samples).to(views.device)]
+                trainer.step(
+                    SoftLabelBatch(
+                        batch.samples, views, truth, entered[name], trainer.plan.normalise
+                    )
+                )
                 synchronise()
                 seconds[name].steps.append(time.perf_counter() - begin)
         print(f"\repoch {epoch + 1}/{epochs}", end="", file=sys.stderr)
     return {name: Seconds(s.steps[2:], s.waits) for name, s in seconds.items()}
 
 
-def decoded(stored: StoredLabels, views: Views, seed: int) -> dict[str, Tensor]:
+def decoded(
+    stored: StoredLabels, views: Views, names: Sequence[str], seed: int
+) -> dict[str, Tensor]:
     """Soft labels of a whole slab at T."""
     count = len(views.target)
-    stored.enter(Window(seed, ((0, count),)), None)
-    return stored.soft(np.arange(count), torch.empty(0), TEMPERATURE)
+    labels = stored.enter(Window(seed, ((0, count),)), None).of(np.arange(count), torch.empty(0))
+    return {name: labels.soft(name, TEMPERATURE) for name in names}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+from sskt.trainer.data.soft_labels import labels_over
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
 
@@ -122,7 +124,9 @@ class Ways:
         self.truth = torch.from_numpy(views.target.labels).to(device)
         order = [np.arange(i, i + BATCH) for i in range(0, SAMPLES, BATCH)]
         self.batches = [(s, torch.from_numpy(views.batch(s, 0)).to(device)) for s in order]
-        self.trainer.labels.enter(self.trainer.plan.windows(0)[0], None)
+        plan = self.trainer.plan
+        labels = labels_over(views, plan.label_sets, plan.live, device)
+        self.labels = labels.enter(plan.windows(0)[0], None)
         self.losses: dict[str, list[Tensor]] = {"ours": [], "plain": []}
 
     def run(self, name: str) -> Callable[[], None]:
@@ -137,7 +141,10 @@ class Ways:
         return steps
 
     def ours(self, samples: np.ndarray[Any, Any], views: Tensor) -> Tensor:
-        loss: Tensor = self.trainer.step(samples, views)["loss"]
+        truth = self.truth[torch.from_numpy(samples).to(views.device)]
+        normalise = self.trainer.plan.normalise
+        batch = SoftLabelBatch(samples, views, truth, self.labels, normalise)
+        loss: Tensor = self.trainer.step(batch)["loss"]
         return loss
 
     def by_hand(self, samples: np.ndarray[Any, Any], views: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def inspect(
         )
     for label_set in chosen:
         if seed >= label_set.seeds or not label_set.has(
-            label_set.shard(seed, sample // label_set.rows)
+            label_set.shard(seed, sample // label_set.shard_rows)
         ):
             raise IncompleteLabels(
                 f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"

@@ -10,97 +10,101 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sskt.teacher_cache.errors import (
-        BadCheckpoint,
-        BadClip,
-        BadImage,
-        CorruptStore,
-        DiskFull,
-        Diverged,
-        IncompleteLabels,
-        InputError,
-        MissingData,
-        SpecMismatch,
-        SsktError,
-        TeacherMoved,
-        UnknownName,
-        ViewMismatch,
-    )
-    from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
-    from sskt.teacher_cache.label_sets.label_set import LabelSet
-    from sskt.teacher_cache.labeling.run import cache_teachers
-    from sskt.teacher_cache.sources.registry import open_source
-    from sskt.teacher_cache.sources.source import freeze
-    from sskt.teacher_cache.targets.registry import open_target
-    from sskt.trainer.config import TrainConfig
-    from sskt.trainer.models.heads import SSKTNetwork
+    from sskt.teacher_cache.api import cache_teachers as cache_teachers
+    from sskt.teacher_cache.api import freeze as freeze
+    from sskt.teacher_cache.api import list_label_sets as list_label_sets
+    from sskt.teacher_cache.api import open_label_set as open_label_set
+    from sskt.teacher_cache.api import open_source as open_source
+    from sskt.teacher_cache.api import open_target as open_target
+    from sskt.teacher_cache.api import open_views as open_views
+    from sskt.teacher_cache.errors import BadCheckpoint as BadCheckpoint
+    from sskt.teacher_cache.errors import BadClip as BadClip
+    from sskt.teacher_cache.errors import BadImage as BadImage
+    from sskt.teacher_cache.errors import CorruptStore as CorruptStore
+    from sskt.teacher_cache.errors import DiskFull as DiskFull
+    from sskt.teacher_cache.errors import Diverged as Diverged
+    from sskt.teacher_cache.errors import IncompleteLabels as IncompleteLabels
+    from sskt.teacher_cache.errors import InputError as InputError
+    from sskt.teacher_cache.errors import MissingData as MissingData
+    from sskt.teacher_cache.errors import SpecMismatch as SpecMismatch
+    from sskt.teacher_cache.errors import SsktError as SsktError
+    from sskt.teacher_cache.errors import TeacherMoved as TeacherMoved
+    from sskt.teacher_cache.errors import UnknownName as UnknownName
+    from sskt.teacher_cache.errors import ViewMismatch as ViewMismatch
+    from sskt.teacher_cache.label_sets.label_set import LabelSet as LabelSet
+    from sskt.teacher_cache.labeling.run import StageReport as StageReport
+    from sskt.teacher_cache.sources.source import Source as Source
+    from sskt.teacher_cache.targets.base import Target as Target
+    from sskt.teacher_cache.views.views import Views as Views
+    from sskt.trainer.api import train as train
+    from sskt.trainer.config import TrainConfig as TrainConfig
+    from sskt.trainer.data.soft_label_batch import SoftLabelBatch as SoftLabelBatch
+    from sskt.trainer.data.soft_label_loader import SoftLabelLoader as SoftLabelLoader
+    from sskt.trainer.losses import kl_divergence as kl_divergence
+    from sskt.trainer.losses import soft_cross_entropy as soft_cross_entropy
+    from sskt.trainer.losses import soft_focal as soft_focal
+    from sskt.trainer.losses import total_loss as total_loss
+    from sskt.trainer.models.heads import SSKTNetwork as SSKTNetwork
 
     __version__: str
 
-__all__ = [
-    "BadCheckpoint",
-    "BadClip",
-    "BadImage",
-    "CorruptStore",
-    "DiskFull",
-    "Diverged",
-    "IncompleteLabels",
-    "InputError",
-    "LabelSet",
-    "MissingData",
-    "SSKTNetwork",
-    "SpecMismatch",
-    "SsktError",
-    "TeacherMoved",
-    "TrainConfig",
-    "UnknownName",
-    "ViewMismatch",
-    "__version__",
-    "cache_teachers",
-    "freeze",
-    "list_label_sets",
-    "open_label_set",
-    "open_source",
-    "open_target",
-]
-
-_PUBLIC = {
-    "BadCheckpoint": "sskt.teacher_cache.errors:BadCheckpoint",
-    "BadClip": "sskt.teacher_cache.errors:BadClip",
-    "BadImage": "sskt.teacher_cache.errors:BadImage",
-    "CorruptStore": "sskt.teacher_cache.errors:CorruptStore",
-    "DiskFull": "sskt.teacher_cache.errors:DiskFull",
-    "Diverged": "sskt.teacher_cache.errors:Diverged",
-    "IncompleteLabels": "sskt.teacher_cache.errors:IncompleteLabels",
-    "InputError": "sskt.teacher_cache.errors:InputError",
-    "LabelSet": "sskt.teacher_cache.label_sets.label_set:LabelSet",
-    "MissingData": "sskt.teacher_cache.errors:MissingData",
-    "SSKTNetwork": "sskt.trainer.models.heads:SSKTNetwork",
-    "SpecMismatch": "sskt.teacher_cache.errors:SpecMismatch",
-    "SsktError": "sskt.teacher_cache.errors:SsktError",
-    "TeacherMoved": "sskt.teacher_cache.errors:TeacherMoved",
-    "TrainConfig": "sskt.trainer.config:TrainConfig",
-    "UnknownName": "sskt.teacher_cache.errors:UnknownName",
-    "ViewMismatch": "sskt.teacher_cache.errors:ViewMismatch",
-    "cache_teachers": "sskt.teacher_cache.labeling.run:cache_teachers",
-    "freeze": "sskt.teacher_cache.sources.source:freeze",
-    "list_label_sets": "sskt.teacher_cache.label_sets.create:list_label_sets",
-    "open_label_set": "sskt.teacher_cache.label_sets.create:open_label_set",
-    "open_source": "sskt.teacher_cache.sources.registry:open_source",
-    "open_target": "sskt.teacher_cache.targets.registry:open_target",
+_MODULES = {
+    "sskt.teacher_cache.api": (
+        "cache_teachers",
+        "freeze",
+        "list_label_sets",
+        "open_label_set",
+        "open_source",
+        "open_target",
+        "open_views",
+    ),
+    "sskt.teacher_cache.errors": (
+        "BadCheckpoint",
+        "BadClip",
+        "BadImage",
+        "CorruptStore",
+        "DiskFull",
+        "Diverged",
+        "IncompleteLabels",
+        "InputError",
+        "MissingData",
+        "SpecMismatch",
+        "SsktError",
+        "TeacherMoved",
+        "UnknownName",
+        "ViewMismatch",
+    ),
+    "sskt.teacher_cache.label_sets.label_set": ("LabelSet",),
+    "sskt.teacher_cache.labeling.run": ("StageReport",),
+    "sskt.teacher_cache.sources.source": ("Source",),
+    "sskt.teacher_cache.targets.base": ("Target",),
+    "sskt.teacher_cache.views.views": ("Views",),
+    "sskt.trainer.api": ("train",),
+    "sskt.trainer.config": ("TrainConfig",),
+    "sskt.trainer.data.soft_label_batch": ("SoftLabelBatch",),
+    "sskt.trainer.data.soft_label_loader": ("SoftLabelLoader",),
+    "sskt.trainer.losses": ("kl_divergence", "soft_cross_entropy", "soft_focal", "total_loss"),
+    "sskt.trainer.models.heads": ("SSKTNetwork",),
 }
-"""``module:attribute`` of each public name."""
+"""The public names, by the module that defines them."""
+
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used (PEP 562). Raises ``AttributeError``."""
+    """Imports a public name when it is first used (PEP 562).
+
+    Raises:
+        AttributeError: If the name is not public.
+    """
     if name == "__version__":
         from importlib.metadata import version
 
         value: Any = version("sskt")
-    elif name in _PUBLIC:
-        module, _, attribute = _PUBLIC[name].partition(":")
-        value = getattr(importlib.import_module(module), attribute)
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module 'sskt' has no attribute {name!r}")
     globals()[name] = value
@@ -109,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, imported or not."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

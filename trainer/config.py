@@ -300,6 +300,16 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
     if "source" not in merged and not scratch:
         merged["source"] = [AUTO]
     config = TrainConfig(**merged)
+    require_consistent(config)
+    return config
+
+
+def require_consistent(config: TrainConfig) -> None:
+    """Checks fields that go together, or contradict each other.
+
+    Raises:
+        InputError: Names the fields as options, and the next step.
+    """
     if not config.target:
         raise InputError("no target: give --target NAME or a folder (sskt datasets lists them)")
     if config.eval_every > 1 and (config.schedule == "plateau" or config.early_stop):
@@ -339,7 +349,6 @@ def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
                 f"--labels takes a label server, http://HOST:PORT, found {config.labels}; a folder "
                 "or s3://... goes with --cache"
             )
-    return config
 
 
 def config_json(config: TrainConfig) -> bytes:

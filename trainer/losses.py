@@ -62,7 +62,20 @@ def focal(logits: Tensor, truth: Tensor, gamma: float, reduction: Reduction = "m
 
 
 def soft_cross_entropy(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0) -> Tensor:
-    """``ce``, as released and as meant: T^2 * batch mean of -sum p_s log_softmax(z_t / T)."""
+    """The auxiliary loss ``ce``: cross-entropy with soft labels (equation 1 of the paper).
+
+    T^2 times the mean over the batch of -sum_c softmax(z_s / T)_c log softmax(z_t / T)_c, as
+    released and as meant; computed in float32.
+
+    Args:
+        z_t: Auxiliary logits: float ``[n, C]``.
+        p_s: Soft labels softmax(z_s / T): float32 ``[n, C]``.
+        temperature: T, above 0.
+        gamma: Without a meaning here; the auxiliary losses have one signature.
+
+    Returns:
+        A scalar in nats, float32.
+    """
     log_q = F.log_softmax(z_t.float() / temperature, dim=1)
     return -(temperature**2) * (p_s * log_q).sum() / len(z_t)
 

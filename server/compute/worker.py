@@ -153,7 +153,7 @@ class Owner:
     def _most(self, label_set: LabelSet, views: Views, batch: int) -> int:
         """Seeds that are labelled in one pass."""
         label = label_set.encoding.bytes_per_label(len(label_set.classes))
-        return seeds_together(views, label_set.rows, label, SEEDS_TOGETHER, batch, MEMORY)
+        return seeds_together(views, label_set.shard_rows, label, SEEDS_TOGETHER, batch, MEMORY)
 
     def _label(self, group: list[Entry], opened: _Opened, batch: int) -> int:
         name, seeds = group[0].set, 1 + max(entry.seed for entry in group)
@@ -161,7 +161,8 @@ class Owner:
             shards = [label_set.shard(entry.seed, entry.block) for entry in group]
             written = 0
             if _any_free(label_set, shards):
-                unit, options = Unit(label_set.rows, tuple(shards)), StageOptions(batch_size=batch)
+                unit = Unit(label_set.shard_rows, tuple(shards))
+                options = StageOptions(batch_size=batch)
                 sources, sets = [opened.source], [label_set]
                 report = label_units(opened.views, sources, sets, [unit], options, wait=False)
                 written = report.written

@@ -136,7 +136,7 @@ def _picture(label_set: LabelSet, views: Views, row: int, seed: int) -> Picture:
     Image.fromarray(large).save(data, "PNG")
     *depth, height, width, _ = view.shape
     shape = f"{width} x {height} pixels" + (f", {depth[0]} frames" if depth else "")
-    stored = label_set.has(label_set.shard(seed, row // label_set.rows))
+    stored = label_set.has(label_set.shard(seed, row // label_set.shard_rows))
     matches = None
     if stored:
         matches = int(label_set.read_checks(seed, row, row + 1)[0]) == check_of(view)

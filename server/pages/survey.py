@@ -66,8 +66,8 @@ def survey(label_set: LabelSet) -> Survey:
                 break
             total += found
             stored[shard.seed, shard.block] = True
-    counts = np.full(label_set.blocks, label_set.rows)
-    counts[-1:] = label_set.samples - (label_set.blocks - 1) * label_set.rows
+    counts = np.full(label_set.blocks, label_set.shard_rows)
+    counts[-1:] = label_set.samples - (label_set.blocks - 1) * label_set.shard_rows
     return Survey(stored, stored @ counts / max(1, label_set.samples), total)
 
 

@@ -105,7 +105,7 @@ async def show_coverage(name: SetName, request: Request) -> Response:
             "seeds": label_set.seeds,
             "samples": label_set.samples,
             "blocks": label_set.blocks,
-            "rows": label_set.rows,
+            "rows": label_set.shard_rows,
             "stored": stored,
         }
 

@@ -287,7 +287,7 @@ class _Missing:
 def _missing(state: State, label_set: LabelSet, seeds: int | Int64, ids: Int64) -> _Missing:
     each = np.broadcast_to(np.asarray(seeds, np.int64), ids.shape)
     beyond = each >= label_set.seeds
-    known, blocks = ~beyond, ids // label_set.rows
+    known, blocks = ~beyond, ids // label_set.shard_rows
     shards = state.slabs.lacking(label_set, each[known], ids[known])
     numbers = [shard.seed * label_set.blocks + shard.block for shard in shards]
     missing = beyond.copy()

@@ -93,7 +93,7 @@ def parts_of(label_set: LabelSet, seed: int | Int64, ids: Int64) -> list[Part]:
         raise IncompleteLabels(
             f"label set {label_set.name} has seeds 0 to {label_set.seeds - 1}, not {seeds.max()}"
         )
-    blocks, rows = np.divmod(ids, label_set.rows)
+    blocks, rows = np.divmod(ids, label_set.shard_rows)
     numbers = seeds * label_set.blocks + blocks
     if (numbers == numbers[0]).all():
         return [Part(_shard(label_set, numbers[0]), slice(None), rows)]

@@ -67,7 +67,7 @@ class _Source:
     @property
     def name(self) -> str:
         """A name for its slab that no other content has."""
-        about = (str(self.label_set.place), self.label_set.rows, self.shard, self.version)
+        about = (str(self.label_set.place), self.label_set.shard_rows, self.shard, self.version)
         unique = hashlib.sha256(repr((*about, self.layout)).encode()).hexdigest()[:24]
         return f"{self.label_set.digest[:12]}-{self.shard.seed}-{self.shard.block}-{unique}"
 
@@ -265,7 +265,7 @@ def _key(label_set: LabelSet, shard: Shard) -> _Key:
 
 def _read(label_set: LabelSet, seed: int, start: int, stop: int) -> Encoded:
     """Rows with their view checks. Raises as ``LabelSet.read``."""
-    if not label_set.has(label_set.shard(seed, start // label_set.rows)):
+    if not label_set.has(label_set.shard(seed, start // label_set.shard_rows)):
         label_set.place.refresh()  # a bucket's listing may be older than the shard
     labels = label_set.read(seed, start, stop)
     return {"view_check": label_set.read_checks(seed, start, stop)} | labels

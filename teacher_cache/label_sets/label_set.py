@@ -7,22 +7,36 @@ resuming is listing names.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, SsktError
-from sskt.teacher_cache.format.encodings import Encoded, Encoding, encoding_of
+from sskt.teacher_cache.format.encodings import (
+    Encoded,
+    Encoding,
+    as_tensors,
+    encoding_of,
+    soft_labels,
+)
 from sskt.teacher_cache.format.metadata import GROUP, to_json
 from sskt.teacher_cache.format.spec import Spec
 from sskt.teacher_cache.label_sets.documents import parse_attributes
+from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
 from sskt.teacher_cache.storage.local import LocalPlace
+
+if TYPE_CHECKING:  # the label server's workers do without torch
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
+    from sskt.teacher_cache.media.images import UInt8
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class LabelSet:
     attributes: dict[str, Any]
     seeds: int
     samples: int
-    rows: int
+    shard_rows: int
     writable: bool = False
     _arrays: dict[str, Any] = field(default_factory=dict, repr=False)
     _claims: Claims | None = field(default=None, repr=False)
@@ -97,11 +111,12 @@ class LabelSet:
     @property
     def blocks(self) -> int:
         """Shards of one seed."""
-        return -(-self.samples // self.rows)
+        return -(-self.samples // self.shard_rows)
 
     def shard(self, seed: int, block: int) -> Shard:
         """The shard's place."""
-        return Shard(seed, block, block * self.rows, min((block + 1) * self.rows, self.samples))
+        start = block * self.shard_rows
+        return Shard(seed, block, start, min(start + self.shard_rows, self.samples))
 
     def shards(self, seeds: Iterable[int]) -> Iterator[Shard]:
         """All shards of the seeds, seed by seed."""
@@ -184,16 +199,83 @@ class LabelSet:
         """View checks of rows ``start:stop`` of a seed: uint32 ``[n]``."""
         return self._rows("view_check", seed, start, stop)
 
+    def rows(self, seed: int, ids: ArrayLike, *, temperature: float = 1.0) -> Tensor:
+        """Reads the soft labels of some samples, in any order.
+
+        Chunks of labels stay decoded, up to 128 MiB a label set and process. A training that
+        visits a larger set in random order should use ``SoftLabelLoader``, which reads whole
+        shards ahead.
+
+        Args:
+            seed: View seed.
+            ids: Row numbers of the samples: one integer, or ``[n]``.
+            temperature: T of the paper's equation 1.
+
+        Returns:
+            softmax(z_s / T): float32 ``[n, C]`` on the CPU. The row of a sample that could not be
+            read when it was labelled is NaN.
+
+        Raises:
+            InputError: If an id is not a row of the set, or the temperature is not above 0.
+            IncompleteLabels: If a label is not stored.
+            CorruptStore: If a checksum fails.
+        """
+        if not temperature > 0:
+            raise InputError(f"the temperature must be above 0, found {temperature}")
+        encoded = as_tensors(self.encoded_rows(seed, ids))
+        return soft_labels(self.encoding, encoded, len(self.classes), temperature)
+
+    def encoded_rows(self, seed: int, ids: ArrayLike) -> Encoded:
+        """Reads labels of some samples as they are stored, in any order.
+
+        Args:
+            seed: View seed.
+            ids: Row numbers of the samples: one integer, or ``[n]``.
+
+        Returns:
+            The arrays of the encoding by name, each ``[n, width]`` (docs/format.md).
+
+        Raises:
+            InputError: If an id is not a row of the set.
+            IncompleteLabels: If a label is not stored.
+            CorruptStore: If a checksum fails.
+        """
+        return self._row_reader.encoded(seed, ids)
+
+    @functools.cached_property
+    def _row_reader(self) -> RowReader:
+        return RowReader(self, int(self._array(self.arrays[-1]).chunks[1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out decoded labels, so that a loader process can be started with the set."""
+        return {key: value for key, value in vars(self).items() if key != "_row_reader"}
+
+    def check(self, view: UInt8, row: int, seed: int) -> None:
+        """Compares a view with the one that the source saw.
+
+        Args:
+            view: uint8 ``[H, W, 3]``, or ``[D, H, W, 3]`` for clips.
+            row: Row number of its sample.
+            seed: View seed.
+
+        Raises:
+            ViewMismatch: If it is another view.
+        """
+        from sskt.teacher_cache.views.views import require_same_view
+
+        require_same_view(view, int(self.read_checks(seed, row, row + 1)[0]), row, seed)
+
     def _require_shards(self, seed: int, start: int, stop: int) -> None:
-        for block in range(start // self.rows, -(-stop // self.rows)):
+        for block in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if not self.has(self.shard(seed, block)):
+                lacking = self.shard(seed, block)
                 raise IncompleteLabels(
-                    f"label set {self.name}: seed {seed} lacks samples "
-                    f"{block * self.rows} to {min((block + 1) * self.rows, self.samples) - 1}"
+                    f"label set {self.name}: seed {seed} lacks samples {lacking.start} to "
+                    f"{lacking.stop - 1}"
                 )
 
     def _require_files(self, array: str, seed: int, start: int, stop: int) -> None:
-        for block in range(start // self.rows, -(-stop // self.rows)):
+        for block in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             key = self.shard_key(array, self.shard(seed, block))
             if not self.place.size(key):  # Zarr gives fill values for gone and for empty
                 raise CorruptStore(

@@ -162,7 +162,7 @@ def _missing(label_set: LabelSet, seeds: int) -> int:
 
 def _views(sets: Sequence[LabelSet], unit: Unit) -> int:
     """Views of a unit that some set has no label of."""
-    alike = [s for s in sets if s.rows == unit.rows]
+    alike = [s for s in sets if s.shard_rows == unit.rows]
     lacking = [shard for shard in unit.shards if not all(s.has(shard) for s in alike)]
     return sum(shard.stop - shard.start for shard in lacking)
 

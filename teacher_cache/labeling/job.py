@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -89,24 +89,18 @@ class Job:
         )
 
     def _made(self, opened: Opened) -> dict[str, Any]:
-        device = opened.source.device
-        cuda = device.type == "cuda"
-        where = torch.cuda.get_device_name(device) if cuda else platform.machine()
-        made: dict[str, Any] = {
-            **opened.arguments,
+        target = {
             "target": full_path(self.target) if is_own(self.target) else self.target,
             "root": self.data_root(),
             "limit": self.limit,
-            "batch_size": self.batch_size,
-            "device": f"{device.type} ({where})",
-            "versions": {library: version(library) for library in LIBRARIES},
         }
         more = {
             "partial": self.partial,
             "strict": self.strict,
             "frame_sampling": self._frame_sampling() if self.frame_sampling else "",
         }
-        return made | {key: value for key, value in more.items() if value}
+        more = {key: value for key, value in more.items() if value}
+        return provenance(opened, target, self.batch_size, more)
 
     def data_root(self) -> str | None:
         """The absolute path of the folder with the target's data; None if the target needs none."""
@@ -127,6 +121,30 @@ class Opened:
 
     source: Source
     arguments: dict[str, Any]
+
+
+def provenance(
+    opened: Opened, target: Mapping[str, Any], batch_size: int, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a label set records of how it was made; it is no part of its identity.
+
+    Args:
+        opened: The source.
+        target: What opens the target again: name or full path, root, limit.
+        batch_size: Samples of a forward pass.
+        more: Further arguments of the labelling.
+    """
+    device = opened.source.device
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    return {
+        **opened.arguments,
+        **target,
+        "batch_size": batch_size,
+        "device": f"{device.type} ({where})",
+        "versions": {library: version(library) for library in LIBRARIES},
+        **more,
+    }
 
 
 def open_job_views(job: Job, progress: Progress = lambda done, total: None) -> Views:

@@ -182,7 +182,7 @@ def count_labels(
     """Labels of some units, and how many of them are missing (``fresh``: not from a listing)."""
     wanted = missing = 0
     for unit in todo:
-        for label_set in (s for s in sets if s.rows == unit.rows):
+        for label_set in (s for s in sets if s.shard_rows == unit.rows):
             for shard in unit.shards:
                 rows = shard.stop - shard.start
                 wanted += rows
@@ -274,7 +274,7 @@ class _Run:
                 (shard.seed, i): shard
                 for shard in unit.shards
                 for i, label_set in enumerate(self.sets)
-                if label_set.rows == unit.rows and label_set.claim(shard)
+                if label_set.shard_rows == unit.rows and label_set.claim(shard)
             }
             if not claims:
                 continue

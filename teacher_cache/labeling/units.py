@@ -96,8 +96,8 @@ def units(
     need no decoding: one shard a unit.
     """
     found: list[Unit] = []
-    for rows in sorted({s.rows for s in sets}):
-        alike = [s for s in sets if s.rows == rows]
+    for rows in sorted({s.shard_rows for s in sets}):
+        alike = [s for s in sets if s.shard_rows == rows]
         blocks = alike[0].blocks
         label = sum(s.encoding.bytes_per_label(len(s.classes)) for s in alike)
         together = seeds_together(views, rows, label, seeds, batch, memory)

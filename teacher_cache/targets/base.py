@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,16 +97,28 @@ class Asked:
     get: str = ""
 
 
+class SampleReader(Protocol):
+    """Reads the images of an own dataset."""
+
+    def __call__(self, sample: int) -> UInt8:
+        """An image: uint8 ``[H, W, 3]``. Raises ``BadImage``."""
+
+    def chosen(self, rows: Int64) -> SampleReader:
+        """A reader of the samples ``rows``, in that order."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One split of a dataset, in a fixed order. Sample i is row i of every label set over it.
 
     labels: int64 ``[N]``, index into ``classes`` (-1: none known); for multi-label targets int64
     ``[N, C]``: 1 present, 0 absent, -1 present only as difficult objects. Exactly one of
-    ``images`` (uint8 ``[N, H, W, 3]``) and ``paths`` (one file a sample) is given; ``sizes``
-    are the files' bytes. Clips have a ``decoder``, and ``frames`` (decodable frames of each
-    file, int64 ``[N]``) once counted; ``starts`` is the first frame of each sample where a
-    file was cut into windows of ``window`` frames. ``damaged`` says what is wrong with a clip.
+    ``images`` (uint8 ``[N, H, W, 3]``), ``paths`` (one file a sample) and ``reader`` (an own
+    dataset without files) is given; ``sizes`` are the files' bytes. Clips have a ``decoder``, and
+    ``frames`` (decodable frames of each file, int64 ``[N]``) once counted; ``starts`` is the first
+    frame of each sample where a file was cut into windows of ``window`` frames. ``damaged`` says
+    what is wrong with a clip. ``policy`` is the default view policy; empty: that of the name.
+    ``made`` is what opens it again, for the provenance of a label set.
     """
 
     name: str
@@ -123,6 +135,9 @@ class Target:
     window: int = 0
     damaged: Mapping[int, str] = field(default_factory=dict)
     contents: str = ""
+    reader: SampleReader | None = None
+    policy: str = ""
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,6 +157,8 @@ class Target:
         if self.images is not None:
             picture: UInt8 = self.images[sample]
             return picture
+        if self.reader is not None:
+            return self.reader(sample)
         assert self.paths is not None and not self.clips
         return read_image(self.paths[sample])
 
@@ -180,7 +197,7 @@ class Target:
         for i, sample in enumerate(self.ids):
             size = 0 if self.sizes is None else int(self.sizes[i])
             digest.update(f"{sample}\0{size}\n".encode("utf-8", "surrogateescape"))
-        if self.paths is None and self.images is not None:
+        if self.paths is None and self.reader is None and self.images is not None:
             digest.update(repr(self.images.shape).encode())
             digest.update(np.ascontiguousarray(self.images).data)
         return f"sha256:{digest.hexdigest()}"
@@ -230,6 +247,7 @@ class Target:
             labels=self.labels[rows],
             ids=Names(self.ids[i] for i in rows.tolist()),
             images=None if self.images is None else self.images[rows],
+            reader=None if self.reader is None else self.reader.chosen(rows),
             paths=paths,
             sizes=None if self.sizes is None else self.sizes[rows],
             frames=None if self.frames is None else self.frames[rows],

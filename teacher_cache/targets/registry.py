@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.locations import data_location
@@ -254,6 +255,15 @@ def open_target(
         where = Path(data_location(name, root).value)
         target = info.load(Asked(name, split, where, download, partial, decoder))
     target = target.limited(limit)
+    made: dict[str, Any] = {"target": name, "root": None, "limit": limit}
+    if is_own(name):
+        made["target"] = str(Path(name).resolve())
+    elif TARGETS[name].markers:
+        made["root"] = str(Path(data_location(name).value).resolve())
+    if root is not None:
+        made["root"] = str(root.resolve())
+    made |= {key: True for key, on in (("partial", partial), ("strict", strict)) if on}
+    target = replace(target, made=made, policy=default_policy(name, clips=target.clips))
     if target.clips:
         from sskt.teacher_cache.targets.file_index import count_clips
 
@@ -270,6 +280,11 @@ def default_policy(name: str, *, clips: bool = False) -> str:
     if name in TARGETS:
         return TARGETS[name].policy
     return CLIP_POLICY if clips else IMAGE_POLICY
+
+
+def policy_of(target: Target) -> str:
+    """The default view policy of an opened target."""
+    return target.policy or default_policy(target.name, clips=target.clips)
 
 
 def evaluation_split(name: str, split: str = "train") -> str:

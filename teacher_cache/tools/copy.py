@@ -59,15 +59,15 @@ def copy_label_set(
     files = {key: source.place.read(key) for key in keys}
 
     def documents(rows: int | None, seeds: int | None) -> dict[str, bytes]:
-        if rows not in (None, source.rows):
+        if rows not in (None, source.shard_rows):
             raise _other_rows(source, home, rows)
         return files
 
     with closing(open_for_writing(home, source.name, documents, source.seeds)) as target:
         if target.digest != source.digest:
             raise InputError(f"{target.place} is another label set than {source.place}")
-        if target.rows != source.rows:
-            raise _other_rows(source, home, target.rows)
+        if target.shard_rows != source.shard_rows:
+            raise _other_rows(source, home, target.shard_rows)
         return _copy_shards(source, target, progress)
 
 
@@ -153,7 +153,7 @@ def _real(place: Place) -> str:
 def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
     return InputError(
         f"label set {source.name} is in {home} with {rows} samples a shard, at the source with "
-        f"{source.rows}: they cannot be joined; copy into another cache"
+        f"{source.shard_rows}: they cannot be joined; copy into another cache"
     )
 
 
@@ -187,4 +187,4 @@ def _chunks(label_set: LabelSet, array: str) -> int:
     codec = array_document(label_set.place, array)["codecs"][0]
     if codec["name"] != "sharding_indexed":
         return 0
-    return -(-label_set.rows // int(codec["configuration"]["chunk_shape"][1]))
+    return -(-label_set.shard_rows // int(codec["configuration"]["chunk_shape"][1]))

@@ -85,7 +85,7 @@ def export_label_set(
         source.spec | {"encoding": encoding.identity()},
         source.classes,
         source.seeds,
-        shard_rows=source.rows,
+        shard_rows=source.shard_rows,
         made=source.attributes.get("made", {}) | origin,
     )
     with closing(target):
@@ -125,7 +125,7 @@ def export_label_set(
 
 def _lacks(source: LabelSet, missing: set[Shard], shard: Shard) -> bool:
     """Whether a part of the samples of the new set's ``shard`` is not stored."""
-    blocks = range(shard.start // source.rows, -(-shard.stop // source.rows))
+    blocks = range(shard.start // source.shard_rows, -(-shard.stop // source.shard_rows))
     return any(source.shard(shard.seed, block) in missing for block in blocks)
 
 

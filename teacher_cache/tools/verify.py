@@ -209,7 +209,7 @@ def _recomputed(
     """The view, and its label (log, float32 ``[1, C]``): BatchNorm's whole batch where needed."""
     first, stop = sample, sample + 1
     if source.batch is not None:
-        shard = label_set.shard(seed, sample // label_set.rows)
+        shard = label_set.shard(seed, sample // label_set.shard_rows)
         start = sample - (sample - shard.start) % source.batch
         stop = min(start + source.batch, shard.stop)
         first = max(0, min(start, stop - source.batch))
@@ -237,7 +237,7 @@ def probe_pairs(label_set: LabelSet, count: int) -> Iterator[tuple[int, int]]:
     words = draw(np.arange(count), 0, stream=PROBE)
     samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
     for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-        if label_set.has(label_set.shard(seed, sample // label_set.rows)):
+        if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
             yield sample, seed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import BadImage, InputError
+from sskt.teacher_cache.errors import BadImage, InputError, ViewMismatch
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.frame_sampling import CENTER, IDENTITY, FrameSampling
@@ -26,6 +26,26 @@ Int64 = NDArray[np.int64]
 def check_of(view: UInt8) -> int:
     """The 32-bit view check: CRC-32 (zlib) of the view's bytes, rows of RGB triples."""
     return zlib.crc32(np.ascontiguousarray(view).data)
+
+
+def require_same_view(view: UInt8, expected: int, sample: int, seed: int) -> None:
+    """Compares a view with the checksum that was stored beside its label.
+
+    Args:
+        view: uint8 ``[H, W, 3]``, or ``[D, H, W, 3]`` for clips.
+        expected: The stored CRC-32.
+        sample: Row of the sample, for the message.
+        seed: View seed, for the message.
+
+    Raises:
+        ViewMismatch: If the view is not the one that the sources saw.
+    """
+    if check_of(view) != expected:
+        raise ViewMismatch(
+            f"sample {sample} under view seed {seed} is not the image that the sources saw "
+            f"(checksum {check_of(view):08x}, stored {expected:08x}): the image, its decoder or "
+            "the augmentation changed; cache the labels again"
+        )
 
 
 def checks_of(views: UInt8) -> NDArray[np.uint32]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+    from sskt.trainer.loop.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "networks" / "tiny.py"
 
@@ -42,3 +46,18 @@ def one_line(err: str) -> str:
     assert err.count("\n") == 1 and err.startswith("sskt: "), err
     assert "unexpected" not in err and "Traceback" not in err, err
     return err[len("sskt: ") : -1]
+
+
+def batch_of(trainer: Trainer, samples: Any, seed: int = 0) -> SoftLabelBatch:
+    """Some samples of a trainer's target under a view seed, with their labels."""
+    import torch
+
+    from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+    from sskt.trainer.data.soft_labels import Window, labels_over
+
+    plan, views = trainer.plan, trainer.views
+    whole = Window(seed, ((0, len(views.target)),))
+    labels = labels_over(views, plan.label_sets, plan.live, plan.device).enter(whole, None)
+    seen = torch.from_numpy(views.batch(samples, seed))
+    truth = torch.from_numpy(views.target.labels)[torch.from_numpy(samples)]
+    return SoftLabelBatch(samples, seen, truth, labels, plan.normalise)

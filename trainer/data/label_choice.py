@@ -10,24 +10,28 @@ from typing import TYPE_CHECKING, Any
 from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
 from sskt.teacher_cache.format.spec import canonical_json
 from sskt.teacher_cache.label_sets.find import is_of, only, readable_sets, replayed
+from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.storage.base import CacheName
-from sskt.teacher_cache.storage.open import is_served
-from sskt.teacher_cache.targets.registry import default_policy, is_own
+from sskt.teacher_cache.storage.open import is_served, open_cache
+from sskt.teacher_cache.targets.registry import default_policy, is_own, policy_of
 from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, FIELDS, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet
-    from sskt.teacher_cache.views.views import Views
+    from sskt.teacher_cache.targets.base import Target
 
 Chosen = dict[str, "LabelSet"]
 Difference = tuple[str, str]
 """An option as typed, and as the labels were made with."""
 
 
-def choose_label_sets(config: TrainConfig, cache: CacheName) -> tuple[TrainConfig, Chosen]:
+def choose_label_sets(
+    config: TrainConfig, cache: CacheName, usual: str = ""
+) -> tuple[TrainConfig, Chosen]:
     """The label sets that a training reads, and the configuration that follows them.
 
     Where ``policy``, ``limit``, ``decoder``, ``partial`` or ``strict_fingerprint`` were not
@@ -38,6 +42,7 @@ def choose_label_sets(config: TrainConfig, cache: CacheName) -> tuple[TrainConfi
     Args:
         config: The configuration; its ``source`` is not empty.
         cache: Where the label sets are.
+        usual: The default policy of the target; found by the target's name if it is empty.
 
     Returns:
         The configuration with these fields filled in, and a label set by source name.
@@ -61,12 +66,58 @@ def choose_label_sets(config: TrainConfig, cache: CacheName) -> tuple[TrainConfi
     complete = [g for g in groups.values() if g and all(n in g for n in names or ())]
     if not complete:
         raise _none_fits(config, cache, sets, fitting, names)
-    usual = [g for g in complete if _is_usual(config, next(iter(g.values()))[0])]
-    if len(complete) > 1 and len(usual) != 1:
+    preferred = [g for g in complete if _is_usual(config, next(iter(g.values()))[0], usual)]
+    if len(complete) > 1 and len(preferred) != 1:
         raise _several_views(config, complete)
-    (group,) = complete if len(complete) == 1 else usual
+    (group,) = complete if len(complete) == 1 else preferred
     chosen = {name: only(name, group[name]) for name in names or sorted(group)}
     return _followed(config, next(iter(chosen.values())), chosen), chosen
+
+
+def find_labels(
+    target: Target, cache: CacheName | None, sources: Sequence[str] | None, policy: str = AUTO
+) -> tuple[Views, Chosen]:
+    """Finds the label sets of a target by the rules of ``sskt train``.
+
+    Args:
+        target: The samples.
+        cache: Where the label sets are; None for the default.
+        sources: Names of sources; None for all, empty for none.
+        policy: View policy, or ``auto``.
+
+    Returns:
+        The target under the policy of the label sets, and a label set by source.
+
+    Raises:
+        MissingData: If a source has no labels of this target.
+        SpecMismatch: If all label sets contradict the target or the policy.
+        InputError: If several choices are left.
+    """
+    sets: Chosen = {}
+    usual = policy_of(target)
+    if sources is None or len(sources):
+        place = label_location(cache).value if isinstance(cache, str | Path | None) else cache
+        config = TrainConfig(
+            target=target.name,
+            split=target.split,
+            limit=len(target),
+            decoder=target.decoder or AUTO,
+            strict_fingerprint=bool(target.contents),
+            policy=policy,
+            source=[AUTO] if sources is None else list(sources),
+        )
+        try:
+            config, sets = choose_label_sets(config, open_cache(place), usual=usual)
+        except MissingData as error:
+            what = " and ".join(sources) if sources else "any source"
+            raise MissingData(
+                f"no labels of {what} over {target.name} {target.split} in {place}; make them "
+                "with sskt.cache_teachers(target, sources, cache=...)"
+            ) from error
+        policy = config.policy
+    views = open_views(target, parse_policy(usual if policy == AUTO else policy))
+    require_identity(views, sets)
+    return views, sets
 
 
 def require_identity(views: Views, chosen: Mapping[str, LabelSet]) -> None:
@@ -137,10 +188,11 @@ def _views_of(label_set: LabelSet) -> str:
     return canonical_json({"target": spec["target"], "views": replayed(spec["views"])})
 
 
-def _is_usual(config: TrainConfig, label_set: LabelSet) -> bool:
+def _is_usual(config: TrainConfig, label_set: LabelSet, usual: str) -> bool:
     spec, made = label_set.spec, label_set.attributes["made"]
-    usual = parse_policy(default_policy(config.target, clips="decoder" in spec["views"]))
-    same = all(spec["views"].get(key) == value for key, value in usual.identity().items())
+    usual = usual or default_policy(config.target, clips="decoder" in spec["views"])
+    policy = parse_policy(usual).identity()
+    same = all(spec["views"].get(key) == value for key, value in policy.items())
     return same and (config.limit is not None or not made.get("limit"))
 
 

@@ -113,7 +113,8 @@ def in_memory(
             images[sample] = picture
         return picture.shape == first.shape
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # An own dataset need not bear several threads.
+    with ThreadPoolExecutor(1 if target.reader else os.cpu_count()) as pool:
         try:
             for done, same in enumerate(pool.map(read, range(len(target)), chunksize=64), 1):
                 if not same:

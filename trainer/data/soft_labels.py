@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.errors import CorruptStore, ViewMismatch
-from sskt.teacher_cache.format.encodings import EncodedTensors, as_tensors, soft_labels
+from sskt.teacher_cache.errors import CorruptStore, UnknownName, ViewMismatch
+from sskt.teacher_cache.format.encodings import (
+    EncodedTensors,
+    as_tensors,
+    require_temperature,
+    soft_labels,
+)
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.views.views import Views, check_of
+from sskt.teacher_cache.views.views import Views, require_same_view
 
 Int64 = NDArray[np.int64]
 
@@ -66,37 +71,100 @@ def epoch_windows(
     ]
 
 
+class BatchLabels(Protocol):
+    """Soft labels of the samples of a batch, computed when they are asked for."""
+
+    def soft(self, source: str, temperature: float) -> Tensor:
+        """softmax(z_s / T) of a source, on the device: float32 ``[n, C_m]``."""
+
+
+class WindowLabels(Protocol):
+    """Soft labels of the samples of a window. They stay valid when another window is entered."""
+
+    @property
+    def skipped(self) -> NDArray[np.bool_]:
+        """Which samples of the window to leave out: bool ``[n]``."""
+
+    def check(self, samples: Int64, views: UInt8) -> int:
+        """Compares the first views of a batch with the stored checks; how many were compared."""
+
+    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+        """The labels of a batch: its samples, and its uint8 views on the device."""
+
+
 class Labels(Protocol):
     """Where soft labels come from."""
 
-    def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
-        """Makes a window's labels available; which of its samples to leave out (bool ``[n]``)."""
-
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """Compares views with the stored checks; how many were compared."""
-
-    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
-        """softmax(z_s / T) by source, on the device: float32 ``[n, C_m]``."""
+    def enter(self, window: Window, following: Window | None) -> WindowLabels:
+        """Makes a window's labels available, and begins to read those of the following one."""
 
     def close(self) -> None:
         """Ends reading ahead."""
 
 
 def labels_over(
-    views: Views, sets: Mapping[str, LabelSet], live: Sequence[Source], device: torch.device
+    views: Views,
+    sets: Mapping[str, LabelSet],
+    live: Sequence[Source],
+    device: torch.device,
+    *,
+    force_topk: bool = False,
 ) -> Labels:
     """The soft labels of views: from ``live`` sources, else from label sets, else none."""
     if live:
         return LiveLabels(live, views)
-    return StoredLabels(sets, device) if sets else NoLabels()
+    return StoredLabels(sets, device, force_topk=force_topk) if sets else NoLabels()
 
 
 @dataclass(frozen=True)
 class _Slab:
-    encoded: list[EncodedTensors]
+    """The stored labels of a window: encoded rows by source, and their view checks."""
+
+    sets: Mapping[str, LabelSet]
+    window: Window
+    encoded: Mapping[str, EncodedTensors]
     checks: NDArray[np.uint32]
     skipped: NDArray[np.bool_]
     place: Int64
+    device: torch.device
+    on_device: bool
+    force_topk: bool
+
+    def check(self, samples: Int64, views: UInt8) -> int:
+        """See ``WindowLabels``. Raises ``ViewMismatch`` naming the sample."""
+        stored = self.checks[self.place[samples[:CHECKED_ROWS]]]
+        for sample, view, expected in zip(samples, views, stored, strict=False):
+            require_same_view(view, int(expected), int(sample), self.window.seed)
+        return len(stored)
+
+    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+        """See ``WindowLabels``."""
+        rows = torch.from_numpy(self.place[samples])
+        if self.on_device:
+            rows = rows.to(self.device, non_blocking=True)
+        return _StoredBatch(self, rows)
+
+
+@dataclass(frozen=True)
+class _StoredBatch:
+    slab: _Slab
+    rows: Tensor
+
+    def soft(self, source: str, temperature: float) -> Tensor:
+        label_set, device = _named(self.slab.sets, source), self.slab.device
+        error = label_set.attributes.get("error")
+        require_temperature(label_set.encoding, temperature, error, force=self.slab.force_topk)
+        rows = {
+            key: values[self.rows].to(device, non_blocking=True)
+            for key, values in self.slab.encoded[source].items()
+        }
+        return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
+
+
+def _named(table: Mapping[str, Any], source: str) -> Any:
+    if source not in table:
+        raise UnknownName("source of the loader", source, table)
+    return table[source]
 
 
 def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
@@ -110,22 +178,23 @@ class StoredLabels:
     are decoded on the device a batch at a time.
     """
 
-    def __init__(self, sets: Mapping[str, LabelSet], device: torch.device) -> None:
-        self._sets, self._device = dict(sets), device
+    def __init__(
+        self, sets: Mapping[str, LabelSet], device: torch.device, *, force_topk: bool = False
+    ) -> None:
+        self._sets, self._device, self._force_topk = dict(sets), device, force_topk
         row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets.values())
         self._rows_there = 0
         if device.type == "cuda":
             self._rows_there = int(SHARE * torch.cuda.mem_get_info(device)[0] / 2 / row)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sskt-labels")
         self._ahead: tuple[Window, Future[_Slab]] | None = None
-        self._window: Window | None = None
         self._slab: _Slab | None = None
 
     def _read(self, window: Window) -> _Slab:
-        sets = list(self._sets.values())
-        encoded = []
+        encoded: dict[str, EncodedTensors] = {}
+        on_device = len(window.samples) <= self._rows_there
         skipped = np.zeros(len(window.samples), bool)
-        for label_set in sets:
+        for name, label_set in self._sets.items():
             parts = [label_set.read(window.seed, a, b) for a, b in window.ranges]
             rows = {
                 key: np.concatenate([p[key] for p in parts]) if len(parts) > 1 else parts[0][key]
@@ -139,13 +208,24 @@ class StoredLabels:
                 )
             skipped |= empty
             tensors = as_tensors(rows)
-            if len(window.samples) <= self._rows_there:
+            if on_device:
                 tensors = {key: held.to(self._device) for key, held in tensors.items()}
-            encoded.append(tensors)
+            encoded[name] = tensors
         checks = self._checks(window, skipped)
-        place = np.full(sets[0].samples, -1, np.int64)
+        samples = next(iter(self._sets.values())).samples
+        place = np.full(samples, -1, np.int64)
         place[window.samples] = np.arange(len(window.samples))
-        return _Slab(encoded, checks, skipped, place)
+        return _Slab(
+            self._sets,
+            window,
+            encoded,
+            checks,
+            skipped,
+            place,
+            self._device,
+            on_device,
+            self._force_topk,
+        )
 
     def _checks(self, window: Window, skipped: NDArray[np.bool_]) -> NDArray[np.uint32]:
         by_set = [_checks(label_set, window) for label_set in self._sets.values()]
@@ -159,50 +239,15 @@ class StoredLabels:
             )
         return by_set[0]
 
-    def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
+    def enter(self, window: Window, following: Window | None) -> WindowLabels:
         """See ``Labels``. Raises ``IncompleteLabels`` or ``CorruptStore``."""
-        if window != self._window or self._slab is None:
-            ahead = self._ahead
+        if self._slab is None or window != self._slab.window:
+            ahead, self._slab = self._ahead, None
             self._slab = ahead[1].result() if ahead and ahead[0] == window else self._read(window)
-            self._window, self._ahead = window, None
+            self._ahead = None
         if following is not None and following != window and self._ahead is None:
             self._ahead = (following, self._pool.submit(self._read, following))
-        return self._slab.skipped
-
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """See ``Labels``. Raises ``ViewMismatch`` naming the sample."""
-        assert self._slab is not None and self._window is not None
-        stored = self._slab.checks[self._slab.place[samples[:CHECKED_ROWS]]]
-        for sample, view, expected in zip(samples, views, stored, strict=False):
-            if check_of(view) != expected:
-                raise ViewMismatch(
-                    f"sample {sample} under view seed {self._window.seed} is not the picture that "
-                    f"the sources saw (checksum {check_of(view):08x}, stored {expected:08x}): the "
-                    "image, its decoder or the augmentation changed; cache the labels again"
-                )
-        return len(stored)
-
-    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
-        """See ``Labels``."""
-        assert self._slab is not None
-        rows = torch.from_numpy(self._slab.place[samples])
-        if len(self._slab.skipped) <= self._rows_there:
-            rows = rows.to(self._device, non_blocking=True)
-        return {
-            name: soft_labels(
-                label_set.encoding,
-                {k: v[rows].to(self._device, non_blocking=True) for k, v in encoded.items()},
-                len(label_set.classes),
-                temperature,
-            )
-            for (name, label_set), encoded in zip(
-                self._sets.items(), self._slab.encoded, strict=True
-            )
-        }
-
-    def forget(self) -> None:
-        """Drops the slab in RAM, so that the next window is read from the store again."""
-        self._window = self._slab = None
+        return self._slab
 
     def close(self) -> None:
         """Stops reading ahead, and what waits for a label server."""
@@ -212,48 +257,67 @@ class StoredLabels:
 
 
 class LiveLabels:
-    """The paper's way: every source runs in every step, of clips on the stills of f_s."""
+    """The paper's way: every source runs in every step, for clips on the stills of f_s."""
 
     def __init__(self, sources: Sequence[Source], views: Views) -> None:
-        self._sources, self._views, self._seed = sources, views, 0
+        self._sources, self._views = {s.name: s for s in sources}, views
 
-    def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
-        """See ``Labels``: nothing is left out."""
-        self._seed = window.seed
-        return np.zeros(len(window.samples), bool)
-
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """See ``Labels``: the sources see the very batch, there is nothing to compare."""
-        return 0
-
-    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
-        """See ``Labels``."""
-        if self._views.target.clips:
-            stills = self._views.stills(views.cpu().numpy(), samples, self._seed)
-            views = torch.from_numpy(stills).to(views.device)
-        return {
-            s.name: torch.softmax(s.log_probabilities(views).clone() / temperature, dim=1)
-            for s in self._sources
-        }
+    def enter(self, window: Window, following: Window | None) -> WindowLabels:
+        """See ``Labels``: nothing is read."""
+        return _LiveWindow(window, self._sources, self._views)
 
     def close(self) -> None:
         """See ``Labels``: nothing is read."""
+
+
+@dataclass(frozen=True)
+class _Unchecked:
+    """A window without stored labels: no sample is left out, and there is nothing to compare."""
+
+    window: Window
+
+    @property
+    def skipped(self) -> NDArray[np.bool_]:
+        return np.zeros(len(self.window.samples), bool)
+
+    def check(self, samples: Int64, views: UInt8) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class _LiveWindow(_Unchecked):
+    sources: Mapping[str, Source]
+    views: Views
+
+    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+        if self.views.target.clips:
+            stills = self.views.stills(views.cpu().numpy(), samples, self.window.seed)
+            views = torch.from_numpy(stills).to(views.device)
+        return _LiveBatch(self.sources, views)
+
+
+@dataclass(frozen=True)
+class _LiveBatch:
+    sources: Mapping[str, Source]
+    views: Tensor
+
+    def soft(self, source: str, temperature: float) -> Tensor:
+        log_p = _named(self.sources, source).log_probabilities(self.views)
+        return torch.softmax(log_p.clone() / temperature, dim=1)
 
 
 class NoLabels:
-    """Training from scratch."""
+    """Training without sources."""
 
-    def enter(self, window: Window, following: Window | None) -> NDArray[np.bool_]:
-        """See ``Labels``: nothing is left out."""
-        return np.zeros(len(window.samples), bool)
-
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """See ``Labels``: nothing is stored."""
-        return 0
-
-    def soft(self, samples: Int64, views: Tensor, temperature: float) -> dict[str, Tensor]:
-        """See ``Labels``: no auxiliary task."""
-        return {}
+    def enter(self, window: Window, following: Window | None) -> WindowLabels:
+        """See ``Labels``: nothing is read."""
+        return _NoWindow(window)
 
     def close(self) -> None:
         """See ``Labels``: nothing is read."""
+
+
+@dataclass(frozen=True)
+class _NoWindow(_Unchecked):
+    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+        return _LiveBatch({}, views)

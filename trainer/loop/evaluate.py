@@ -44,8 +44,8 @@ class AuxiliaryLoss:
         temperature: float,
         loss: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor],
     ) -> None:
-        self._labels, self._temperature, self._loss = labels, temperature, loss
-        self._skipped = labels.enter(Window(VIEW_SEED, ((0, samples),)), None)
+        self._temperature, self._loss = temperature, loss
+        self._labels = labels.enter(Window(VIEW_SEED, ((0, samples),)), None)
 
     def __call__(
         self, samples: np.ndarray[Any, Any], views: Tensor, logits: dict[str, Tensor]
@@ -63,14 +63,15 @@ class AuxiliaryLoss:
         Raises:
             ViewMismatch: If a view is not the one that the sources saw.
         """
-        there = np.flatnonzero(~self._skipped[samples])
+        there = np.flatnonzero(~self._labels.skipped[samples])
         zero = torch.zeros((), device=views.device)
         if not len(there):
             return zero, 0
         samples, rows = samples[there], torch.from_numpy(there).to(views.device)
         views = views[rows]
         self._labels.check(samples, views[:CHECKED_ROWS].cpu().numpy())
-        soft = self._labels.soft(samples, views, self._temperature)
+        stored = self._labels.of(samples, views)
+        soft = {name: stored.soft(name, self._temperature) for name in logits}
         loss = self._loss({name: x[rows] for name, x in logits.items()}, soft)
         return loss * len(there), len(there)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,11 +25,12 @@ from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, TrainConfig
+from sskt.trainer.data.epoch_order import EpochOrder
 from sskt.trainer.data.label_choice import choose_label_sets, require_identity
-from sskt.trainer.data.soft_labels import Window, epoch_windows
+from sskt.trainer.data.soft_labels import Window
 from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.data.test_labels import find_test_sets
-from sskt.trainer.distributed import Ranks, batch_count, join
+from sskt.trainer.distributed import Ranks, join
 from sskt.trainer.loop.preflight import require_present
 from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.methods.maxl import LOSSES
@@ -74,22 +76,25 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch."""
-        return sum(self.steps_of(w) for w in self.windows(0))
+        return self.order.batch_count(0)
 
-    def steps_of(self, window: Window) -> int:
-        """Optimizer steps of a window, if none of its samples is skipped."""
-        return batch_count(len(window.samples), self.config.batch_size, self.ranks.world)
+    @functools.cached_property
+    def order(self) -> EpochOrder:
+        """Which samples an epoch visits in which order."""
+        config, ranks = self.config, self.ranks
+        return EpochOrder(
+            len(self.views.target),
+            self.label_sets,
+            self.seeds,
+            config.batch_size,
+            config.seed,
+            config.memory * 2**30 / ranks.local,
+            ranks,
+        )
 
     def windows(self, epoch: int) -> list[Window]:
-        """The epoch's windows; one, unless a slab exceeds the memory budget."""
-        samples, view_seed = len(self.views.target), epoch % self.seeds
-        if not self.label_sets:
-            return [Window(view_seed, ((0, samples),))]
-        sets = list(self.label_sets.values())
-        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets)
-        rows = int(self.config.memory * 2**30 / self.ranks.local / 2 / row)
-        block = max(s.rows for s in sets)
-        return epoch_windows(samples, view_seed, rows, block, self.config.seed, epoch)
+        """The epoch's windows; one, unless the labels of a view seed exceed half the memory."""
+        return self.order.windows(epoch)
 
     def normalise(self, views: Tensor) -> Tensor:
         """uint8 views as float32 input of the target network; see ``Normalisation``."""

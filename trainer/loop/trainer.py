@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -14,19 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sskt.teacher_cache.errors import BadImage, Diverged, InputError
-from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import config_json, read_config, require_same
-from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
-from sskt.trainer.data.loader import Batch, Feed, in_memory
-from sskt.trainer.data.soft_labels import CHECKED_ROWS, Labels, Window, labels_over
-from sskt.trainer.distributed import batches_of
+from sskt.trainer.data.gpu_loader import ResidentFeed
+from sskt.trainer.data.loader import Feed
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+from sskt.trainer.data.soft_label_loader import SoftLabelLoader, feed_of, held_in_memory
+from sskt.trainer.data.soft_labels import Labels, labels_over
 from sskt.trainer.loop import checkpoint as checkpoints
 from sskt.trainer.loop.evaluate import AuxiliaryLoss, evaluate
 from sskt.trainer.loop.progress import Hooks, Progress
@@ -41,11 +39,8 @@ from sskt.trainer.results.groups import main_metric
 from sskt.trainer.results.plots import plot_runs
 
 Record = dict[str, Any]
-Int64 = NDArray[np.int64]
 ASKED_EVERY = 50
 """Steps after which several processes agree whether it is time to save."""
-CHECKED_EVERY = 16
-"""Steps between two comparisons of views that are made on the device."""
 
 
 class Trainer:
@@ -59,11 +54,10 @@ class Trainer:
         config = plan.config
         self.restores = resumed is not None and (resumed / records.CHECKPOINT).exists()
         self.plan, self.hooks = plan, hooks or Hooks()
-        budget = config.memory * 2**30 / 4 / plan.ranks.local
-        self.views = self._held(plan.views, budget)
-        self.test = self._held(plan.test, budget) if plan.test else None
+        self.test: Views | None = None
+        if plan.test:
+            self.test = held_in_memory(plan.test, plan.order.memory, self.hooks.load)
         self.network = plan.build(initial=not self.restores).to(plan.device)
-        self.truth = torch.from_numpy(self.views.target.labels).to(plan.device)
         self.maxl = build_maxl(plan, self.network) if config.method == MAXL else None
         if config.channels_last:
             self.network = to_channels_last(self.network)
@@ -71,11 +65,17 @@ class Trainer:
         self.schedule = Schedule(config, self.optimizer, plan.steps_per_epoch)
         self.average = Average(self.network, config.ema) if config.ema else None
         self.early = EarlyStop(config.early_stop)
-        self.labels = labels_over(self.views, plan.label_sets, plan.live, plan.device)
+        self.loader = SoftLabelLoader.of_plan(plan, self.hooks.load)
+        self.views = self.loader.views
         self.test_labels: Labels | None = None
         if self.test and config.needs_test_labels:
-            self.test_labels = labels_over(self.test, plan.test_sets, plan.live, plan.device)
-        self.feed = self._feed(self.views)
+            self.test_labels = labels_over(
+                self.test,
+                plan.test_sets,
+                plan.live,
+                plan.device,
+                force_topk=config.force_topk,
+            )
         self._test_feed: Feed | ResidentFeed | None = None
         self._shape: tuple[int, ...] | None = None
         self._out: Path | None = None
@@ -94,26 +94,17 @@ class Trainer:
         if config.compile:
             self._forward = torch.compile(self._forward)
 
-    def _held(self, views: Views, budget: float) -> Views:
-        target = in_memory(views.target, budget, self.hooks.load)
-        return dataclasses.replace(views, target=target)
-
-    def _feed(self, views: Views) -> Feed | ResidentFeed:
-        config, device = self.plan.config, self.plan.device
-        there = resident_feed(views, device) if device.type == "cuda" else None
-        return there or Feed(views, config.workers, config.on_error, device.type == "cuda")
-
     def _autocast(self) -> torch.autocast:
         half = self.plan.config.precision == "bfloat16"
         return torch.autocast(self.plan.device.type, dtype=torch.bfloat16, enabled=half)
 
-    def losses(self, samples: Int64, views: Tensor) -> tuple[Tensor, Record]:
-        """Equation 1 on a batch of uint8 views on the device: the loss, and its parts."""
+    def losses(self, batch: SoftLabelBatch) -> tuple[Tensor, Record]:
+        """Equation 1 on a batch: the loss, and its parts."""
         config = self.plan.config
-        soft = self.labels.soft(samples, views, self._temperature)
-        truth = self.truth[torch.from_numpy(samples).to(self.plan.device, non_blocking=True)]
-        x = self.plan.normalise(views)
-        if self.maxl:
+        truth, x = batch.labels, batch.images
+        if not self.maxl:
+            soft = {name: batch.soft(name, self._temperature) for name in self.loader.sources}
+        else:
             soft = {MAXL: self.maxl.labels(x, truth)}
         with self._autocast():
             logits, auxiliary = self._forward(x if config.channels_last else x.contiguous())
@@ -130,25 +121,21 @@ class Trainer:
         more = (self._temperature, self.plan.config.focal_gamma)
         return {name: self._auxiliary(logits[name], soft[name], *more) for name in soft}
 
-    def step(self, samples: Int64, views: Tensor, whole: int | None = None) -> Record:
-        """One optimizer step on this process's part of a batch of ``whole`` samples.
-
-        The parts of its loss, detached.
-        """
+    def step(self, batch: SoftLabelBatch) -> Record:
+        """One optimizer step on this process's part of a batch: the parts of its loss, detached."""
         self.network.train()
         config, ranks = self.plan.config, self.plan.ranks
-        count = max(1, min(config.accumulate, len(samples) // 2))
-        pieces = np.array_split(np.arange(len(samples)), count)
+        count = max(1, min(config.accumulate, len(batch) // 2))
+        pieces = np.array_split(np.arange(len(batch)), count)
         self.optimizer.zero_grad(set_to_none=True)
         found: Record = {}
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
             with nullcontext() if last or ranks.world == 1 else self._forward.no_sync():
-                rows = slice(piece[0], piece[-1] + 1)
-                loss, parts = self.losses(samples[rows], views[rows])
-                weight = len(piece) * ranks.world / (whole or len(samples))
+                loss, parts = self.losses(batch[piece[0] : piece[-1] + 1])
+                weight = len(piece) * ranks.world / batch.whole
                 torch.autograd.backward(loss if weight == 1 else loss * weight)
-            share = len(piece) / len(samples)
+            share = len(piece) / len(batch)
             for name, value in parts.items():
                 part = value.detach() * share if name.startswith("loss") else value.detach()
                 found[name] = found[name] + part if name in found else part
@@ -183,55 +170,38 @@ class Trainer:
         if self.average:
             self.average.update(self.network)
 
-    def _batches(self, windows: list[Window]) -> Iterator[tuple[int, int, int, Batch]]:
-        """Window, batch in it, size of the whole batch, and this process's part of it."""
-        config, epoch, ranks = self.plan.config, self.epoch, self.plan.ranks
-        following = [*windows[1:], *self.plan.windows(epoch + 1)[:1]]
-        if epoch + 1 == config.epochs:
-            following[-1:] = []
-        begin = (self.progress.window, self.progress.batch)
-        for i, window in enumerate(windows):
-            if i < begin[0]:
-                continue
-            entered = time.perf_counter()
-            skipped = self.labels.enter(window, following[i] if i < len(following) else None)
-            self.progress.waited += time.perf_counter() - entered
-            order = permutation(window.samples[~skipped], config.seed, epoch)
-            batches = batches_of(order, config.batch_size, ranks.world)
-            first = begin[1] if i == begin[0] else 0
-            parts = [ranks.part(batch) for batch in batches[first:]]
-            for j, batch in enumerate(self.feed(parts, window.seed), first):
-                yield i, j, len(batches[j]), batch
-
     def train_epoch(self, max_steps: int | None = None) -> Record:
         """One pass under view seed e mod S, from where ``progress`` is.
 
         Raises ``ViewMismatch`` if a view was not replayed, ``Diverged``.
         """
         epoch, state, begin = self.epoch, self.progress, time.perf_counter()
-        saved = begin
-        windows = self.plan.windows(epoch)
-        planned = sum(self.plan.steps_of(w) for w in windows)
+        saved, waited = begin, self.loader.label_wait_seconds
+        planned = self.plan.order.batch_count(epoch)
         steps = planned if max_steps is None else min(max_steps, planned)
-        for i, j, whole, batch in self._batches(windows):
+        self.loader.seek(epoch, state.window, state.batch)
+        for batch in self.loader:
+            state.waited += self.loader.label_wait_seconds - waited
+            waited = self.loader.label_wait_seconds
             if state.steps == steps:
                 break
-            self.seed_step(i, j)
+            self.seed_step(*batch.position)
             self.schedule.step(state.steps / planned)
-            counts = {"images": len(batch.samples), "unreadable": len(batch.bad), "checked": 0}
+            counts = {
+                "images": len(batch),
+                "unreadable": batch.unreadable,
+                "checked": batch.checked,
+            }
             found: Record = {}
-            state.window, state.batch = i, j + 1
-            if len(batch.samples):
-                counts["checked"] = self._check(batch)
-                views = batch.views.to(self.plan.device, non_blocking=True)
-                self._shape = tuple(views.shape[1:])
-                found = self.step(batch.samples, views, whole)
-            elif self.plan.ranks.world > 1:
+            state.window, state.batch = batch.position[0], batch.position[1] + 1
+            if len(batch):
+                self._shape = tuple(batch.views.shape[1:])
+                found = self.step(batch)
+            else:
                 self._idle_step()
             state.add(found, counts)
-            if len(batch.samples) or self.plan.ranks.world > 1:
-                state.steps += 1
-                self.hooks.step(epoch, state.steps, steps)
+            state.steps += 1
+            self.hooks.step(epoch, state.steps, steps)
             if self._out and self._time_to_save(saved):
                 state.seconds += time.perf_counter() - begin
                 checkpoints.save(self, self._out)
@@ -241,11 +211,11 @@ class Trainer:
             hook = self.hooks.step
             meta = meta_pass(self, self.maxl, lambda done, total: hook(epoch, steps, steps))
         state.seconds += time.perf_counter() - begin
-        record = self._record(windows, max_steps) | meta
+        record = self._record(max_steps) | meta
         self.progress = Progress()
         return record
 
-    def _record(self, windows: list[Window], max_steps: int | None) -> Record:
+    def _record(self, max_steps: int | None) -> Record:
         state = self.progress
         sums = state.summed(self.plan.ranks, self.plan.device)
         totals = {name: float(total) for name, total in sums.items()}
@@ -264,7 +234,7 @@ class Trainer:
             means["train_top1"] = 100 * means.pop("right")
         return {
             "epoch": self.epoch,
-            "view_seed": windows[0].seed,
+            "view_seed": self.plan.windows(self.epoch)[0].seed,
             "lr": self.optimizer.param_groups[0]["lr"],
             **means,
             "images": images,
@@ -280,22 +250,14 @@ class Trainer:
         text = "/".join(map(str, path)).encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
 
-    def _check(self, batch: Batch) -> int:
-        """Compares views with the stored checks; on a GPU, which would be waited for, a few."""
-        if batch.views.device.type == "cpu":
-            return self.labels.check(batch.samples, batch.views.numpy())
-        if self.progress.steps % CHECKED_EVERY:
-            return 0
-        few = batch.views[:CHECKED_ROWS].cpu().numpy()
-        return self.labels.check(batch.samples[:CHECKED_ROWS], few)
-
     def evaluate(self) -> Record:
         """Mean losses and metrics (%) on the test split; empty without one."""
         if self.test is None:
             return {}
         network = self.average.network if self.average else self.network
         if not self._test_feed:
-            self._test_feed = self._feed(self.test)
+            config = self.plan.config
+            self._test_feed = feed_of(self.test, self.plan.device, config.workers, config.on_error)
         plan, primary = self.plan, self._primary
         plan.ranks.share_buffers(network)
 
@@ -351,8 +313,9 @@ class Trainer:
         finally:
             if events:
                 events.close()
-            for labels in filter(None, (self.labels, self.test_labels)):
-                labels.close()
+            self.loader.close()
+            if self.test_labels:
+                self.test_labels.close()
         if first:
             plot_runs({out.name: self.records}, out / records.PLOT)
         self.plan.ranks.wait()

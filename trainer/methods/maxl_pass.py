@@ -48,12 +48,14 @@ def meta_pass(trainer: Trainer, maxl: Maxl, step: Callable[[int, int], None]) ->
     lr = float(trainer.optimizer.param_groups[0]["lr"])
     totals: dict[str, Tensor] = {}
     images = 0
-    for done, batch in enumerate(trainer.feed(batches, other), 1):
+    for done, batch in enumerate(trainer.loader.feed(batches, other), 1):
         if not len(batch.samples):
             continue
         trainer.seed_step("meta", done)
         x = plan.normalise(batch.views.to(plan.device, non_blocking=True))
-        truth = trainer.truth[torch.from_numpy(batch.samples).to(plan.device, non_blocking=True)]
+        truth = trainer.loader.truth[
+            torch.from_numpy(batch.samples).to(plan.device, non_blocking=True)
+        ]
         for name, value in maxl.meta_step(x, truth, lr).items():
             scaled = len(batch.samples) * value
             totals[name] = totals[name] + scaled if name in totals else scaled

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.models.base import Features, TargetNetwork
+from sskt.trainer.models.registry import build_network
 
 CONVOLUTION: dict[int, type[nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, type[nn.BatchNorm2d | nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -72,17 +73,50 @@ class LinearHead(nn.Module):
 
 
 class SSKTNetwork(nn.Module):
-    """h_t with its primary head and M auxiliary heads (equation 1).
+    """h_t with its primary head and M auxiliary heads (equation 1 of the paper).
 
-    ``frozen`` modules of the target stay in eval mode whatever ``train`` is called with: their
-    BatchNorm statistics and dropout do not move (``initial.freeze_before`` fills it).
-    Raises ``InputError`` for ``tm`` over a network without known stages.
+    ``forward`` takes float32 ``[n, 3, h, w]`` (``[n, 3, d, h, w]`` for clips) and returns the
+    primary logits ``[n, C]`` and the auxiliary logits ``[n, C_m]`` by source. Fresh parameters are
+    drawn from torch's global generator.
+
+    Args:
+        target: Name of a target network (``resnet20``, ``resnet18``, ``mobilenet_v2``, ...), an own
+            module of images whose last linear layer is its classifier, or a ``TargetNetwork``.
+        source_classes: Number of classes C_m by source, as ``SoftLabelLoader.source_classes``.
+        tm: Whether the auxiliary heads are transfer modules over the stages, instead of linear
+            layers over the pooled features.
+        classes: Number of classes C of the target; not with a ``TargetNetwork``, which has them.
+        taps: Names of the modules whose outputs ``[n, c, h, w]`` are the stages, in order; known
+            networks have theirs.
+        size: Pixels of the images. Small ones make ``auto`` stems keep their resolution; an own
+            module is run on one black image of this size, 224 by default.
+        stem: ``cifar`` for small images, ``imagenet``, or ``auto`` by ``size``.
+
+    Attributes:
+        target: The target network.
+        sources: Names of the sources.
+        heads: The auxiliary heads, in the order of ``sources``.
+        frozen: Modules of the target that stay in evaluation mode whatever ``train`` is called
+            with (``initial.freeze_before`` fills it).
+
+    Raises:
+        UnknownName: If no network has this name.
+        InputError: If the network cannot be used, or ``tm`` is set and no stages are known.
     """
 
     def __init__(
-        self, target: TargetNetwork, source_classes: Mapping[str, int], *, tm: bool
+        self,
+        target: str | nn.Module,
+        source_classes: Mapping[str, int],
+        *,
+        tm: bool = False,
+        classes: int | None = None,
+        taps: Sequence[str] = (),
+        size: int | None = None,
+        stem: str = "auto",
     ) -> None:
         super().__init__()
+        target = _target_network(target, classes, taps, size, stem)
         if tm and source_classes and not target.stage_widths:
             raise InputError(
                 "--tm needs stages: name the modules whose outputs they are with --taps, in "
@@ -120,6 +154,24 @@ class SSKTNetwork(nn.Module):
         heads = zip(self.sources, self.heads, strict=True)
         auxiliary = {name: head(features) for name, head in heads}
         return self.target.fc(features.pooled), auxiliary
+
+
+def _target_network(
+    target: str | nn.Module, classes: int | None, taps: Sequence[str], size: int | None, stem: str
+) -> TargetNetwork:
+    if isinstance(target, TargetNetwork):
+        if classes is not None or taps:
+            raise InputError(
+                "a TargetNetwork has its classes and taps; leave classes= and taps= out"
+            )
+        return target
+    if classes is None:
+        raise InputError("classes= is missing: the number of classes of the target")
+    if isinstance(target, str):
+        return build_network(target, classes, stem=stem, taps=taps, size=size)
+    from sskt.trainer.models.tapped import USUAL, TappedNetwork
+
+    return TappedNetwork(type(target).__name__, target, classes, taps, size or USUAL)
 
 
 def to_channels_last(network: SSKTNetwork) -> SSKTNetwork:

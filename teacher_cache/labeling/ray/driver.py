@@ -251,7 +251,7 @@ class _Run:
     def _require_seen(self, sets: Sequence[LabelSet], unit: Unit, node: str) -> None:
         """Raises ``InputError`` if what a node has stored does not come into sight here."""
         limit = time.monotonic() + SEEN_SECONDS
-        alike = [s for s in sets if s.rows == unit.rows]
+        alike = [s for s in sets if s.shard_rows == unit.rows]
         unseen = [(s, shard) for s in alike for shard in unit.shards]
         while True:
             unseen = [(s, shard) for s, shard in unseen if not s.has(shard, fresh=True)]

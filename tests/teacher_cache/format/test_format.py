@@ -675,7 +675,7 @@ def test_golden_labels(encoding: str) -> None:
     label_set, reader = open_label_set(path), open_set(path)
     assert label_set.digest == DIGESTS[encoding] == digest_of(label_set.spec)
     assert str(label_set.encoding) == encoding
-    assert (label_set.seeds, label_set.samples, label_set.rows) == (2, 7, 4)
+    assert (label_set.seeds, label_set.samples, label_set.shard_rows) == (2, 7, 4)
     for place, stored, decoded in zip(PLACES, STORED[encoding], DECODED[encoding], strict=True):
         seed, sample = place
         encoded = label_set.read(seed, sample, sample + 1)

@@ -412,16 +412,16 @@ def test_units_hold_every_shard_once(
     shared = [unit for rank in range(world) for unit in found[rank::world]]
     assert Counter(shared) == Counter(found)
     for label_set in sets:
-        mine = [s for unit in found if unit.rows == label_set.rows for s in unit.shards]
+        mine = [s for unit in found if unit.rows == label_set.shard_rows for s in unit.shards]
         assert len(mine) == len(set(mine)) and set(mine) == set(label_set.shards(range(seeds)))
     for unit in found:
         assert len({s.block for s in unit.shards}) == 1
         assert unit.seeds == tuple(range(unit.seeds[0], unit.seeds[-1] + 1))
         if views.target.images is not None:
             assert len(unit.shards) == 1
-    for rows in {s.rows for s in sets}:
+    for rows in {s.shard_rows for s in sets}:
         alike = [unit for unit in found if unit.rows == rows]
-        blocks = next(s.blocks for s in sets if s.rows == rows)
+        blocks = next(s.blocks for s in sets if s.shard_rows == rows)
         assert len(alike) >= min(world, seeds * blocks), "work for every process"
 
 

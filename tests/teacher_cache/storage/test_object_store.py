@@ -474,9 +474,9 @@ def test_a_creation_that_nobody_finished(cache: str, local: Path, sskt: Sskt, co
         open_label_set(f"{cache}/{model.name}")
     finished = create_label_set(cache, model.spec, model.classes, 2, shard_rows=16)
     finished.close()
-    assert (finished.rows, finished.seeds) == (20, 3)
+    assert (finished.shard_rows, finished.seeds) == (20, 3)
     (left,) = [s for s in list_label_sets(cache) if s.name == model.name]
-    assert (left.rows, left.seeds, left.coverage()) == (20, 3, [0.0] * 3)
+    assert (left.shard_rows, left.seeds, left.coverage()) == (20, 3, [0.0] * 3)
     assert sskt("rm", "--cache", cache, model.name, "--yes")[0] == 0
     assert set(objects(cache)) == {f"model/{k}" for k in (*keys, f"{model.name}/zarr.json")}
 

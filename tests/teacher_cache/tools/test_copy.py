@@ -220,7 +220,7 @@ def test_damage_is_neither_copied_nor_exported(
 
 def chunks_of(label_set: LabelSet, array: str) -> int:
     codec = array_document(label_set.place, array)["codecs"][0]
-    return -(-label_set.rows // int(codec["configuration"]["chunk_shape"][1]))
+    return -(-label_set.shard_rows // int(codec["configuration"]["chunk_shape"][1]))
 
 
 @given(data=st.data())

@@ -161,7 +161,7 @@ def test_labels_of_other_test_images_are_refused(
     pictures[0, 5, 5] ^= 1
     test = dataclasses.replace(plan.test.target, images=pictures)
     changed = dataclasses.replace(plan, test=dataclasses.replace(plan.test, target=test))
-    with pytest.raises(ViewMismatch, match="sample 0 under view seed 0 is not the picture"):
+    with pytest.raises(ViewMismatch, match="sample 0 under view seed 0 is not the image"):
         Trainer(changed).evaluate()
 
 

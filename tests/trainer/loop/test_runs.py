@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import TINY, write_frames
+from support.helpers import TINY, batch_of, write_frames
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.rng import permutation
@@ -373,10 +373,9 @@ def test_source_weights_and_focal_losses_reach_the_step(config: TrainConfig) -> 
 
     def parts(**fields: Any) -> dict[str, float]:
         trainer = Trainer(make_plan(dataclasses.replace(config, **fields)))
-        trainer.labels.enter(trainer.plan.windows(0)[0], None)
-        views = torch.from_numpy(trainer.views.batch(samples, 0))
         trainer.network.train()
-        return {k: float(v.detach()) for k, v in trainer.losses(samples, views)[1].items()}
+        parts = trainer.losses(batch_of(trainer, samples))[1]
+        return {k: float(v.detach()) for k, v in parts.items()}
 
     plain = parts(alpha=1.0)
     weighted = parts(alpha=1.0, source_weight=["tiny=0.25"])
@@ -394,9 +393,7 @@ def test_the_bfloat16_step_is_near_the_float32_one(config: TrainConfig) -> None:
     found = []
     for precision in ("float32", "bfloat16"):
         trainer = Trainer(make_plan(dataclasses.replace(config, precision=precision)))
-        trainer.labels.enter(trainer.plan.windows(0)[0], None)
-        views = torch.from_numpy(trainer.views.batch(samples, 0))
-        found.append(float(trainer.step(samples, views)["loss"]))
+        found.append(float(trainer.step(batch_of(trainer, samples))["loss"]))
         assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
     assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != found[1]
 
@@ -463,7 +460,7 @@ def test_maxl_normalises_a_batch_once(config: TrainConfig, monkeypatch: pytest.M
 
     monkeypatch.setattr(Plan, "normalise", counted)
     samples = np.arange(6)
-    parts = trainer.step(samples, torch.from_numpy(trainer.views.batch(samples, 0)))
+    parts = trainer.step(batch_of(trainer, samples))
     assert seen == [6] and parts["loss_maxl"] > 0
 
 

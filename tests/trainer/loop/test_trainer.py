@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from support.helpers import TINY
+from support.helpers import TINY, batch_of
 from support.independent_reader import open_set
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -39,6 +39,7 @@ from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.loader import in_memory
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_labels import StoredLabels, Window, epoch_windows
 from sskt.trainer.distributed import Ranks
 from sskt.trainer.loop.progress import Hooks
@@ -51,9 +52,9 @@ SEEDS = 3
 TIMES = ("seconds", "label_wait_seconds")
 
 
-def gradients(trainer: Trainer, samples: Any, views: Any) -> tuple[float, dict[str, Any]]:
+def gradients(trainer: Trainer, samples: Any, seed: int) -> tuple[float, dict[str, Any]]:
     trainer.network.train()
-    loss, _ = trainer.losses(samples, views)
+    loss, _ = trainer.losses(batch_of(trainer, samples, seed))
     trainer.network.zero_grad()
     torch.autograd.backward(loss)
     named = trainer.network.named_parameters()
@@ -63,12 +64,12 @@ def gradients(trainer: Trainer, samples: Any, views: Any) -> tuple[float, dict[s
 def compare_with_live(config: TrainConfig, sources: list[Source], samples: Any) -> None:
     stored = Trainer(make_plan(config))
     live = Trainer(make_plan(dataclasses.replace(config, live=True), sources))
-    window = Window(1, ((0, len(stored.views.target)),))
-    stored.labels.enter(window, None)
-    views = torch.from_numpy(stored.views.batch(samples, 1))
-    assert stored.labels.check(samples, views.numpy()) > 0
-    loss, grads = gradients(stored, samples, views)
-    live_loss, live_grads = gradients(live, samples, views)
+    labels = StoredLabels(stored.plan.label_sets, stored.plan.device)
+    window = labels.enter(Window(1, ((0, len(stored.views.target)),)), None)
+    assert window.check(samples, stored.views.batch(samples, 1)) > 0
+    labels.close()
+    loss, grads = gradients(stored, samples, 1)
+    live_loss, live_grads = gradients(live, samples, 1)
     assert loss == pytest.approx(live_loss, rel=1e-5)
     assert grads.keys() == live_grads.keys() and len(grads) > 60
     for name, gradient in grads.items():
@@ -181,7 +182,7 @@ def test_a_changed_image_is_named_in_the_first_epoch(config: TrainConfig) -> Non
     assert target.fingerprint == plan.views.target.fingerprint
     changed = Views(target, plan.views.policy)
     trainer = Trainer(dataclasses.replace(plan, views=changed))
-    with pytest.raises(ViewMismatch, match=r"sample \d+ under view seed 0 is not the picture"):
+    with pytest.raises(ViewMismatch, match=r"sample \d+ under view seed 0 is not the image"):
         trainer.train_epoch()
 
 
@@ -280,15 +281,15 @@ def test_a_stub_of_a_block_is_no_window_of_its_own() -> None:
 def test_labels_read_by_windows_are_those_of_the_slab(config: TrainConfig) -> None:
     sets = make_plan(config).label_sets
     whole, parts = (StoredLabels(sets, torch.device("cpu")) for _ in range(2))
-    whole.enter(Window(2, ((0, 60),)), None)
+    everything = whole.enter(Window(2, ((0, 60),)), None)
     windows = epoch_windows(60, 2, 32, 16, 0, 0)
     assert len(windows) == 2
     for i, window in enumerate(windows):
-        parts.enter(window, windows[i + 1] if i + 1 < len(windows) else None)
+        part = parts.enter(window, windows[i + 1] if i + 1 < len(windows) else None)
         samples = window.samples[::-3].copy()
         empty = torch.empty(0)
-        expected = whole.soft(samples, empty, 3.0)["tiny"]
-        assert torch.equal(parts.soft(samples, empty, 3.0)["tiny"], expected)
+        expected = everything.of(samples, empty).soft("tiny", 3.0)
+        assert torch.equal(part.of(samples, empty).soft("tiny", 3.0), expected)
     whole.close()
     parts.close()
 
@@ -300,8 +301,8 @@ def test_another_window_than_was_expected_has_its_own_labels(config: TrainConfig
     labels = StoredLabels(sets, torch.device("cpu"))
     first, second, third = (Window(seed, ((0, 32),)) for seed in range(SEEDS))
     for window, following in ((first, second), (third, None), (second, first), (first, None)):
-        labels.enter(window, following)
-        found = labels.soft(np.array([5, 30]), torch.empty(0), 1.0)["tiny"].numpy()
+        entered = labels.enter(window, following)
+        found = entered.of(np.array([5, 30]), torch.empty(0)).soft("tiny", 1.0).numpy()
         expected = np.stack([np.asarray(reader.label(window.seed, row)) for row in (5, 30)])
         np.testing.assert_allclose(found, expected, atol=1e-6)
     labels.close()
@@ -628,7 +629,7 @@ def test_a_step_follows_the_gradient_of_its_own_batch(config: TrainConfig, accum
         views = trainer.views.batch(samples, 0)
         expected = gradient(trainer, samples, views, accumulate)
         before = [p.detach().clone() for p in trainer.network.parameters()]
-        trainer.step(samples, torch.from_numpy(views))
+        trainer.step(batch_of(trainer, samples))
         after = [p.detach() for p in trainer.network.parameters()]
         moved = [(old - new) / 0.05 for old, new in zip(before, after, strict=True)]
         missed = norm([a - b for a, b in zip(moved, expected, strict=True)])
@@ -645,7 +646,7 @@ def test_the_norm_of_the_gradient_is_clipped(config: TrainConfig) -> None:
         expected = gradient(trainer, samples, views)
         whole = norm(expected)
         before = [p.detach().clone() for p in trainer.network.parameters()]
-        trainer.step(samples, torch.from_numpy(views))
+        trainer.step(batch_of(trainer, samples))
         moved = [b - p.detach() for b, p in zip(before, trainer.network.parameters(), strict=True)]
         scale = min(1.0, share or 1.0)
         assert norm(moved) == pytest.approx(scale * whole, rel=1e-3)
@@ -660,9 +661,8 @@ def test_a_step_s_loss_is_equation_1(config: TrainConfig, temperature: float) ->
     fields: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "loss": "ce+ce"}
     trainer = Trainer(make_plan(dataclasses.replace(config, **fields)))
     trainer.network.train()
-    trainer.labels.enter(Window(seed, ((0, 60),)), None)
     views = trainer.views.batch(samples, seed)
-    loss, parts = trainer.losses(samples, torch.from_numpy(views))
+    loss, parts = trainer.losses(batch_of(trainer, samples, seed))
 
     (label_set,) = trainer.plan.label_sets.values()
     reader = open_set(label_set.path)
@@ -684,9 +684,9 @@ def orders(config: TrainConfig, epochs: int) -> list[list[int]]:
     found: list[list[int]] = []
     step = trainer.step
 
-    def recorded(samples: Any, views: Tensor, whole: int | None = None) -> dict[str, Any]:
-        found[-1] += samples.tolist()
-        return step(samples, views, whole)
+    def recorded(batch: SoftLabelBatch) -> dict[str, Any]:
+        found[-1] += batch.samples.tolist()
+        return step(batch)
 
     trainer.step = recorded  # type: ignore[method-assign]
     for trainer.epoch in range(epochs):
@@ -812,9 +812,9 @@ def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> Non
     trainer = Trainer(make_plan(dataclasses.replace(config, batch_size=44, alpha=0.3)))
     step, found = trainer.step, list[tuple[int, dict[str, float]]]()
 
-    def recorded(samples: Any, views: Tensor, whole: int | None = None) -> dict[str, Any]:
-        parts = step(samples, views, whole)
-        found.append((len(samples), {k: float(v) for k, v in parts.items()}))
+    def recorded(batch: SoftLabelBatch) -> dict[str, Any]:
+        parts = step(batch)
+        found.append((len(batch), {k: float(v) for k, v in parts.items()}))
         return parts
 
     trainer.step = recorded  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.helpers import TINY, write_frames
+from support.helpers import TINY, batch_of, write_frames
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
@@ -135,7 +135,9 @@ def test_training_and_evaluation_see_the_scale_of_the_run(
     assert trainer.test is not None
     with seen_by(trainer.network) as inputs:
         trainer.train_epoch()
-    require_same_rows(inputs, by_rule(trainer.views.batch(np.arange(len(trainer.truth)), 0), scale))
+    require_same_rows(
+        inputs, by_rule(trainer.views.batch(np.arange(len(trainer.views.target)), 0), scale)
+    )
     with seen_by(trainer.network) as inputs:
         trainer.evaluate()
     test = trainer.test.batch(np.arange(len(trainer.test.target)), 0)
@@ -392,7 +394,7 @@ def frozen_features(config: TrainConfig) -> Tensor:
     stage.register_forward_pre_hook(lambda _, given: found.append(given[0].mean((2, 3, 4))))
     samples = np.arange(16)
     with torch.no_grad():
-        trainer.losses(samples, torch.from_numpy(trainer.views.batch(samples, 0)))
+        trainer.losses(batch_of(trainer, samples))
     return found[0]
 
 

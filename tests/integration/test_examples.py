@@ -1,0 +1,56 @@
+"""The examples run as a user runs them, and are as short as they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NEEDS = {"lightning_module": "lightning", "timm_student": "timm"}
+FILES = sorted(EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_example_trains(path: Path, tmp_path: Path) -> None:
+    needed = NEEDS.get(path.stem, "torch")
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    environment = os.environ | {"TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(found) for found in re.findall(r"loss ([0-9.]+)$", done.stdout, re.MULTILINE)]
+    assert losses and all(map(math.isfinite, losses))
+    assert losses[-1] <= losses[0]
+    assert not any(tmp_path.glob("labels")), "only a temporary folder is written to"
+
+
+def test_examples_are_short() -> None:
+    assert {path.stem for path in FILES} == {
+        "own_loop",
+        "lightning_module",
+        "timm_student",
+        "own_dataset_and_teacher",
+    }
+    for path in FILES:
+        assert len(path.read_text().splitlines()) < 40, path
+    touching = [
+        line
+        for line in (EXAMPLES / "own_loop.py").read_text().split('"""')[2].splitlines()
+        if re.search(r"\b(sskt|loader|batch|target)\b", line)
+    ]
+    assert len(touching) <= 15

@@ -1,0 +1,114 @@
+"""A batch whose soft labels travel with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sskt.trainer.data.soft_labels import BatchLabels, WindowLabels
+
+Int64 = NDArray[np.int64]
+Normalise = Callable[[Tensor], Tensor]
+"""uint8 views ``[n, H, W, 3]`` to the float32 input of a network, ``[n, 3, H, W]``."""
+
+
+class SoftLabelBatch:
+    """One batch: views, true classes and soft labels of the same samples.
+
+    A ``SoftLabelLoader`` makes them. A batch stays valid when the loader has gone on.
+
+    Attributes:
+        samples: Row numbers of the samples in the target: int64 ``[n]``, a numpy array.
+        views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips, on the device.
+        labels: True classes on the device: int64 ``[n]``; ``[n, C]`` if a sample may have several
+            classes (1 present, 0 absent, -1 difficult).
+        position: The window of the epoch that the batch belongs to, and its number in it.
+        whole: Samples of the batch in all processes together.
+        unreadable: Samples of this process that were left out since the batch before because they
+            cannot be read.
+        checked: Views of the batch that were compared with the stored checks.
+    """
+
+    def __init__(
+        self,
+        samples: Int64,
+        views: Tensor,
+        labels: Tensor,
+        soft_labels: WindowLabels,
+        normalise: Normalise,
+        *,
+        position: tuple[int, int] = (0, 0),
+        whole: int | None = None,
+        unreadable: int = 0,
+        checked: int = 0,
+    ) -> None:
+        self.samples, self.views, self.labels = samples, views, labels
+        self.position, self.unreadable, self.checked = position, unreadable, checked
+        self.whole = len(samples) if whole is None else whole
+        self._window, self._normalise = soft_labels, normalise
+        self._images: Tensor | None = None
+        self._soft: BatchLabels | None = None
+
+    def __len__(self) -> int:
+        """Samples of this process in the batch."""
+        return len(self.samples)
+
+    def __getitem__(self, rows: slice) -> SoftLabelBatch:
+        """Some of the samples as a batch of their own, as gradient accumulation needs them."""
+        return self._changed(
+            samples=self.samples[rows], views=self.views[rows], labels=self.labels[rows]
+        )
+
+    @property
+    def images(self) -> Tensor:
+        """The input of a network: float32 ``[n, 3, H, W]``, or ``[n, 3, D, H, W]`` for clips.
+
+        The views are normalised on the device when this is first read; channels-last in memory.
+        """
+        if self._images is None:
+            self._images = self._normalise(self.views)
+        return self._images
+
+    def soft(self, source: str, temperature: float = 1.0) -> Tensor:
+        """Decodes the soft labels of a source.
+
+        Args:
+            source: One of the loader's ``sources``.
+            temperature: T of the paper's equation 1.
+
+        Returns:
+            softmax(z_s / T): float32 ``[n, C_m]`` on the device.
+
+        Raises:
+            UnknownName: If the loader has no such source.
+            InputError: If the labels are stored as top-k, which is wrong at this temperature.
+        """
+        if self._soft is None:
+            self._soft = self._window.of(self.samples, self.views)
+        return self._soft.soft(source, temperature).to(self.views.device)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SoftLabelBatch:
+        """Gives the batch on another device.
+
+        Args:
+            device: The device of views, true classes and soft labels.
+            non_blocking: As in ``Tensor.to``.
+
+        Returns:
+            The same batch if it is on that device already, else a copy.
+        """
+        views = self.views.to(device, non_blocking=non_blocking)
+        if views is self.views:
+            return self
+        return self._changed(views=views, labels=self.labels.to(device, non_blocking=non_blocking))
+
+    def _changed(self, **fields: Any) -> SoftLabelBatch:
+        other = copy.copy(self)
+        vars(other).update(fields, _images=None, _soft=None)
+        return other

@@ -1,0 +1,377 @@
+"""``SoftLabelLoader``: batches of views with their true classes and their soft labels.
+
+The labels of a batch travel with it: they are decoded when they are asked for, and stay right
+when the loader has gone on to other batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.label_sets.find import require_seeds
+from sskt.teacher_cache.sources.source import Source, usable_device
+from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.views.views import Views
+from sskt.trainer.config import AUTO
+from sskt.trainer.data.epoch_order import EpochOrder
+from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
+from sskt.trainer.data.label_choice import find_labels
+from sskt.trainer.data.loader import Batch, Feed, in_memory
+from sskt.trainer.data.soft_label_batch import Normalise, SoftLabelBatch
+from sskt.trainer.data.soft_labels import CHECKED_ROWS, WindowLabels, labels_over
+from sskt.trainer.distributed import Ranks
+from sskt.trainer.models.normalization import NORMALISATIONS
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop.setup import Plan
+
+CHECKED_EVERY = 16
+"""Batches between two comparisons of views that are made on the device."""
+ENDLESS = 2**31
+"""View seeds without stored labels: every epoch has one of its own."""
+
+
+class SoftLabelLoader:
+    """An iterable over the batches of a target with the stored soft labels of frozen sources.
+
+    Epoch e sees the views of seed e mod S, the very ones that the sources saw; some views of each
+    batch are compared with the checksums that were stored with the labels. The labels of the next
+    view seed are read while an epoch runs. ``sskt train`` uses this loader.
+
+    Iterating goes through one epoch and then advances to the next; ``set_epoch`` chooses one. As
+    torchdata's StatefulDataLoader, the loader has ``state_dict`` and ``load_state_dict``: in the
+    middle of an epoch, the batches that follow are the same after a restart.
+
+    Args:
+        target: What ``sskt.open_target`` returned.
+        cache: Folder or URL of the label sets; default: ``$SSKT_CACHE`` or ``$SSKT_LABELS``, else
+            ``labels``.
+        sources: Names of sources, or ``NAME#DIGEST`` if several label sets of one fit; default: all
+            sources of the cache with labels of this target. An empty list: no soft labels.
+        batch_size: Samples of a batch, of all processes together. A last batch that would be too
+            small for BatchNorm joins the one before.
+        device: Where batches are delivered: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: cuda if there
+            is one.
+        seed: Seed of the order.
+        policy: View policy ``NAME[:key=value,...]``; ``auto``: that of the label sets.
+        seeds: View seeds S to cycle through; default: all that are stored.
+        epochs: Epochs of the training. After the last one nothing is read ahead.
+        normalise: Makes ``images`` of uint8 views: ``imagenet`` (mean and standard deviation),
+            ``kinetics`` (0 to 255 minus the mean), or a function of uint8 ``[n, H, W, 3]``.
+        workers: Loader processes for files; default: by cores; none for images in RAM.
+        memory: GiB of RAM in this process for labels, and for images kept decoded. If the labels
+            of a view seed need more than half of it, the epoch is divided into windows.
+        on_error: What an unreadable sample does: ``fail`` raises ``BadImage``, ``skip`` leaves it
+            out.
+        force_topk: Whether to decode top-k labels at a temperature other than 1.
+        rank: Number of this process among those that share each batch; default: as in
+            ``torch.distributed`` if it is initialised, else 0.
+        world_size: Number of these processes; default: as in ``torch.distributed``, else 1.
+
+    Attributes:
+        sources: Names of the sources.
+        views: The target under the policy.
+        epoch: The epoch of the next iteration, or of the one that is running.
+        label_wait_seconds: Seconds in which the loader waited for labels so far.
+
+    Raises:
+        MissingData: If there are no labels of this target from a source.
+        SpecMismatch: If the label sets were made from other data or under another policy.
+        IncompleteLabels: If a view seed that is needed is not stored.
+        InputError: If several label sets fit, or an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        cache: CacheName | None = None,
+        sources: Sequence[str] | None = None,
+        batch_size: int = 128,
+        device: str | torch.device = "auto",
+        seed: int = 0,
+        policy: str = AUTO,
+        seeds: int | None = None,
+        epochs: int | None = None,
+        normalise: str | Normalise = "imagenet",
+        workers: int | None = None,
+        memory: float = 8.0,
+        on_error: str = "fail",
+        force_topk: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        ranks = _ranks(rank, world_size)
+        _require(batch_size >= ranks.world, "batch_size", f"at least {ranks.world}")
+        _require(seeds is None or seeds >= 1, "seeds", "at least 1")
+        _require(epochs is None or epochs >= 1, "epochs", "at least 1")
+        _require(0 <= seed < 2**32, "seed", "in 0 .. 2**32 - 1")
+        _require(memory > 0, "memory", "above 0")
+        _require(workers is None or workers >= 0, "workers", "at least 0")
+        _require(on_error in ("fail", "skip"), "on_error", "'fail' or 'skip'")
+        if isinstance(normalise, str):
+            if normalise not in NORMALISATIONS:
+                raise UnknownName("normalisation", normalise, NORMALISATIONS)
+            normalise = NORMALISATIONS[normalise]
+        views, sets = find_labels(target, cache, sources, policy)
+        if seeds is None:
+            seeds = min((s.seeds for s in sets.values()), default=ENDLESS)
+        for label_set in sets.values():
+            require_seeds(label_set, min(seeds, epochs or seeds))
+        if dist.is_available() and dist.is_initialized() and ranks.world == dist.get_world_size():
+            seeds = min(ranks.gathered(seeds))  # a set may grow while the processes open it
+        order = EpochOrder(len(views.target), sets, seeds, batch_size, seed, memory * 2**30, ranks)
+        place = usable_device(str(device))
+        self._set_up(views, [], order, place, normalise, workers, on_error, epochs, force_topk)
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> SoftLabelLoader:
+        """Makes the loader of a planned training, whose sources may be live.
+
+        Args:
+            plan: The plan.
+            progress: Called with the number of images that were decoded into RAM, and of all.
+
+        Returns:
+            The loader, before the first epoch.
+        """
+        self, config = cls.__new__(cls), plan.config
+        self._set_up(
+            plan.views,
+            plan.live,
+            plan.order,
+            plan.device,
+            plan.normalise,
+            config.workers,
+            config.on_error,
+            config.epochs,
+            config.force_topk,
+            progress,
+        )
+        return self
+
+    def _set_up(
+        self,
+        views: Views,
+        live: Sequence[Source],
+        order: EpochOrder,
+        device: torch.device,
+        normalise: Normalise,
+        workers: int | None,
+        on_error: str,
+        epochs: int | None,
+        force_topk: bool,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.views = held_in_memory(views, order.memory, progress)
+        self.order, self.device, self.batch_size = order, device, order.batch_size
+        self._normalise, self._epochs = normalise, epochs
+        self._classes = {source.name: source.classes for source in live}
+        self._classes |= {name: s.classes for name, s in order.sets.items()}
+        self._labels = labels_over(self.views, order.sets, live, device, force_topk=force_topk)
+        self.feed = feed_of(self.views, device, workers, on_error)
+        self.truth = torch.from_numpy(self.views.target.labels).to(device)
+        self.epoch, self.label_wait_seconds = 0, 0.0
+        self._begin = self._position = (0, 0)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources."""
+        return tuple(self._classes)
+
+    @property
+    def source_classes(self) -> dict[str, int]:
+        """Number of classes by source, as ``SSKTNetwork`` takes it."""
+        return {name: len(classes) for name, classes in self._classes.items()}
+
+    def classes(self, source: str) -> tuple[str, ...]:
+        """The class names of a source.
+
+        Args:
+            source: One of ``sources``.
+
+        Returns:
+            The names, in the order of the columns of its soft labels.
+
+        Raises:
+            UnknownName: If the loader has no such source.
+        """
+        if source not in self._classes:
+            raise UnknownName("source of the loader", source, self._classes)
+        return self._classes[source]
+
+    def __len__(self) -> int:
+        """Batches of an epoch, if no sample is left out."""
+        return self.order.batch_count(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration: its order, and view seed ``epoch`` mod S.
+
+        A position that ``load_state_dict`` restored is kept if it is in this epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Raises:
+            InputError: If the number is negative.
+        """
+        _require(epoch >= 0, "epoch", "at least 0")
+        if epoch != self.epoch:
+            self.seek(epoch)
+
+    def seek(self, epoch: int, window: int = 0, number: int = 0) -> None:
+        """Makes the next iteration begin within an epoch.
+
+        Args:
+            epoch: Number of the epoch.
+            window: Number of the window in the epoch.
+            number: Batches of that window that are passed over.
+        """
+        self.epoch, self._begin, self._position = epoch, (window, number), (window, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was delivered, and what it depends on.
+
+        Returns:
+            Plain values, to be saved with a checkpoint.
+        """
+        window, number = self._position
+        return {"epoch": self.epoch, "window": window, "batch": number, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where ``state_dict`` was called: the batches that follow are the same.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            InputError: If the loader has other labels, data, seeds or batches than that one.
+        """
+        for name, now in self._identity().items():
+            if state.get(name) != now:
+                raise InputError(
+                    f"the state belongs to another loader: {name} was {state.get(name)!r}, is "
+                    f"{now!r}; make the loader with the arguments that it was saved with"
+                )
+        self.seek(state["epoch"], state["window"], state["batch"])
+
+    def _identity(self) -> dict[str, Any]:
+        order = self.order
+        return {
+            "digests": {name: s.digest for name, s in order.sets.items()},
+            "target": self.views.target.identity(),
+            "views": self.views.identity(),
+            "seeds": order.seeds,
+            "seed": order.seed,
+            "batch_size": order.batch_size,
+            "world_size": order.ranks.world,
+            "rows of labels at a time": len(order.windows(0)[0].samples),
+        }
+
+    def __iter__(self) -> Iterator[SoftLabelBatch]:
+        """Goes through the epoch, from its beginning or from a restored position.
+
+        Raises:
+            ViewMismatch: If a view is not the one that the sources saw.
+            BadImage: If a sample cannot be read (with ``on_error="fail"``).
+            IncompleteLabels: If labels are missing.
+            CorruptStore: If a checksum of the labels fails.
+        """
+        epoch, begin, order = self.epoch, self._begin, self.order
+        self._begin, self._position = (0, 0), begin
+        windows = order.windows(epoch)
+        last = self._epochs is not None and epoch + 1 >= self._epochs
+        following = [*windows[1:], *([] if last else order.windows(epoch + 1)[:1])]
+        unreadable = 0
+        for i, window in enumerate(windows):
+            if i < begin[0]:
+                continue
+            entered = time.perf_counter()
+            labels = self._labels.enter(window, following[i] if i < len(following) else None)
+            self.label_wait_seconds += time.perf_counter() - entered
+            batches = order.batches(window, labels.skipped, epoch)
+            first = begin[1] if i == begin[0] else 0
+            parts = [order.ranks.part(batch) for batch in batches[first:]]
+            for j, found in enumerate(self.feed(parts, window.seed), first):
+                self._position = (i, j + 1)
+                unreadable += len(found.bad)
+                # With several processes, one without a readable sample takes part all the same.
+                if len(found.samples) or order.ranks.world > 1:
+                    yield self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    unreadable = 0
+        self.seek(epoch + 1)
+
+    def _batch(
+        self,
+        found: Batch,
+        labels: WindowLabels,
+        position: tuple[int, int],
+        whole: int,
+        unreadable: int,
+    ) -> SoftLabelBatch:
+        rows = torch.from_numpy(found.samples).to(self.device, non_blocking=True)
+        checked = self._check(found, labels, position[1]) if len(rows) else 0
+        return SoftLabelBatch(
+            found.samples,
+            found.views.to(self.device, non_blocking=True),
+            self.truth[rows],
+            labels,
+            self._normalise,
+            position=position,
+            whole=whole,
+            unreadable=unreadable,
+            checked=checked,
+        )
+
+    def _check(self, found: Batch, labels: WindowLabels, number: int) -> int:
+        """Compares views with the stored checks; on a GPU, which would be waited for, a few."""
+        if found.views.device.type == "cpu":
+            return labels.check(found.samples, found.views.numpy())
+        if number % CHECKED_EVERY:
+            return 0
+        few = found.views[:CHECKED_ROWS].cpu().numpy()
+        return labels.check(found.samples[:CHECKED_ROWS], few)
+
+    def close(self) -> None:
+        """Stops reading ahead. The loader cannot be iterated afterwards."""
+        self._labels.close()
+
+
+def held_in_memory(
+    views: Views, memory: float, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Views:
+    """The views with the target's images decoded, if these fit a quarter of ``memory`` bytes."""
+    return dataclasses.replace(views, target=in_memory(views.target, memory / 4, progress))
+
+
+def feed_of(
+    views: Views, device: torch.device, workers: int | None, on_error: str
+) -> Feed | ResidentFeed:
+    """What makes batches of views: on the device if the images fit there, else through workers."""
+    resident = resident_feed(views, device) if device.type == "cuda" else None
+    return resident or Feed(views, workers, on_error, device.type == "cuda")
+
+
+def _ranks(rank: int | None, world: int | None) -> Ranks:
+    joined = dist.is_available() and dist.is_initialized()
+    if world is None:
+        world = dist.get_world_size() if joined else 1
+    if rank is None:
+        rank = dist.get_rank() if joined else 0
+    _require(0 <= rank < world, "rank", f"in 0 .. {world - 1}")
+    return Ranks(rank, world)
+
+
+def _require(holds: bool, name: str, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} of the loader must be {expected}; give another value")
