@@ -120,9 +120,7 @@ def main() -> None:
     taught = trainer.loader.sources
     ways: dict[str, Labels] = {
         "cache": stored,
-        "memory": InMemory(
-            [decoded(stored, views, trainer.loader.sources, seed) for seed in range(SEEDS)]
-        ),
+        "memory": InMemory([decoded(stored, views, taught, seed) for seed in range(SEEDS)]),
         "live": LiveLabels(sources, trainer.views),
     }
 
