@@ -119,9 +119,7 @@ def main() -> None:
     stored = StoredLabels(trainer.plan.label_sets, trainer.plan.device)
     ways: dict[str, Labels] = {
         "cache": stored,
-        "memory": InMemory(
-            [decoded(stored, views, trainer.loader.sources, seed) for seed in range(SEEDS)]
-        ),
+        "memory": InMemory([decoded(stored, views, taught, seed) for seed in range(SEEDS)]),
         "live": LiveLabels(sources, trainer.views),
     }
 

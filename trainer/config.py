@@ -30,14 +30,13 @@ def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata=metadata)
 
 
-AUTO = "auto"
 UNSTATED = {"input_scale": "imagenet"}
 """Fields that a stored configuration may lack, if their value is then not the default."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is. Fields that change its numbers are compared when it is resumed."""
+    """What a run is; its fields are the options of ``sskt train``. Raises ``InputError``."""
 
     target: str = _option("", "known target (sskt datasets), folder of class folders or manifest")
     root: Path | None = _option(

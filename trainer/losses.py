@@ -81,9 +81,19 @@ def soft_cross_entropy(z_t: Tensor, p_s: Tensor, temperature: float, gamma: floa
 
 
 def kl_divergence(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0) -> Tensor:
-    """``kd``, as meant: T^2 * KL(p_s || softmax(z_t/T)), divided by the batch.
+    """The auxiliary loss ``kd``, as meant: T^2 * KL(p_s || softmax(z_t / T)), mean over the batch.
 
-    Its gradient equals that of ``ce``; its value is lower by the entropy of p_s.
+    Its gradient equals that of ``soft_cross_entropy``; its value is lower by T^2 times the entropy
+    of p_s. Computed in float32.
+
+    Args:
+        z_t: Auxiliary logits: float ``[n, C]``.
+        p_s: Soft labels softmax(z_s / T): float32 ``[n, C]``.
+        temperature: T, above 0.
+        gamma: Without a meaning here; the auxiliary losses have one signature.
+
+    Returns:
+        A scalar in nats, float32.
     """
     log_q = F.log_softmax(z_t.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(log_q, p_s, reduction="batchmean")
@@ -101,9 +111,19 @@ def kl_divergence_released(
 
 
 def soft_focal(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float) -> Tensor:
-    """``focal``: T^2 * batch mean of -sum p_s (1 - q)^gamma log q, q = softmax(z_t / T).
+    """The auxiliary loss ``focal``: T^2 * mean over the batch of -sum p_s (1 - q)^gamma log q.
 
-    With a one-hot p_s and T = 1 it is the primary ``focal``, with gamma = 0 it is ``ce``.
+    q = softmax(z_t / T). With a one-hot p_s and T = 1 it is the primary ``focal``; with gamma = 0
+    it is ``soft_cross_entropy``. Computed in float32.
+
+    Args:
+        z_t: Auxiliary logits: float ``[n, C]``.
+        p_s: Soft labels softmax(z_s / T): float32 ``[n, C]``.
+        temperature: T, above 0.
+        gamma: Exponent of the modulation, at least 0.
+
+    Returns:
+        A scalar in nats, float32.
     """
     log_q = F.log_softmax(z_t.float() / temperature, dim=1)
     return -(temperature**2) * (p_s * _modulation(log_q, gamma) * log_q).sum() / len(z_t)
@@ -193,7 +213,17 @@ def total_loss(
     alpha: float,
     weights: Mapping[str, float] = MappingProxyType({}),
 ) -> Tensor:
-    """Equation 1: L_prim + alpha * sum over sources of w * L_aux; w is 1 where none is given."""
+    """Equation 1 of the paper: L_prim + alpha * sum over the sources of w * L_aux.
+
+    Args:
+        primary: L_prim, a scalar.
+        auxiliary: L_aux by source, scalars; without any, the result is ``primary``.
+        alpha: Weight of the auxiliary losses.
+        weights: w by source; 1 for a source that is not in it.
+
+    Returns:
+        The loss, a scalar.
+    """
     if not auxiliary:
         return primary
     parts = [weights[name] * part if name in weights else part for name, part in auxiliary.items()]
