@@ -117,6 +117,7 @@ def main() -> None:
     # One trainer whose labels are exchanged: two would differ in where their weights lie.
     trainer = Trainer(make_plan(config))
     stored = StoredLabels(trainer.plan.label_sets, trainer.plan.device)
+    taught = trainer.loader.sources
     ways: dict[str, Labels] = {
         "cache": stored,
         "memory": InMemory([decoded(stored, views, taught, seed) for seed in range(SEEDS)]),
