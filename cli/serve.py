@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from sskt.cli.locations import cache_option
+from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
 
 @click.command("serve")
-@cache_option("Folder or URL (s3://...) of the label sets.", writable=True)
+@click.option("--cache", help=f"Folder or URL (s3://...) of the label sets. {DEFAULT_WRITABLE}")
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -72,16 +72,18 @@ from sskt.cli.locations import cache_option
     show_default=True,
     help="Lines on standard error.",
 )
-def serve(token_file: Path | None, root: Path | None, **given: Any) -> None:
+def serve(cache: str | None, token_file: Path | None, root: Path | None, **given: Any) -> None:
     """Serve the label sets of a cache, read-only, to any number of trainings.
 
     Trainings read them with sskt train --labels http://HOST:PORT, people with a browser at /.
     """
+    cache = located_cache(cache, writable=True)
     from sskt.server import run as serving
     from sskt.server.settings import Settings
 
     settings = Settings(
         run="",
+        cache=cache,
         token_file=str(token_file.resolve()) if token_file else None,
         root=str(root.resolve()) if root else None,
         **given,

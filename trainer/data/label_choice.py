@@ -290,7 +290,7 @@ def _several_views(
 def _make(config: TrainConfig, cache: CacheName, sources: Sequence[str]) -> str:
     command = caching_command(config, sources, None)
     if is_served(cache):
-        return f"{command} --cache DIR (where DIR is the folder that {cache} serves)"
+        return f"{command} --cache DIR, where DIR is what {cache} serves"
     return command
 
 

@@ -65,7 +65,7 @@ def asked(sskt: Sskt, target: Path | str, *more: object) -> dict[str, Any]:
 
 def predicted_and_stored(sskt: Sskt, cache: Path, ask: list[object]) -> dict[str, float]:
     """Bytes of all stored shards divided by the predicted ones, for f16 and u8."""
-    status, out, err = sskt("plan", *ask, "--probe", 2, "--json")
+    status, out, err = sskt("plan", "--cache", "labels", *ask, "--probe", 2, "--json")
     assert status == 0, err
     predicted, ratio = json.loads(out), {}
     for encoding in ("f16", "u8"):
@@ -268,7 +268,7 @@ def test_an_encoding_that_a_source_cannot_have_is_left_out() -> None:
 
 def test_the_asked_encoding_that_a_source_cannot_have_is_refused(sskt: Sskt, images: Path) -> None:
     ask = ("--source", SOURCE, "--target", images, "--encoding", "topk-20", "--probe", 0.1)
-    status, _, err = sskt("plan", *ask, "--workers", 0)
+    status, _, err = sskt("plan", "--cache", "labels", *ask, "--workers", 0)
     assert status == 2
     assert one_line(err) == "encoding topk-20: the source has only 12 classes"
 
@@ -309,14 +309,14 @@ def test_unreadable_pictures_are_passed_over(sskt: Sskt, jpegs: Path, tmp_path: 
     for file in files:
         file.write_bytes(b"\xff\xd8\xff no picture")
     ask = ("--source", SOURCE, "--target", folder, "--probe", SECONDS, "--workers", 0)
-    status, _, err = sskt("plan", *ask)
+    status, _, err = sskt("plan", "--cache", "labels", *ask)
     assert status == 2
     assert one_line(err) == "plan: could read no sample of jpegs train that it tried"
 
 
 def test_mixed_sizes_and_a_gone_file_are_named(sskt: Sskt, jpegs: Path, tmp_path: Path) -> None:
     ask = ("--source", SOURCE, "--target", jpegs, "--probe", SECONDS, "--workers", 0)
-    status, _, err = sskt("plan", *ask, "--policy", "pad-crop-flip")
+    status, _, err = sskt("plan", "--cache", "labels", *ask, "--policy", "pad-crop-flip")
     assert status == 2 and "differ in size" in one_line(err)
     job = Job((SOURCE,), str(shutil.copytree(jpegs, tmp_path / "jpegs")), workers=0)
     views = open_job_views(job)
@@ -331,13 +331,15 @@ def test_mixed_sizes_and_a_gone_file_are_named(sskt: Sskt, jpegs: Path, tmp_path
 
 def test_it_is_told_in_words(sskt: Sskt, jpegs: Path) -> None:
     ask = ("--source", SOURCE, "--target", jpegs, "--probe", SECONDS, "--workers", 0)
-    status, out, err = sskt("plan", *ask, "--seeds", 3, "--machines", 1, "--machines", 2)
+    status, out, err = sskt(
+        "plan", "--cache", "labels", *ask, "--seeds", 3, "--machines", 1, "--machines", 2
+    )
     assert status == 0, err
     assert "jpegs train: 22 samples x 3 seeds on cpu" in out
     assert "tiny (tiny:build)" in out and "views/s, each file decoded once" in out
     assert "the cache costs each source 3 passes over the target; one training of 200 epochs" in out
     assert "it takes less time from the first training on" in out
-    status, out, _ = sskt("plan", *ask, "--seeds", 3, "--memory", APART)
+    status, out, _ = sskt("plan", "--cache", "labels", *ask, "--seeds", 3, "--memory", APART)
     assert status == 0 and "each file decoded 3 times" in out
     fixed = ("--source", SOURCE, "--target", "shapes", "--limit", 9, "--probe", SECONDS)
     status, out, _ = sskt("plan", *fixed, "--epochs", 1)
@@ -373,7 +375,7 @@ def test_what_it_refuses_in_one_line(
     sskt: Sskt, jpegs: Path, more: tuple[object, ...], message: str
 ) -> None:
     ask = ("--source", SOURCE, "--target", jpegs, "--probe", SECONDS, "--workers", 0)
-    status, _, err = sskt("plan", *ask, *more)
+    status, _, err = sskt("plan", "--cache", "labels", *ask, *more)
     assert status == 2 and message in one_line(err)
 
 

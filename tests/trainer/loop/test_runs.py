@@ -400,7 +400,10 @@ def test_the_bfloat16_step_is_near_the_float32_one(config: TrainConfig) -> None:
 
 def test_options_that_cannot_go_together(config: TrainConfig, tmp_path: Path) -> None:
     for fields, message in (
-        ({"model": "resnet3d18"}, "has pictures: --model resnet3d18 is not made for them"),
+        (
+            {"model": "resnet3d18"},
+            "resnet3d18 does not take images, which .* holds; choose a 2-D",
+        ),
         ({"loss": "bce+ce"}, "does not fit a target with one class a sample"),
         ({"source_weight": ["imagenet=1"]}, "unknown source in --source-weight 'imagenet'"),
         ({"schedule": "plateau", "test_split": "none"}, "follows the test loss"),

@@ -199,7 +199,7 @@ def test_missing_labels_are_named_before_anything_is_trained(
     command: list[Any] = ["sweep", *base, *other, "--cache", empty, "--out", out]
     status, _, err = sskt(*command)
     assert status == 2
-    assert "(resnet20, tiny+other, CE): " in err and err.count("\n") == 1
+    assert "(auto, tiny+other, CE): " in err and err.count("\n") == 1
     assert not out.exists() and not list(empty.iterdir())
     told = shlex.split(err.partition("all that is missing: ")[2])
     assert told[:2] == ["sskt", "cache-teachers"] and told.count("--source") == 2
