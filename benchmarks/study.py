@@ -78,9 +78,9 @@ TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0,
 
 STUDIES = {
     "cifar1k": Study(
-        "CIFAR-10, 1,000 images (100 a class), 60 epochs",
+        "CIFAR-10, 1,000 images (100 a class), 120 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 60, **TRAINING},
+        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 120, **TRAINING},
     ),
     "places": Study(
         "MiniPlaces, 2,000 images (20 a class, 100 classes), views of 48 pixels, 60 epochs",
