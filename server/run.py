@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import logging
 import math
@@ -28,6 +27,7 @@ from sskt.server.http.tokens import Tokens
 from sskt.server.settings import VARIABLE, Settings
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.locks import lock_file
 from sskt.teacher_cache.storage.object_store import BucketPlace
 from sskt.teacher_cache.storage.open import open_cache
 
@@ -164,7 +164,7 @@ def run_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
         with (folder / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock.fileno())
             for other in folder.parent.glob(f"{PREFIX}*"):
                 if other != folder and other.lstat().st_uid == os.getuid():
                     _sweep(other)
@@ -178,8 +178,8 @@ def run_folder() -> Iterator[Path]:
 def _sweep(folder: Path) -> None:
     # Somebody else's, gone, or in use.
     with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        if lock_file(lock.fileno(), wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,16 @@ Changes are made under one lock, which the kernel drops when its holder dies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sskt.teacher_cache.storage.atomic import naming_full_disk
+from sskt.teacher_cache.storage.locks import file_lock
 
 QUEUED, COMPUTING, FAILED = "queued", "computing", "failed"
 
@@ -213,13 +212,8 @@ class Queue:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock; each holder opens it anew, so that threads exclude each other too."""
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with file_lock(self.folder / "lock"):
             yield
-        finally:
-            os.close(handle)
 
 
 def _now(entry: Entry, state: str) -> Entry:

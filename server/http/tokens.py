@@ -8,7 +8,6 @@ since 1970. A file that cannot be read or understood lets nobody in.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.storage.locks import lock_file
 
 SCOPES = ("read", "compute")
 PREFIX = "sskt_"
@@ -257,7 +257,7 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write in {path.parent}: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock_file(handle)
         yield
     finally:
         os.close(handle)

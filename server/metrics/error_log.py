@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from sskt.teacher_cache.storage.locks import lock_file
 
 LIMIT = 256 * 1024
 """Bytes after which the file is put aside; the one before it is deleted then."""
@@ -41,7 +42,7 @@ class ErrorLog:
         while True:
             file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_file(file)
                 found = os.fstat(file)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(found, self._path.stat()):

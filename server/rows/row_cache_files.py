@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import mmap
 import os
@@ -16,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from sskt.teacher_cache.storage.locks import file_lock, lock_file, unlock_file
 
 SLAB, PARTIAL = ".slab", ".partial"
 HASTY_SECONDS = 10.0
@@ -117,7 +118,7 @@ class SlabFolder:
                 if _is(partial, handle):
                     partial.unlink()
             # A mapping holds a duplicate of the handle, and the lock with it.
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            unlock_file(handle)
             os.close(handle)
 
     def _reserve(self, handle: int, size: int) -> None:
@@ -152,12 +153,8 @@ class SlabFolder:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """No two at once change which files a folder has."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(folder / ".lock"):
         yield
-    finally:
-        os.close(lock)
 
 
 def _without_oldest(kept: list[_Kept], size: int) -> list[_Kept]:
@@ -196,7 +193,7 @@ def _locked(partial: Path, path: Path) -> int | None:
     while True:
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_file(handle)
             ours = _is(partial, handle)  # not one that was swept, or finished, while we waited
             if not path.exists():
                 if ours:
@@ -222,12 +219,11 @@ def _swept(partial: Path) -> bool:
     """Removes a file whose maker is dead."""
     handle = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_file(handle, wait=False):
+            return False
         if _is(partial, handle):
             partial.unlink(missing_ok=True)
         return True
-    except BlockingIOError:
-        return False
     finally:
         os.close(handle)
 

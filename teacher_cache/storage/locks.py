@@ -1,10 +1,9 @@
-"""Locks that die with their process."""
+"""Locks that the kernel drops when their process dies; the one module that needs ``fcntl``."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -13,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.atomic import naming_full_disk
@@ -30,6 +29,66 @@ ABANDONED_SECONDS = 24 * 3600.0
 @functools.lru_cache(maxsize=64)
 def _warn_of_no_locks(folder: Path, so: str) -> None:
     logging.getLogger("sskt").warning("the file system of %s has no locks: %s", folder, so)
+
+
+def _fcntl() -> Any:
+    """The module, imported where a lock is taken, so that all else works without it.
+
+    Raises:
+        InputError: On a system that has none.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise InputError(
+            "this system has no POSIX file locks, which writing label sets and serving them need; "
+            "use Linux, macOS or WSL"
+        ) from error
+    return fcntl
+
+
+def lock_file(handle: int, *, shared: bool = False, wait: bool = True) -> bool:
+    """Locks a whole file (``flock``); every handle of it has a lock of its own.
+
+    Args:
+        handle: File descriptor. Closing it, or the end of the process, ends the lock.
+        shared: Whether others may have shared locks beside this one.
+        wait: Whether to wait for the lock.
+
+    Returns:
+        False if another handle has the lock and ``wait`` is not set.
+    """
+    fcntl = _fcntl()
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, mode if wait else mode | fcntl.LOCK_NB)
+    except OSError as error:
+        if wait or error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def unlock_file(handle: int) -> None:
+    """Ends a lock of ``lock_file``, also where a duplicate of the handle stays open."""
+    _fcntl().flock(handle, _fcntl().LOCK_UN)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, which is made if there is none; waits for it.
+
+    Each holder opens the file anew, so that threads exclude each other too.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        lock_file(handle)
+        try:
+            yield
+        finally:
+            unlock_file(handle)  # a process forked meanwhile has a duplicate of the handle
+    finally:
+        os.close(handle)
 
 
 class Locks:
@@ -67,6 +126,7 @@ class Locks:
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Takes a byte; False if another process has it (and ``wait`` is not set)."""
+        fcntl = _fcntl()
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
             fcntl.lockf(self._handle, mode | (0 if wait else fcntl.LOCK_NB), 1, byte)
@@ -90,7 +150,7 @@ class Locks:
     def release(self, byte: int) -> None:
         """Gives a byte back."""
         with contextlib.suppress(OSError):  # there was no lock to give back
-            fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, byte)
+            _fcntl().lockf(self._handle, _fcntl().LOCK_UN, 1, byte)
 
     def close(self) -> None:
         """Gives everything back; nothing happens the second time."""

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -45,9 +44,9 @@ from sskt.teacher_cache.storage.http.disk_cache_users import (
     PREFIX,
     enter,
     leave,
-    locked,
     private_folder,
 )
+from sskt.teacher_cache.storage.locks import lock_file, unlock_file
 
 GIB = 2**30
 KEPT_GIB = 50.0
@@ -149,7 +148,7 @@ class NodeCache:
         try:
             pause, longest = _POLLS
             began = time.monotonic()
-            while not locked(handle, fcntl.LOCK_EX):
+            while not lock_file(handle, wait=False):
                 server.pause(pause)
                 pause = min(2 * pause, longest)
                 if time.monotonic() - began > TOLD_SECONDS and not self._told:
@@ -161,7 +160,7 @@ class NodeCache:
             try:
                 yield
             finally:
-                fcntl.flock(handle, fcntl.LOCK_UN)
+                unlock_file(handle)
         finally:
             os.close(handle)
 

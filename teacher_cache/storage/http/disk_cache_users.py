@@ -7,8 +7,6 @@ alone is the last one, or comes after users that were killed.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -17,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.storage.locks import file_lock, lock_file, unlock_file
 
 PREFIX = "sskt-labels-"
 
@@ -37,27 +36,11 @@ def private_folder() -> Path:
     return path
 
 
-def locked(handle: int, mode: int) -> bool:
-    """Takes a lock; False if somebody else has it."""
-    try:
-        fcntl.flock(handle, mode | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-
-
 @contextlib.contextmanager
 def _folder_locked(base: Path) -> Iterator[None]:
     """Coming and going, one process at a time."""
-    handle = os.open(base / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with file_lock(base / "lock"):
         yield
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    finally:
-        os.close(handle)
 
 
 def enter(base: Path, name: str) -> int:
@@ -67,7 +50,7 @@ def enter(base: Path, name: str) -> int:
             if lock.stem != name:
                 _remove_unused(base, lock.stem, os.open(lock, os.O_RDWR | os.O_CLOEXEC))
         handle = os.open(base / f"{name}.users", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        lock_file(handle, shared=True)
         return handle
 
 
@@ -81,9 +64,9 @@ def leave(base: Path, name: str, handle: int, process: int) -> None:
 def _remove_unused(base: Path, name: str, users: int) -> None:
     """Removes a server's folder unless somebody else uses it; closes the handle."""
     try:
-        if locked(users, fcntl.LOCK_EX):
+        if lock_file(users, wait=False):
             shutil.rmtree(base / name, ignore_errors=True)
             (base / f"{name}.users").unlink(missing_ok=True)
-            fcntl.flock(users, fcntl.LOCK_UN)
+            unlock_file(users)
     finally:
         os.close(users)

@@ -106,3 +106,83 @@ def test_temporary_files_of_other_machines_stay(
     building.mkdir()
     assert sskt(*ask, "--seeds", 1)[0] == 0
     assert building.exists() == (not locks)
+
+
+WITHOUT = """
+import importlib, pkgutil, sys
+sys.modules["fcntl"] = None  # as on a system without it
+import sskt
+for package in ("teacher_cache", "trainer", "server", "cli"):
+    root = importlib.import_module(f"sskt.{package}")
+    for found in pkgutil.walk_packages(root.__path__, f"sskt.{package}."):
+        importlib.import_module(found.name)
+cache, out = sys.argv[1:]
+(labels,) = sskt.list_label_sets(cache)
+assert labels.rows(0, [3, 1]).shape == (2, len(labels.classes))
+from sskt.cli.main import main
+try:
+    main(["copy", cache, out])
+except SystemExit as stop:
+    assert stop.code == 2, stop.code
+"""
+
+
+def test_all_but_writing_works_on_a_system_without_locks(label_cache: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(label_cache), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sskt: this system has no POSIX file locks" in done.stderr
+
+
+def test_one_module_takes_locks() -> None:
+    root = Path(durable.__file__).parents[2]
+    folders = ("teacher_cache", "trainer", "server", "cli")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    users = [path for path in files if "import fcntl" in path.read_text()]
+    assert len(files) > 150 and users == [Path(durable.__file__)]
+
+
+def test_a_file_lock_excludes_other_handles(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    other = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with durable.file_lock(path):
+            assert not durable.lock_file(other, wait=False)
+            assert not durable.lock_file(other, shared=True, wait=False)
+        assert durable.lock_file(other, shared=True, wait=False)
+        third = os.open(path, os.O_RDWR)
+        try:
+            assert durable.lock_file(third, shared=True, wait=False)
+            assert not durable.lock_file(third, wait=False)
+        finally:
+            os.close(third)
+        durable.unlock_file(other)
+    finally:
+        os.close(other)
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from sskt.teacher_cache.storage.locks import file_lock, lock_file
+path, (end, begin) = Path(sys.argv[1]), os.pipe()
+with file_lock(path):
+    child = os.fork()
+    if child == 0:
+        os.close(begin)
+        os.read(end, 1)
+        os._exit(0)
+other = os.open(path, os.O_RDWR)
+assert lock_file(other, wait=False), "the child's duplicate of the handle keeps the lock"
+os.write(begin, b"x")
+os.waitpid(child, 0)
+"""
+
+
+def test_a_file_lock_ends_although_a_forked_process_has_its_handle(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "lock")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
