@@ -261,6 +261,8 @@ def test_a_file_system_that_cannot_say_it_would_wait_is_read_in_a_thread(
     read, readers = os.preadv, []
 
     def as_on_nfs(handle: int, buffers: Any, start: int, flags: int = 0) -> int:
+        if handle != file.handle:  # of a server that another test left running
+            return read(handle, buffers, start, flags)
         if flags:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         readers.append(threading.current_thread())
