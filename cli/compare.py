@@ -1,4 +1,4 @@
-"""``sskt compare``: runs side by side, as a table, a picture and a page."""
+"""``sskt compare``: runs side by side, as a table, a figure and a page."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def datasets(as_json: bool) -> None:
     known += [
         {
             "name": "a folder",
-            "about": "your own pictures, or clips (files, or folders of image_00001.jpg ...)",
+            "about": "your own images, or clips (files, or folders of image_00001.jpg ...)",
             "splits": own,
             "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
             "layout": FOLDER_LAYOUT,

@@ -28,7 +28,7 @@ _OPTIONS = (
     click.option(
         "--target",
         required=True,
-        help="Known target (sskt datasets), a folder of class folders (pictures or clips), or a "
+        help="Known target (sskt datasets), a folder of class folders (images or clips), or a "
         ".csv or .parquet manifest.",
     ),
     click.option(
@@ -121,7 +121,7 @@ _OPTIONS = (
         type=click.Choice(["fail", "skip"]),
         default="fail",
         show_default=True,
-        help="What an unreadable picture or clip does.",
+        help="What an unreadable image or clip does.",
     ),
     click.option(
         "--shard-rows",
