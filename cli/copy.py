@@ -23,7 +23,7 @@ def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
 
     Each cache is a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; SRC
     may also be a label server, http://HOST:PORT. SET is a part of a name or the begin of a
-    digest; all sets without it. What is there already is compared, what is written is checked.
+    digest; all sets without it. Stored shards are compared, and written ones are checked.
     Stop it anywhere: the same command copies the rest.
     """
     from sskt.teacher_cache.label_sets.find import choose_sets

@@ -153,10 +153,9 @@ def contradictions(config: TrainConfig, label_set: LabelSet) -> list[Difference]
     size, whole = spec["target"]["size"], not made.get("limit")
     if config.limit is not None and size != config.limit and not (whole and size < config.limit):
         found.append((f"--limit {config.limit}", f"--limit {size}" + _all_of(size, whole)))
-    if config.policy != AUTO:
+    if config.policy != AUTO and not _has_policy(label_set, config.policy):
         policy = parse_policy(config.policy)
-        if any(spec["views"].get(key) != value for key, value in policy.identity().items()):
-            found.append((f"--policy {policy}", f"--policy {_policy_text(spec['views'])}"))
+        found.append((f"--policy {policy}", f"--policy {_policy_text(spec['views'])}"))
     decoder = spec["views"].get("decoder")
     if decoder is not None and config.decoder not in (AUTO, decoder):
         found.append((f"--decoder {config.decoder}", f"--decoder {decoder}"))
@@ -191,9 +190,12 @@ def _views_of(label_set: LabelSet) -> str:
 def _is_usual(config: TrainConfig, label_set: LabelSet, usual: str) -> bool:
     spec, made = label_set.spec, label_set.attributes["made"]
     usual = usual or default_policy(config.target, clips="decoder" in spec["views"])
-    policy = parse_policy(usual).identity()
-    same = all(spec["views"].get(key) == value for key, value in policy.items())
-    return same and (config.limit is not None or not made.get("limit"))
+    return _has_policy(label_set, usual) and (config.limit is not None or not made.get("limit"))
+
+
+def _has_policy(label_set: LabelSet, policy: str) -> bool:
+    views = label_set.spec["views"]
+    return all(views.get(key) == value for key, value in parse_policy(policy).identity().items())
 
 
 def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSet]) -> TrainConfig:
