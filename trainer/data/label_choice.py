@@ -17,7 +17,7 @@ from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.registry import default_policy, is_own, policy_of
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
-from sskt.trainer.config import AUTO, FIELDS, TrainConfig
+from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSe
 
 def _decoder_text(name: object) -> str:
     """A label set's decoder as an option. Raises ``InputError``."""
-    if name not in FIELDS["decoder"].metadata["choices"]:
+    if name not in CHOICES["decoder"]:
         raise InputError(f"a label set names the decoder {name!r}, which is unknown; update sskt")
     return str(name)
 

@@ -21,7 +21,7 @@ from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
 from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import open_views
-from sskt.trainer.config import AUTO, FIELDS, TrainConfig, read_config
+from sskt.trainer.config import AUTO, CHOICES, TrainConfig, read_config
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
@@ -74,7 +74,7 @@ def test_rows_of_pixels_have_the_bits_of_the_plain_formula(scale: str) -> None:
 
 
 def test_every_choice_of_the_option_has_a_normalisation() -> None:
-    assert FIELDS["input_scale"].metadata["choices"] == (AUTO, *NORMALISATIONS)
+    assert CHOICES["input_scale"] == (AUTO, *NORMALISATIONS)
 
 
 # --- the network of a run sees that, wherever it runs -------------------------------------------
