@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.errors import SsktError, first_line
 
 COMMANDS = {
     "cache-teachers": ("sskt.cli.cache_teachers", "Label a target once with frozen sources."),
@@ -98,9 +98,8 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SSKT_DEBUG"):
             raise
-        what = str(error).splitlines()[0] if str(error) else ""
         advice = "SSKT_DEBUG=1 shows where; please report it"
-        return _fail(f"unexpected {type(error).__name__}: {what} ({advice})", 1)
+        return _fail(f"unexpected {type(error).__name__}: {first_line(error)} ({advice})", 1)
     return 0
 
 

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, SsktError
+from sskt.teacher_cache.errors import (
+    CorruptStore,
+    IncompleteLabels,
+    InputError,
+    SsktError,
+    first_line,
+)
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
@@ -295,11 +301,10 @@ class LabelSet:
             raise
         except Exception as error:
             self._require_files(array, seed, start, stop)  # one may have gone meanwhile
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptStore(
                 f"label set {self.name}: {array}, seed {seed}, samples {start} to {stop - 1} "
-                f"cannot be read ({what}); run sskt verify, delete the shard it names and "
-                "cache it again"
+                f"cannot be read ({first_line(error)}); run sskt verify, delete the shard it names "
+                "and cache it again"
             ) from error
 
     def claim(self, shard: Shard) -> bool:
