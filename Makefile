@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
 # One process a core, each with one thread: threads of several processes would wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: demo test test-fast lint benchmarks dist clean
 
