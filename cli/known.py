@@ -32,7 +32,7 @@ def policies(as_json: bool) -> None:
 @click.command("models")
 @as_json
 def models(as_json: bool) -> None:
-    """List the target networks; --model also takes torchvision's classifiers and FILE.py:factory."""
+    """List the target networks. torchvision's other classifiers and FILE.py:factory work, too."""
     from sskt.trainer.models.registry import NETWORKS
 
     _show(("name", "for"), [[name, about] for name, about in NETWORKS.items()], as_json)
