@@ -9,7 +9,7 @@ import sys
 import click
 
 from sskt.cli.help import SuggestingGroup
-from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.errors import SsktError, first_line
 from sskt.teacher_cache.extras import missing_extra
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -115,9 +115,8 @@ def run(arguments: list[str] | None = None) -> int:
             return _fail(str(lacking), lacking.exit_code)
         if os.environ.get("SSKT_DEBUG"):
             raise
-        what = str(error).splitlines()[0] if str(error) else ""
         advice = "SSKT_DEBUG=1 shows where; please report it"
-        return _fail(f"unexpected {type(error).__name__}: {what} ({advice})", 1)
+        return _fail(f"unexpected {type(error).__name__}: {first_line(error)} ({advice})", 1)
     return 0
 
 

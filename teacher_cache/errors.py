@@ -92,6 +92,19 @@ class TeacherMoved(SsktError):
     """A frozen source changed while it was labelling."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line.
+
+    Args:
+        error: Any exception, usually one of a library.
+
+    Returns:
+        The first line that is not blank; the name of the exception's class if there is none.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def raise_missing(problems: Sequence[str]) -> None:
     """Raises ``MissingData`` with all problems in one message, if there are any."""
     if len(problems) == 1:

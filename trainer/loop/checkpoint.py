@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sskt.teacher_cache.errors import BadCheckpoint, InputError
+from sskt.teacher_cache.errors import BadCheckpoint, InputError, first_line
 from sskt.trainer.loop.progress import Progress
 from sskt.trainer.models.pretrained import INPUT_SCALE
 from sskt.trainer.results import records
@@ -81,10 +81,9 @@ def restore(trainer: Trainer, out: Path) -> None:
         totals = place.pop("totals")
         counts = {name: float(totals.pop(name)) for name in place.pop("counts")}
     except (KeyError, RuntimeError, ValueError) as error:
-        what = str(error).splitlines()[0]
         raise BadCheckpoint(
-            f"{out / records.CHECKPOINT} is not a checkpoint of this run ({what}); delete it to "
-            "start the run anew"
+            f"{out / records.CHECKPOINT} is not a checkpoint of this run ({first_line(error)}); "
+            "delete it to start the run anew"
         ) from error
     if not trainer.plan.ranks.first:  # what was summed over the processes is the first one's now
         totals, counts = {}, {}
