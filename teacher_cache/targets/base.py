@@ -80,23 +80,6 @@ class Files(Sequence[Path]):
         return (self.folder / name for name in self.names)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a loader is asked for. ``partial``: take what is there of an official list.
-
-    ``layout`` and ``get`` say for messages what is expected under ``root`` and how to get it.
-    """
-
-    name: str
-    split: str
-    root: Path
-    download: bool = False
-    partial: bool = False
-    decoder: str = "pyav"
-    layout: str = ""
-    get: str = ""
-
-
 class SampleReader(Protocol):
     """Reads the images of an own dataset."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Names, Target
+from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT
 from sskt.teacher_cache.targets.scan import (
     is_folder,
     pictures_and_clips,
@@ -17,12 +18,12 @@ from sskt.teacher_cache.targets.scan import (
     sizes_of_files,
     subfolders,
 )
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
-FOLDER_LAYOUT = "DIR[/SPLIT]/CLASS/FILE"
 SPLIT_NAMES = ("test", "train", "training", "val", "valid", "validation")
 
 
-def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
+def open_folder(spec: DatasetSpec) -> Target:
     """Class folders under ``folder/split`` (or, for train, under ``folder`` itself).
 
     A class's samples are the pictures below its folder, at any depth; or the clips: video files,
@@ -31,6 +32,7 @@ def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
     on every machine. Raises ``MissingData`` for a missing folder, a class without samples,
     pictures beside clips, a broken link, a loop of links, and what cannot be read.
     """
+    folder, split = spec.folder, spec.split
     base = _base(folder, split)
     classes = subfolders(base)
     if not classes:
@@ -60,7 +62,7 @@ def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
         names,
         paths=Files(base, names),
         sizes=sizes,
-        decoder=decoder if clips else "",
+        decoder=spec.decoder if clips else "",
     )
 
 

@@ -21,6 +21,7 @@ from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.scan import FOLDER, MISSING, sizes_of, sizes_of_clips
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 COLUMNS = ("path", "label", "labels", "split", "class_name")
 MANIFEST_LAYOUT = "the columns path and label (or labels), and if wanted split and class_name"
@@ -51,7 +52,7 @@ class _Table:
         return f"{self.file}, {self.unit} {self.numbers[row]}"
 
 
-def open_manifest(path: Path, split: str, root: Path | None, decoder: str) -> Target:
+def open_manifest(spec: DatasetSpec) -> Target:
     """The rows of ``split``, in the manifest's order; without a column ``split`` all are train.
 
     A relative path is taken from ``root``, or else from the manifest's folder; ids are the paths
@@ -62,13 +63,13 @@ def open_manifest(path: Path, split: str, root: Path | None, decoder: str) -> Ta
     of their names. The target is named after the file. Raises ``MissingData`` for files that
     are not there, ``InputError`` naming the line of what is wrong, ``UnknownName`` (split).
     """
+    path, split, folder = Path(spec.target), spec.split, spec.folder
     table = _read(path)
     known = _splits(table)
     if split not in known:
         raise UnknownName(f"split of {path}", split, known)
     chosen = range(len(table.paths))
     rows = [row for row in chosen if table.splits is None or table.splits[row] == split]
-    folder = path.parent if root is None else root
     names, sizes, clips = _files(table, rows, folder)
     classes, index = _classes(table)
     return Target(
@@ -79,7 +80,7 @@ def open_manifest(path: Path, split: str, root: Path | None, decoder: str) -> Ta
         names,
         paths=Files(folder, names),
         sizes=sizes,
-        decoder=decoder if clips else "",
+        decoder=spec.decoder if clips else "",
     )
 
 

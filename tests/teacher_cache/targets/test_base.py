@@ -177,7 +177,7 @@ def test_a_limit_is_the_rule_of_the_format(total: int, limit: int) -> None:
 
 
 def test_a_limit_takes_all_classes_alike_also_where_they_take_turns() -> None:
-    from sskt.teacher_cache.targets.registry import open_target
+    from sskt.teacher_cache.api import open_target
 
     some = open_target("shapes", limit=200)
     assert np.bincount(some.labels).tolist() == [20] * 10

@@ -32,12 +32,13 @@ from support.layouts import (
 )
 from torchvision import datasets
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.sources.registry import imagenet_classes
 from sskt.teacher_cache.targets import image_datasets as pictures
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import TARGETS, open_target
-from sskt.teacher_cache.targets.voc_labels import VOC_CLASSES, voc_labels
+from sskt.teacher_cache.targets.registry import TARGETS
+from sskt.teacher_cache.targets.voc import VOC_CLASSES, voc_labels
 
 FILES = ("imagenet", "places365", "places365-small", "voc2007", "voc2012")
 

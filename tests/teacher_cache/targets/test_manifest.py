@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.layouts import SCENES, write_frames, write_picture
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.targets.manifest import open_manifest
-from sskt.teacher_cache.targets.registry import default_policy, evaluation_split, open_target
+from sskt.teacher_cache.targets.open import evaluation_split
+from sskt.teacher_cache.targets.registry import default_policy
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 KINDS = ("csv", "parquet")
 
@@ -71,7 +74,7 @@ def test_miniplaces_with_its_nested_folders(kind: str, data: Path, tmp_path: Pat
         tmp_path / f"miniplaces.{kind}", path=paths, label=labels, split=splits
     )
     train = open_target(str(manifest), root=images)
-    val = open_target(str(manifest), evaluation_split(str(manifest)), root=images)
+    val = open_target(str(manifest), evaluation_split(DatasetSpec(str(manifest))), root=images)
     assert (len(train), len(val)) == (2000, 500)
     assert train.name == "miniplaces"
     assert train.classes == val.classes == tuple(sorted(set(labels), key=str.encode))
@@ -185,7 +188,7 @@ def test_classes_are_those_of_all_splits(kind: str, tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 2]
     assert test.labels.tolist() == [2, 1]
     assert list(test.ids) == ["1.jpg", "2.jpg"]
-    assert evaluation_split(str(manifest)) == "test"
+    assert evaluation_split(DatasetSpec(str(manifest))) == "test"
     with pytest.raises(UnknownName, match=r"split of .* 'val'; known: train, test"):
         open_target(str(manifest), "val")
 
@@ -197,7 +200,7 @@ def test_without_a_split_column_all_is_train(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=r"split of .* 'test'; known: train"):
         open_target(str(manifest), "test")
     with pytest.raises(MissingData, match="--test-split none"):
-        evaluation_split(str(manifest))
+        evaluation_split(DatasetSpec(str(manifest)))
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_clips_and_folders_of_frames(kind: str, tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path / f"m.{kind}", path=["jump/v 1.5", "run.MP4"], label=["jump", "run"]
     )
-    target = open_manifest(manifest, "train", None, "decord")
+    target = open_manifest(DatasetSpec(str(manifest), decoder="decord"))
     assert target.decoder == "decord"
     assert target.sizes is not None
     frames = (tmp_path / "jump" / "v 1.5").iterdir()

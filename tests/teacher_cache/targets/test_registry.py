@@ -28,17 +28,15 @@ from support.layouts import (
 )
 from torchvision import datasets
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.targets import scan as listing
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.folder import open_folder
-from sskt.teacher_cache.targets.registry import (
-    TARGETS,
-    default_policy,
-    evaluation_split,
-    open_target,
-)
+from sskt.teacher_cache.targets.open import evaluation_split
+from sskt.teacher_cache.targets.registry import TARGETS, default_policy
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.policies import parse_policy
 
 CIFAR_EACH, STL_EACH = 8, 12
@@ -290,7 +288,7 @@ def test_a_limit_keeps_the_order_and_takes_all_classes_alike(target: Target) -> 
 def test_every_row_names_a_real_split_and_policy() -> None:
     for name, info in TARGETS.items():
         assert info.evaluation in info.splits
-        assert evaluation_split(name) == info.evaluation
+        assert evaluation_split(DatasetSpec(name)) == info.evaluation
         assert default_policy(name) == parse_policy(info.policy).name
         assert info.splits[0] == "train"
 
@@ -586,7 +584,7 @@ def test_a_folder_of_clips(tmp_path: Path) -> None:
     write_frames(tmp_path / "train" / "run" / "a (1)", 5, 4)
     (tmp_path / "train" / "run" / "a (1)" / "n_frames").write_text("4")
     (tmp_path / "train" / "run" / "notes.txt").write_text("no clip")
-    target = open_folder(tmp_path, "train", "decord")
+    target = open_folder(DatasetSpec(str(tmp_path), decoder="decord"))
     assert target.clips
     assert target.decoder == "decord"
     assert target.classes == ("jump", "run")
@@ -600,7 +598,7 @@ def test_a_folder_of_clips(tmp_path: Path) -> None:
     before = target.fingerprint
     with (frames / "image_00002.jpg").open("ab") as file:
         file.write(b"!")
-    assert open_folder(tmp_path, "train").fingerprint != before
+    assert open_folder(DatasetSpec(str(tmp_path))).fingerprint != before
 
 
 def test_pictures_beside_clips_are_refused(tmp_path: Path) -> None:
@@ -641,11 +639,11 @@ def test_a_slow_file_system_gives_the_same_sizes(
 
 def test_the_evaluation_split_of_a_folder_is_the_one_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"no test or val folder in .*--test-split none"):
-        evaluation_split(str(tmp_path))
+        evaluation_split(DatasetSpec(str(tmp_path)))
     (tmp_path / "val").mkdir()
-    assert evaluation_split(str(tmp_path)) == "val"
+    assert evaluation_split(DatasetSpec(str(tmp_path))) == "val"
     (tmp_path / "test").mkdir()
-    assert evaluation_split(str(tmp_path)) == "test"
+    assert evaluation_split(DatasetSpec(str(tmp_path))) == "test"
     assert default_policy(str(tmp_path)) == "random-resized-crop-flip"
 
 

@@ -40,6 +40,7 @@ from support.independent_reader import (
     philox,
 )
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import BadImage, MissingData, UnknownName
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.format.spec import digest_of, label_set_spec
@@ -47,7 +48,7 @@ from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling import run as stage
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import default_policy, open_target
+from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, clip_frames, evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import open_views

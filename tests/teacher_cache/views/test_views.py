@@ -21,11 +21,11 @@ from PIL import Image
 from support.helpers import write_images
 from torchvision.transforms import RandomResizedCrop, v2
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.rng import draw
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import (
     POLICIES,
     Policy,
