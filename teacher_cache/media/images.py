@@ -1,4 +1,4 @@
-"""Image files to uint8 pictures, by one path, so that teacher and trainer see equal pixels."""
+"""Image files to uint8 images, by one path, so that teacher and trainer see equal pixels."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def read_image(path: Path) -> UInt8:
         raise MissingData(f"cannot read image {path}: {error.strerror or error}") from error
     if data[:3] == b"\xff\xd8\xff":
         try:
-            picture: UInt8 = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-            return picture
+            decoded: UInt8 = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+            return decoded
         except ValueError:
             pass
     try:

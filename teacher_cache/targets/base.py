@@ -1,4 +1,4 @@
-"""A target's samples: pictures or clips in a fixed order, with stable ids."""
+"""A target's samples: images or clips in a fixed order, with stable ids."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Target:
 
     @property
     def clips(self) -> bool:
-        """Whether samples are clips rather than pictures."""
+        """Whether samples are clips rather than images."""
         return bool(self.decoder)
 
     @property
@@ -136,10 +136,10 @@ class Target:
         return self.labels.ndim == 2
 
     def read(self, sample: int) -> UInt8:
-        """Sample's picture: uint8 ``[H, W, 3]``. Raises ``BadImage`` for a damaged file."""
+        """Sample's image: uint8 ``[H, W, 3]``. Raises ``BadImage`` for a damaged file."""
         if self.images is not None:
-            picture: UInt8 = self.images[sample]
-            return picture
+            image: UInt8 = self.images[sample]
+            return image
         if self.reader is not None:
             return self.reader(sample)
         assert self.paths is not None and not self.clips
@@ -158,7 +158,7 @@ class Target:
         return read_frames(self.paths[sample], wanted, self.decoder)
 
     def read_all(self, samples: Int64) -> tuple[list[UInt8], Int64, list[tuple[int, str]]]:
-        """Pictures of the readable ones of ``samples``, those samples, and (sample, why) of others.
+        """Images of the readable ones of ``samples``, those samples, and (sample, why) of others.
 
         Raises ``MissingData`` for a file that cannot be opened: that is no property of the sample.
         """

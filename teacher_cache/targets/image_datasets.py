@@ -14,8 +14,8 @@ from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.scan import (
     check_unique,
     entries,
+    images_and_clips,
     is_folder,
-    pictures_and_clips,
     read_list,
     rows_there,
     sizes_of,
@@ -38,7 +38,7 @@ def imagenet(spec: DatasetSpec) -> Target:
     ``SPLIT/WNID/*.JPEG``, or a flat ``val/*.JPEG`` with the devkit's ground truth or Kaggle's
     ``LOC_val_solution.csv``; also within Kaggle's ``ILSVRC/Data/CLS-LOC/``. Ids are relative to
     the split's folder. Order: class by class, files in byte order of their names; a flat folder
-    in that of the pictures' names. Raises ``MissingData`` unless every picture of the split is
+    in that of the images' names. Raises ``MissingData`` unless every image of the split is
     there (or ``spec.partial``), ``InputError`` for what does not belong to it.
     """
     from sskt.teacher_cache.sources.registry import imagenet_classes
@@ -59,7 +59,7 @@ def imagenet(spec: DatasetSpec) -> Target:
     loose = sorted(e.name for e in entries(base) if e.name.lower().endswith(tuple(EXTENSIONS)))
     if folders and loose:
         raise InputError(
-            f"{base} holds class folders and a loose picture ({loose[0]}); expected only one kind"
+            f"{base} holds class folders and a loose image ({loose[0]}); expected only one kind"
         )
     names, labels = (
         _flat_val(spec, root, base, loose)
@@ -86,9 +86,9 @@ def _class_folders(spec: DatasetSpec, base: Path, folders: list[str]) -> tuple[N
 
     def ids() -> Iterator[str]:
         for label, wnid in enumerate(wnids):
-            pictures = pictures_and_clips(base, wnid)[0] if wnid in there else []
-            counts[label] = len(pictures)
-            yield from pictures
+            images = images_and_clips(base, wnid)[0] if wnid in there else []
+            counts[label] = len(images)
+            yield from images
 
     names = Names(ids())
     lacking = np.flatnonzero(counts == 0)
@@ -102,7 +102,7 @@ def _class_folders(spec: DatasetSpec, base: Path, folders: list[str]) -> tuple[N
     expected = IMAGENET_FILES[spec.split]
     if len(names) != expected and not spec.partial:
         raise MissingData(
-            f"{base} holds {len(names):,} pictures, expected {expected:,}; get the official split, "
+            f"{base} holds {len(names):,} images, expected {expected:,}; get the official split, "
             "or take what is there with --partial"
         )
     return names, np.repeat(np.arange(len(wnids), dtype=np.int64), counts)
@@ -132,7 +132,7 @@ def _flat_val(spec: DatasetSpec, root: Path, base: Path, found: list[str]) -> tu
 
 
 def _kaggle_truth(path: Path) -> dict[str, str]:
-    """Picture to WordNet id, from rows ``ImageId,WNID x1 y1 x2 y2 ...`` below a header."""
+    """Image to WordNet id, from rows ``ImageId,WNID x1 y1 x2 y2 ...`` below a header."""
     known = set(imagenet_wnids())
     truth = {}
     for number, line in read_list(path):
@@ -141,12 +141,12 @@ def _kaggle_truth(path: Path) -> dict[str, str]:
         if wnid in known:
             truth[name] = wnid
         elif number > 1:
-            raise InputError(f"{path}, line {number}: expected PICTURE,WNID ..., found {line!r}")
+            raise InputError(f"{path}, line {number}: expected IMAGE,WNID ..., found {line!r}")
     return truth
 
 
 def _devkit_truth(devkit: Path) -> dict[str, str]:
-    """Picture to WordNet id: line n of the ground truth is picture n."""
+    """Image to WordNet id: line n of the ground truth is image n."""
     wnids = _ilsvrc_ids(devkit / "meta.mat")
     path = devkit / "ILSVRC2012_validation_ground_truth.txt"
     truth = {}
@@ -187,7 +187,7 @@ def places365(spec: DatasetSpec) -> Target:
     """Places365-Standard, full size or (``places365-small``) 256x256, by CSAIL's lists.
 
     Order and ids are those of the list (``a/airfield/00000001.jpg``). Raises ``MissingData``
-    for a list or folder that is not there, and for listed pictures (unless ``spec.partial``);
+    for a list or folder that is not there, and for listed images (unless ``spec.partial``);
     ``InputError`` for a malformed list.
     """
     return or_downloaded(spec, _places365, _download_places365)
@@ -228,7 +228,7 @@ def _listed(path: Path, classes: int, labels: list[int]) -> Iterator[str]:
     for number, line in read_list(path):
         name, label = [*line.rsplit(None, 1), ""][:2]
         if label not in known:
-            wanted = f"expected a picture and a class from 0 to {classes - 1}"
+            wanted = f"expected an image and a class from 0 to {classes - 1}"
             raise InputError(f"{path}, line {number}: {wanted}, found {line!r}")
         labels.append(known[label])
         yield name.lstrip("/")

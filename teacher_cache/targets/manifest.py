@@ -56,7 +56,7 @@ def open_manifest(spec: DatasetSpec) -> Target:
     """The rows of ``split``, in the manifest's order; without a column ``split`` all are train.
 
     A relative path is taken from ``root``, or else from the manifest's folder; ids are the paths
-    as written. Files are pictures, or clips (video files, folders of extracted frames).
+    as written. Files are images, or clips (video files, folders of extracted frames).
     ``label`` gives int64 ``[N]``, -1 where it is empty or -1; ``labels`` int64 ``[N, C]``, all 0
     where it is empty. If all labels are whole numbers, they count from class 0, and the classes
     are named by ``class_name`` or else by their numbers; if not, classes are sorted by the bytes
@@ -121,7 +121,7 @@ def _files(table: _Table, rows: Sequence[int], folder: Path) -> tuple[Names, Int
     kinds = _kinds(table, rows, names, sizes, folder)
     if len(kinds) > 1:
         raise InputError(
-            f"{table.at(kinds['picture'])} is a picture and {table.at(kinds['clip'])} a clip; "
+            f"{table.at(kinds['image'])} is an image and {table.at(kinds['clip'])} a clip; "
             "expected one kind in a split"
         )
     return (
@@ -138,14 +138,14 @@ def _kinds(
     from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
 
     kinds: dict[str, int] = {}
-    kind_of = dict.fromkeys(EXTENSIONS, "picture") | dict.fromkeys(VIDEO_EXTENSIONS, "clip")
+    kind_of = dict.fromkeys(EXTENSIONS, "image") | dict.fromkeys(VIDEO_EXTENSIONS, "clip")
     for row, name, is_folder in zip(rows, names, sizes == FOLDER, strict=True):
         kind = kind_of.get("." + name.rpartition(".")[2].lower())
         if is_folder:
             kind = "clip" if is_frame_folder(folder / name) else None
         if kind is None:
             raise InputError(
-                f"{table.at(row)}: {name} is no picture ({', '.join(sorted(EXTENSIONS))}), no clip "
+                f"{table.at(row)}: {name} is no image ({', '.join(sorted(EXTENSIONS))}), no clip "
                 f"({', '.join(sorted(VIDEO_EXTENSIONS))}) and no folder of image_00001.jpg, ..."
             )
         kinds.setdefault(kind, row)

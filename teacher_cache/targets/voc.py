@@ -24,10 +24,10 @@ VOC_CLASSES = (
 def voc(spec: DatasetSpec) -> Target:
     """VOC2007 or VOC2012 classification by the official lists and the XML annotations.
 
-    labels: int64 ``[N, 20]``: 1 where the picture shows such an object, -1 where all of them are
+    labels: int64 ``[N, 20]``: 1 where the image shows such an object, -1 where all of them are
     marked difficult, 0 where there is none. Order and ids are those of
-    ``ImageSets/Main/SPLIT.txt``. Raises ``MissingData`` for a listed picture or annotation that
-    is not there (with ``spec.partial``: for a picture without annotation), ``InputError`` for
+    ``ImageSets/Main/SPLIT.txt``. Raises ``MissingData`` for a listed image or annotation that
+    is not there (with ``spec.partial``: for an image without annotation), ``InputError`` for
     a damaged list or annotation.
     """
     return or_downloaded(spec, _voc, _download_voc)
@@ -46,19 +46,19 @@ def _voc(spec: DatasetSpec) -> Target:
     base = path.parents[2]
     ids = Names(_voc_ids(path))
     check_unique(ids, path)
-    pictures = [f"JPEGImages/{name}.jpg" for name in ids]
+    images = [f"JPEGImages/{name}.jpg" for name in ids]
     notes = [f"Annotations/{name}.xml" for name in ids]
-    sizes = sizes_of(base, pictures)
+    sizes = sizes_of(base, images)
     there, noted = sizes >= 0, sizes_of(base, notes) >= 0
     needed = there if spec.partial else there & noted
-    absent = [notes[row] if there[row] else pictures[row] for row in range(len(ids))]
+    absent = [notes[row] if there[row] else images[row] for row in range(len(ids))]
     rows = rows_there(needed, absent, path, spec.layout, spec.partial)
     labels = np.zeros((len(ids), len(VOC_CLASSES)), np.int64)
     for row in rows.tolist():
         if not noted[row]:
-            raise MissingData(f"{base / pictures[row]} is there, but no {base / notes[row]}")
+            raise MissingData(f"{base / images[row]} is there, but no {base / notes[row]}")
         labels[row] = voc_labels(base / notes[row])
-    files = Files(base, Names(pictures))
+    files = Files(base, Names(images))
     target = Target(spec.target, spec.split, VOC_CLASSES, labels, ids, paths=files, sizes=sizes)
     return target if len(rows) == len(target) else target.chosen(rows)
 

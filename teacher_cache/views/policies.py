@@ -1,7 +1,7 @@
 """View policies: how a sample becomes the uint8 view of a seed.
 
-Parameters come from Philox words, never from a generator with state. Each policy of pictures
-runs batched (pictures of one size in RAM) and per sample (files); ``docs/format.md`` gives the
+Parameters come from Philox words, never from a generator with state. Each policy of images
+runs batched (images of one size in RAM) and per sample (files); ``docs/format.md`` gives the
 rules for an independent reader.
 """
 
@@ -51,7 +51,7 @@ class Policy:
 
 
 def crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
-    """Top and left of ``pad-crop-flip``'s crops in the padded pictures, and flips: ``[n]`` each."""
+    """Top and left of ``pad-crop-flip``'s crops in the padded images, and flips: ``[n]`` each."""
     words = draw(samples, seed, policy.key)
     shifts = 2 * int(policy.parameters["padding"]) + 1
     return below(words[:, 0], shifts), below(words[:, 1], shifts), below(words[:, 2], 2) == 1
@@ -122,10 +122,10 @@ def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     # One axis at a time: which of them Pillow takes first, and so the rounding, depends on its
     # version (before 13.0 always the width, since then on the sizes).
-    wide = picture.resize((width, picture.height), Image.Resampling.BILINEAR)
+    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
     return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -212,7 +212,7 @@ PerClip = Callable[[Policy, Sequence[UInt8], int, int], UInt8]
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """A policy's defaults and its executions: of pictures or of clips.
+    """A policy's defaults and its executions: of images or of clips.
 
     ``batched`` is None where none is faster. ``windows``: the samples are the clips' windows of
     ``frames`` frames, not the clips.

@@ -1,4 +1,4 @@
-"""Views: the uint8 picture or clip a sample becomes under an augmentation seed, replayed exactly.
+"""Views: the uint8 image or clip a sample becomes under an augmentation seed, replayed exactly.
 
 Teacher stage and trainer both call this module and nothing else. A view is a pure function of
 (policy, seed, sample, pixels).
@@ -79,7 +79,7 @@ class Views:
     def __post_init__(self) -> None:
         info, name = POLICIES[self.policy.name], self.target.name
         if (info.per_clip is not None) != self.target.clips:
-            kind, other = ("clips", "pictures") if self.target.clips else ("pictures", "clips")
+            kind, other = ("clips", "images") if self.target.clips else ("images", "clips")
             fitting = ", ".join(
                 n for n, i in POLICIES.items() if bool(i.per_clip) == self.target.clips
             )
@@ -90,7 +90,7 @@ class Views:
         if info.windows and self.target.starts is None:
             raise InputError(f"policy {self.policy.name} needs {name} cut into windows: open_views")
         if self.f_s.clips != self.target.clips:
-            what = "is of pictures, which have no frames" if self.f_s.clips else "holds clips"
+            what = "is of images, which have no frames" if self.f_s.clips else "holds clips"
             raise InputError(f"frame sampling {self.f_s.name}: target {name} {what}")
 
     @property
@@ -185,7 +185,7 @@ class Views:
         return Seen(np.array(rows, np.int64), stacked, bad)
 
     def stills(self, views: UInt8, samples: Int64, seed: int) -> UInt8:
-        """What a source sees of views: pictures as they are, of clips the stills of f_s.
+        """What a source sees of views: images as they are, of clips the stills of f_s.
 
         uint8 ``[n, H, W, 3]`` to the same; ``[n, D, H, W, 3]`` to ``[n, K, H, W, 3]``.
         """

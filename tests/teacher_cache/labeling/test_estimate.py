@@ -373,7 +373,7 @@ def test_a_command_line_of_cache_teachers_can_be_planned(
         (("--encoding", "f8"), "unknown encoding 'f8'"),
         (("--policy", "crop"), "unknown policy 'crop'"),
         (("--split", "val"), "no folder"),
-        (("--f-s", "first"), "is of pictures, which have no frames"),
+        (("--f-s", "first"), "is of images, which have no frames"),
     ],
 )
 def test_what_it_refuses_in_one_line(

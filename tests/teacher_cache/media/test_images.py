@@ -64,7 +64,7 @@ def test_half_a_file_is_refused_whatever_its_format(
         read_image(path)
 
 
-@pytest.mark.parametrize("content", [b"no picture at all\n", b"", b"\xff\xd8\xff and no more"])
+@pytest.mark.parametrize("content", [b"no image at all\n", b"", b"\xff\xd8\xff and no more"])
 def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "notes.jpg"
     path.write_bytes(content)
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path) -> Non
     assert "\n" not in message
 
 
-def test_a_picture_too_large_to_be_honest_is_named(
+def test_an_image_too_large_to_be_honest_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
@@ -142,14 +142,14 @@ def test_transparency_is_dropped_and_the_colour_kept(tmp_path: Path) -> None:
 
 
 def test_a_cmyk_jpeg_becomes_rgb_like_pils(tmp_path: Path) -> None:
-    picture = np.zeros((16, 16, 3), np.uint8)
-    picture[:, :8], picture[:, 8:] = (200, 30, 60), (10, 180, 220)
+    colours = np.zeros((16, 16, 3), np.uint8)
+    colours[:, :8], colours[:, 8:] = (200, 30, 60), (10, 180, 220)
     path = tmp_path / "cmyk.jpg"
-    Image.fromarray(picture).convert("CMYK").save(path, quality=95)
+    Image.fromarray(colours).convert("CMYK").save(path, quality=95)
     with Image.open(path) as image:
         assert image.mode == "CMYK"
     found = read_image(path)
-    np.testing.assert_allclose(found.astype(int), picture, atol=25)
+    np.testing.assert_allclose(found.astype(int), colours, atol=25)
     np.testing.assert_allclose(found.astype(int), by_pil(path), atol=1)
 
 
