@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sskt.teacher_cache.errors import InputError, UnknownName
-from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
+from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit
 
 Int64 = NDArray[np.int64]
@@ -116,9 +116,9 @@ def crop_boxes(
 def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, int, int, int]:
     h, w = height, width
     if width / height < low:
-        h = int(np.floor(width / low + 0.5))
+        h = max(1, int(np.floor(width / low + 0.5)))
     elif width / height > high:
-        w = int(np.floor(height * high + 0.5))
+        w = max(1, int(np.floor(height * high + 0.5)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -159,6 +159,10 @@ def _resize_center_crop(policy: Policy, image: UInt8, sample: int, seed: int) ->
     resize, size = int(policy.parameters["resize"]), int(policy.parameters["size"])
     short = min(height, width)
     new_height, new_width = resize * height // short, resize * width // short
+    try:
+        require_pixels(new_height, new_width)
+    except BadImage as error:
+        raise BadImage(f"{width}x{height} pixels are resized to {error}") from None
     view = np.asarray(_resize(Image.fromarray(image), new_width, new_height))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return view[top : top + size, left : left + size]

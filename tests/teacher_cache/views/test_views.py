@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,7 +23,7 @@ from support.helpers import write_images
 from torchvision.transforms import RandomResizedCrop, v2
 
 from sskt.teacher_cache.api import open_target
-from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.rng import draw
 from sskt.teacher_cache.targets.base import Target
@@ -382,6 +383,70 @@ def test_policies_without_chance_ignore_sample_and_seed() -> None:
             views.of_image(image, 0, 0), views.of_image(image, 9, 3), text
         )
     np.testing.assert_array_equal(views_of("none").of_image(image, 0, 0), image)
+
+
+# --- tiny and narrow images -------------------------------------------------------------------
+
+sides = st.integers(1, 5) | st.sampled_from([8000, 65500])
+anyhow = (
+    "none",
+    "pad-crop-flip",
+    "random-resized-crop-flip:size=9",
+    "random-resized-crop-flip:size=3,ratio_min=0.01,ratio_max=0.02",
+    "random-resized-crop-flip:size=3,ratio_min=50,ratio_max=99",
+    "resize-center-crop:resize=10,size=9",
+    "resize-center-crop",
+    "clip-corner-crop-flip:frames=2,size=9",
+    "clip-center-crop:frames=2,size=9",
+)
+
+
+@pytest.mark.parametrize("text", anyhow)
+@given(height=sides, width=sides, sample=sample_ids, seed=st.integers(0, 9))
+@example(height=1, width=1, sample=0, seed=0)
+@example(height=1, width=8000, sample=0, seed=0)
+@example(height=8000, width=1, sample=0, seed=0)
+@settings(deadline=None, max_examples=25)
+def test_an_image_of_any_shape_has_a_view_or_is_refused(
+    text: str, height: int, width: int, sample: int, seed: int
+) -> None:
+    assume(height * width < 1_000_000)
+    policy, image = parse_policy(text), np.full((height, width, 3), 7, np.uint8)
+    info, p = POLICIES[policy.name], policy.parameters
+    long = max(height, width) / min(height, width) * float(p.get("resize", p.get("size", 0)))
+    resized = "center" in text and long * float(p.get("resize", p.get("size", 0))) > 1.7e8
+    shape = (p["size"], p["size"], 3) if "size" in p else (height, width, 3)
+    try:
+        if info.per_clip is None:
+            view = views_of(text, image[None]).of_image(image, sample, seed)
+        else:
+            view, shape = info.per_clip(policy, [image, image], sample, seed), (2, *shape)
+    except BadImage as error:
+        assert resized, (height, width)
+        assert re.fullmatch(r"\d+x\d+ pixels are resized to \d+x\d+ pixels, more .*", str(error))
+        return
+    assert view.shape == shape
+    assert view.dtype == np.uint8
+    if text != "pad-crop-flip":
+        assert (view == 7).all()
+
+
+def test_an_image_too_long_to_be_resized_is_skipped_by_name(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", pattern(2, 20, 26))
+    Image.new("RGB", (8000, 1)).save(tmp_path / "a" / "long.png")
+    views = Views(open_target(str(tmp_path)), parse_policy("resize-center-crop"))
+    seen = views.seen(np.arange(3), [0, 1])
+    assert seen.rows.tolist() == [0, 1]
+    assert {seed: made.shape for seed, made in seen.views.items()} == dict.fromkeys(
+        (0, 1), (2, 224, 224, 3)
+    )
+    ((sample, why),) = seen.bad
+    assert sample == 2
+    expected = "long.png: 8000x1 pixels are resized to 2048000x256 pixels, more than 178,956,970"
+    assert expected in why
+    assert "--on-error skip" in why
+    with pytest.raises(BadImage, match=r"long\.png: 8000x1"):
+        views[2, 0]
 
 
 # --- whose memory -----------------------------------------------------------------------------
