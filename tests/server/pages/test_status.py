@@ -25,6 +25,7 @@ from sskt.server.pages.samples import OPEN, Opened
 from sskt.server.pages.survey import Survey, Surveys, survey
 from sskt.server.settings import Settings
 from sskt.server.state import State
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.create import list_label_sets
@@ -32,7 +33,6 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.verify import stored_probabilities
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
