@@ -168,7 +168,7 @@ def run_folder() -> Iterator[Path]:
             for other in folder.parent.glob(f"{PREFIX}*"):
                 if other != folder and other.lstat().st_uid == os.getuid():
                     _sweep(other)
-            for name in ("slabs", "prometheus", "queue"):
+            for name in ("prometheus", "queue"):
                 (folder / name).mkdir()
             yield folder
     finally:
