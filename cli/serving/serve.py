@@ -7,10 +7,35 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
+GROUPS = {
+    "Labels": ("cache", "root", "on_demand", "device"),
+    "Network": ("host", "port", "token_file", "allowed_host", "allowed_hosts"),
+    "Capacity": (
+        "workers",
+        "memory",
+        "queue",
+        "max_requests",
+        "max_requests_each",
+        "max_ids",
+        "max_seeds",
+        "max_bytes",
+    ),
+    "Log": ("log",),
+}
 
-@click.command("serve")
+
+@click.command(
+    "serve",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt serve",
+        "sskt serve --token-file tokens.json --host 0.0.0.0 --workers 2",
+    ),
+)
 @click.option("--cache", help=f"Folder or URL (s3://...) of the label sets. {DEFAULT_WRITABLE}")
 @click.option(
     "--host",
@@ -18,9 +43,19 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     show_default=True,
     help="Address to listen on; any but this machine's own needs --token-file.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port to listen on. 0: a free one.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Number of worker processes.",
 )
 @click.option(
     "--token-file",
@@ -30,7 +65,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 @click.option(
     "--on-demand", is_flag=True, help="Compute a missing shard when a client asks for it."
 )
-@click.option("--device", default="auto", show_default=True, help="Where --on-demand computes.")
+@click.option("--device", default="auto", show_default=True, help="Device of --on-demand.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
@@ -64,7 +99,13 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     show_default=True,
     help="Of these, for one client (a token from one address).",
 )
-@click.option("--max-ids", type=click.IntRange(1), default=65536, show_default=True)
+@click.option(
+    "--max-ids",
+    type=click.IntRange(1),
+    default=65536,
+    show_default=True,
+    help="Ids that a batch request may name.",
+)
 @click.option(
     "--log",
     type=click.Choice(["json", "text"]),
