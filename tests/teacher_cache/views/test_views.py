@@ -415,7 +415,7 @@ def test_an_image_of_any_shape_has_a_view_or_is_refused(
     info, p = POLICIES[policy.name], policy.parameters
     long = max(height, width) / min(height, width) * float(p.get("resize", p.get("size", 0)))
     resized = "center" in text and long * float(p.get("resize", p.get("size", 0))) > 1.7e8
-    shape = (p["size"], p["size"], 3) if "size" in p else (height, width, 3)
+    shape = tuple(map(int, (p["size"], p["size"], 3))) if "size" in p else (height, width, 3)
     try:
         if info.per_clip is None:
             view = views_of(text, image[None]).of_image(image, sample, seed)
