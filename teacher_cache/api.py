@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.errors import InputError, MissingData, first_line
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets import create as store
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS
@@ -249,8 +249,9 @@ def freeze(
     try:
         count = count_outputs(wanted, module.cpu(), size)
     except (RuntimeError, ValueError, TypeError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"source {name} does not take input of {size} pixels: {what}") from error
+        raise InputError(
+            f"source {name} does not take input of {size} pixels: {first_line(error)}"
+        ) from error
     return frozen.freeze(
         name,
         f"{kind.__module__}.{kind.__qualname__}",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sskt.teacher_cache.errors import BadClip, BadImage, MissingData, UnknownName
+from sskt.teacher_cache.errors import BadClip, BadImage, MissingData, UnknownName, first_line
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.media.matroska import cut_off
 
@@ -220,7 +220,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _text(error: Exception) -> str:
-    return getattr(error, "strerror", "") or str(error).split("\n")[0] or type(error).__name__
+    return getattr(error, "strerror", "") or first_line(error)
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

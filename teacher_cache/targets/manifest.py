@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.errors import InputError, MissingData, UnknownName, first_line
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.scan import FOLDER, MISSING, sizes_of, sizes_of_clips
@@ -211,7 +211,7 @@ def _read(path: Path) -> _Table:
     try:
         unit, numbers, columns = read(path)
     except OSError as error:
-        what = error.strerror or str(error).splitlines()[0]
+        what = error.strerror or first_line(error)
         raise MissingData(f"cannot read manifest {path}: {what}") from error
     if not numbers:
         raise MissingData(f"manifest {path} has no rows")
@@ -323,7 +323,6 @@ def _read_parquet(path: Path) -> tuple[str, list[int], Columns]:
             _check_columns(path, names)
             table = file.read(columns=[name for name in names if name in COLUMNS])
     except pyarrow.ArrowException as error:
-        what = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as Parquet: {what}") from error
+        raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
     columns: Columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return "row", list(range(1, table.num_rows + 1)), columns

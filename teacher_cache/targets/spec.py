@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import MissingData, UnknownName
+from sskt.teacher_cache.errors import MissingData, UnknownName, first_line
 from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT, TARGETS, is_manifest, is_own
@@ -126,6 +126,6 @@ def or_downloaded(
     try:
         download(spec)
     except (RuntimeError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = first_line(error)
         raise spec.not_found(f"cannot download it: {what}") from error
     return load(spec)

@@ -286,9 +286,11 @@ def test_labels_that_are_missing_or_of_something_else(
             loader_of(target, cache, sources=sources)
     with pytest.raises(MissingData, match=make):
         loader_of(open_target(str(images), "test"), label_cache)
-    with pytest.raises(SpecMismatch, match="--limit"):
+    with pytest.raises(
+        SpecMismatch, match=r"was made with limit=60 \(all .*, but limit=30 was given"
+    ):
         loader_of(open_target(str(images), limit=30), label_cache)
-    with pytest.raises(SpecMismatch, match="--policy"):
+    with pytest.raises(SpecMismatch, match=r"but policy='none' was given; .* sskt\.cache_t"):
         loader_of(target, label_cache, policy="none")
     with pytest.raises(IncompleteLabels, match="lacks seed 3 of 4"):
         loader_of(target, label_cache, seeds=4)
