@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +79,41 @@ def _codecs(dtype: np.dtype[Any]) -> list[Any]:
 def shard_rows_of(document: Document) -> int:
     """Samples in a shard of an array."""
     return int(document["chunk_grid"]["configuration"]["chunk_shape"][1])
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """What an array's metadata says about the files of its shards.
+
+    Attributes:
+        chunks: Number of chunks in a shard.
+        largest: Largest size of a shard in bytes. Chunks that do not compress are stored as they
+            are, with a header and a checksum.
+    """
+
+    chunks: int
+    largest: int
+
+    @classmethod
+    def of(cls, document: Document) -> ShardLayout:
+        """Reads an array's metadata.
+
+        Raises:
+            ValueError, KeyError, TypeError, IndexError: If it is not as ``docs/format.md`` says.
+        """
+        (codec,) = document["codecs"]
+        inner = codec["configuration"]
+        ends = [inner["codecs"][-1]["name"], inner["index_codecs"][-1]["name"]]
+        if codec["name"] != "sharding_indexed" or inner.get("index_location", "end") != "end":
+            raise ValueError(f"codec {codec['name']}")
+        if ends != ["crc32c", "crc32c"]:
+            raise ValueError("no checksums")
+        chunks = -(-shard_rows_of(document) // int(inner["chunk_shape"][1]))
+        shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+        size = math.prod(shape) * np.dtype(document["data_type"]).itemsize
+        if chunks < 1 or size < 1:
+            raise ValueError(f"chunks of shape {shape}")
+        return cls(chunks, size + 64 * chunks + 4)
 
 
 _ABSENT = 2**64 - 1
