@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sskt.teacher_cache.storage.atomic import naming_full_disk
+from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
 
 QUEUED, COMPUTING, FAILED = "queued", "computing", "failed"
@@ -228,7 +228,4 @@ def _read(path: Path) -> Entry | None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with naming_full_disk(path):
-        partial.write_text(text)
-        partial.replace(path)
+    durable_write(path, text.encode(), synced=False)

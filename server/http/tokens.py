@@ -18,14 +18,13 @@ import secrets
 import stat
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.teacher_cache.storage.locks import lock_file
+from sskt.teacher_cache.storage.locks import file_lock
 
 SCOPES = ("read", "compute")
 PREFIX = "sskt_"
@@ -251,16 +250,13 @@ def _change(path: Path, change: Callable[[list[_Entry]], list[_Entry]], make: bo
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InputError(f"cannot write in {path.parent}: {error.strerror}") from error
-    try:
-        lock_file(handle)
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(file_lock(lock))
+        except OSError as error:
+            raise InputError(f"cannot write in {path.parent}: {error.strerror}") from error
         yield
-    finally:
-        os.close(handle)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -268,23 +264,13 @@ def _replace(path: Path, data: bytes) -> None:
 
     An administrator who adds a token must not take the file away from the server's user.
     """
-    from sskt.teacher_cache.storage.atomic import naming_full_disk, sync_folder
+    from sskt.teacher_cache.storage.atomic import durable_write
 
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with naming_full_disk(path):
-        try:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                with contextlib.suppress(FileNotFoundError):
-                    old = path.stat()
-                    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                        os.fchown(handle, old.st_uid, old.st_gid)
-                    os.fchmod(handle, stat.S_IMODE(old.st_mode) & ~_OPEN_TO_OTHERS)
-                file.write(data)
-                file.flush()
-                os.fsync(handle)
-            partial.replace(path)
-            sync_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    def keep_owner(handle: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            old = path.stat()
+            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(handle, old.st_uid, old.st_gid)
+            os.fchmod(handle, stat.S_IMODE(old.st_mode) & ~_OPEN_TO_OTHERS)
+
+    durable_write(path, data, prepare=keep_owner)
