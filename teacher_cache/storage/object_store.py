@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from zarr.storage import ObjectStore
 
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.format.names import is_set_name, set_name
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -85,7 +86,7 @@ class BucketPlace:
         return self.path.rpartition("/")[2]
 
     def below(self, name: str) -> BucketPlace:
-        return BucketPlace(self.bucket, self.root, self.key(name))
+        return BucketPlace(self.bucket, self.root, self.key(set_name(name)))
 
     def key(self, key: str) -> str:
         """A key as the bucket knows it."""
@@ -106,8 +107,8 @@ class BucketPlace:
 
         with plainly(str(self)):
             found = obstore.list_with_delimiter(self.bucket, self.path or None)
-        names = {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
-        return sorted(name for name in names if not name.startswith("."))
+        names = [prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
+        return [name for name in sorted(names) if is_set_name(name)]
 
     def _list(self, under: str) -> dict[str, _Object]:
         import obstore

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
 from sskt.teacher_cache.format.metadata import ShardLayout
+from sskt.teacher_cache.format.names import is_file_key, set_name, set_names
 from sskt.teacher_cache.storage.http.answers import DOCUMENT_BYTES, Answer, Computing, Gone
 from sskt.teacher_cache.storage.http.client import WAIT_MINUTES, Server
 from sskt.teacher_cache.storage.http.disk_cache import disk_cache
@@ -53,7 +54,7 @@ class HttpPlace:
         return self.set_name or self.server.host
 
     def below(self, name: str) -> HttpPlace:
-        return HttpPlace(self.server, self.how, name)
+        return HttpPlace(self.server, self.how, set_name(name))
 
     def where(self, key: str) -> str:
         return f"{self.server}{self._path(key)}"
@@ -70,7 +71,7 @@ class HttpPlace:
     def folders(self) -> list[str]:
         path = "/v1/label-sets"
         try:
-            return self.server.json(path, _names)
+            return list(set_names(self.server.json(path, _names), str(self)))
         except Gone as error:
             raise InputError(
                 f"{self.server} has no {path} ({error}): it is not a label server, or the URL "
@@ -235,15 +236,18 @@ class _Progress(NamedTuple):
         return cls(_count(document["missing"]), _count(document["failed"]), document["message"])
 
 
-def _names(document: Any) -> list[str]:
-    """Names of label sets, without hidden ones. Raises as ``Server.json`` expects."""
+def _names(document: Any) -> set[str]:
+    """Names of label sets. Raises as ``Server.json`` expects."""
     names = {entry["name"] for entry in document["label_sets"]} | set(document.get("damaged", ()))
-    return sorted(name for name in names if not name.startswith("."))
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name is no text")
+    return names
 
 
 def _sizes(document: Any) -> dict[str, int]:
-    """Sizes of files. Raises as ``Server.json`` expects."""
-    return {key: _count(size) for key, size in document["files"].items()}
+    """Sizes of files, without those that are none of a label set. Raises as ``_names``."""
+    files = document["files"].items()
+    return {key: _count(size) for key, size in files if is_file_key(key)}
 
 
 def _count(value: Any) -> int:
