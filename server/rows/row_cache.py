@@ -202,7 +202,8 @@ class Slabs:
     def _source(self, label_set: LabelSet, shard: Shard) -> _Source:
         """Raises ``IncompleteLabels``, ``CorruptStore`` if a file of the shard is missing."""
         layout = self.layout(label_set)
-        keys = tuple(label_set.shard_key(name, shard) for name, _, _ in layout.arrays)
+        arrays = (label_set.shard_key(name, shard) for name, _, _ in layout.arrays)
+        keys = (*arrays, label_set.commit_key(shard))
         version = self._files.version(label_set.place, keys)
         if None in version:
             self._files.forget()

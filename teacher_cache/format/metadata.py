@@ -1,14 +1,12 @@
-"""The files of a label set as bytes: its JSON documents, made through Zarr; checksums of shards."""
+"""The files of a label set as bytes, made through Zarr: its JSON documents and its shards."""
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sskt.teacher_cache.format.encodings import encoding_of
@@ -16,6 +14,8 @@ from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"
+BOUND = "bound"
+"""Attribute of a label set in which a shard is stored only with its record."""
 
 Document = dict[str, Any]
 
@@ -42,6 +42,7 @@ def new_documents(
         "spec": spec,
         "classes": list(classes),
         "made": made,
+        BOUND: True,
     }
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes={"sskt": attributes})
@@ -81,62 +82,25 @@ def shard_rows_of(document: Document) -> int:
     return int(document["chunk_grid"]["configuration"]["chunk_shape"][1])
 
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """What an array's metadata says about the files of its shards.
+def shard_file(document: Document, rows: NDArray[Any]) -> bytes:
+    """Makes a shard file of an array.
 
-    Attributes:
-        chunks: Number of chunks in a shard.
-        largest: Largest size of a shard in bytes. Chunks that do not compress are stored as they
-            are, with a header and a checksum.
+    Args:
+        document: The array's metadata.
+        rows: The rows of the shard, of the array's dtype: ``[n, *row]``. The rest of the shard is
+            filled up.
+
+    Returns:
+        The bytes of the file. They depend on the arguments only.
     """
+    import zarr
+    from zarr.core.buffer import Buffer, default_buffer_prototype
+    from zarr.storage import MemoryStore
 
-    chunks: int
-    largest: int
-
-    @classmethod
-    def of(cls, document: Document) -> ShardLayout:
-        """Reads an array's metadata.
-
-        Raises:
-            ValueError, KeyError, TypeError, IndexError: If it is not as ``docs/format.md`` says.
-        """
-        (codec,) = document["codecs"]
-        inner = codec["configuration"]
-        ends = [inner["codecs"][-1]["name"], inner["index_codecs"][-1]["name"]]
-        if codec["name"] != "sharding_indexed" or inner.get("index_location", "end") != "end":
-            raise ValueError(f"codec {codec['name']}")
-        if ends != ["crc32c", "crc32c"]:
-            raise ValueError("no checksums")
-        chunks = -(-shard_rows_of(document) // int(inner["chunk_shape"][1]))
-        shape = document["chunk_grid"]["configuration"]["chunk_shape"]
-        size = math.prod(shape) * np.dtype(document["data_type"]).itemsize
-        if chunks < 1 or size < 1:
-            raise ValueError(f"chunks of shape {shape}")
-        return cls(chunks, size + 64 * chunks + 4)
-
-
-_ABSENT = 2**64 - 1
-
-
-def shard_damage(data: bytes, chunks: int) -> str:
-    """What is wrong with a shard's bytes, by its own checksums (docs/format.md); "" if nothing."""
-    from google_crc32c import value as crc32c
-
-    if not data:
-        return "it is empty"
-    if not chunks:
-        return ""
-    index, size = data[-(16 * chunks + 4) :], 16 * chunks + 4
-    if len(index) < size or struct.unpack("<I", index[-4:])[0] != crc32c(index[:-4]):
-        return "the checksum of its index fails"
-    numbers = struct.unpack(f"<{2 * chunks}Q", index[:-4])
-    for chunk, (start, length) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
-        if start == length == _ABSENT:
-            continue
-        inner = data[start : start + length]
-        if length < 4 or len(inner) < length:
-            return f"chunk {chunk} is cut"
-        if struct.unpack("<I", inner[-4:])[0] != crc32c(inner[:-4]):
-            return f"the checksum of chunk {chunk} fails"
-    return ""
+    alone = document | {"shape": [1, *rows.shape]}
+    metadata = default_buffer_prototype().buffer.from_bytes(to_json(alone))
+    files: dict[str, Buffer] = {GROUP: metadata}
+    array = zarr.open_array(MemoryStore(files), mode="r+", zarr_format=3)
+    array.with_config({"write_empty_chunks": True})[0:1] = rows[None]
+    (key,) = files.keys() - {GROUP}
+    return files[key].to_bytes()

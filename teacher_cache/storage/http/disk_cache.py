@@ -30,7 +30,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError
-from sskt.teacher_cache.format.metadata import ShardLayout, shard_damage
+from sskt.teacher_cache.format.shards import ShardLayout, shard_damage
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.http.answers import Answer, Gone
 from sskt.teacher_cache.storage.http.client import Server

@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import quote
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
-from sskt.teacher_cache.format.metadata import ShardLayout
 from sskt.teacher_cache.format.names import is_file_key, set_name, set_names
+from sskt.teacher_cache.format.shards import RECORD_ENDING, ShardLayout, layout_of
 from sskt.teacher_cache.storage.http.answers import DOCUMENT_BYTES, Answer, Computing, Gone
 from sskt.teacher_cache.storage.http.client import WAIT_MINUTES, Server
 from sskt.teacher_cache.storage.http.disk_cache import disk_cache
-from sskt.teacher_cache.storage.http.zarr_store import ServedStore
 
 
 @dataclass(frozen=True)
@@ -150,34 +149,26 @@ class HttpPlace:
     def md5(self, key: str) -> str | None:
         return None
 
-    def array(self, name: str, *, writable: bool) -> Any:
-        import zarr
-
-        if writable:
-            self.refuse_writing()
-        metadata = self.read(f"{name}/zarr.json")
-        store = ServedStore(name, metadata, self.read_part)
-        return zarr.open_array(store, path=name, mode="r")
-
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
+        """See ``Place``. Shards come through the disk cache. Raises ``CorruptStore``."""
         array, is_shard, _ = key.partition("/c/")
-        if not is_shard:
+        if not is_shard or key.endswith(RECORD_ENDING):
             return self.read(key)[start:stop]
+        cache = disk_cache(self.server.url, self.how.folder)
         if array not in self._layouts:
             self._layouts[array] = self._layout(f"{array}/zarr.json")
-            disk_cache(self.server.url, self.how.folder).limit(self.how.gibibytes)
+            cache.limit(self.how.gibibytes)
+        layout, part = self._layouts[array], slice(start, stop)
         try:
-            return disk_cache(self.server.url, self.how.folder).read(
-                self.server, self.set_name, key, self._layouts[array], slice(start, stop)
-            )
+            return cache.read(self.server, self.set_name, key, layout, part)
         except Gone as error:
             self._listed.get(array, {}).pop(key, None)
             raise FileNotFoundError(f"{key} is gone") from error
 
     def _layout(self, key: str) -> ShardLayout:
         try:
-            return ShardLayout.of(json.loads(self.read(key)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            return layout_of(json.loads(self.read(key)))
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise CorruptStore(f"{self.where(key)} is not as docs/format.md says") from error
 
     def computes(self) -> bool:
