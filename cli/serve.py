@@ -41,7 +41,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     type=click.FloatRange(0, min_open=True),
     default=2.0,
     show_default=True,
-    help="GiB for labels asked for in random order, kept decoded; shared by all workers.",
+    help="GiB for decoded labels of batches, an equal part for each worker.",
 )
 @click.option(
     "--queue",

@@ -43,6 +43,7 @@ ORDER = (
     "trainer.api",
     "trainer.paper",
     "server.settings",
+    "server.run_folder",
     "server.http",
     "server.metrics",
     "server.compute",

@@ -19,10 +19,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sskt.server.http.middleware import require_scope
 from sskt.server.http.openapi import problems
 from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
-from sskt.server.routes.compute import wait_for
+from sskt.server.routes.compute import may_compute, wait_for
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_file_key, is_set_name
@@ -356,7 +355,7 @@ def count_labels(state: State, key: str) -> None:
 async def _computed(request: Request, state: State, key: str) -> File:
     """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
     name, _, inner = key.partition("/")
-    if state.on_demand and "/c/" in inner and _may_compute(request):
+    if state.on_demand and "/c/" in inner and may_compute(request):
         label_set = await asyncio.to_thread(state.sets.get, name)
         shard = shard_of(label_set, inner)
         if shard and label_set.name == name:
@@ -365,14 +364,6 @@ async def _computed(request: Request, state: State, key: str) -> File:
             if file:
                 return file
     raise _nothing(key)
-
-
-def _may_compute(request: Request) -> bool:
-    try:
-        require_scope(request, "compute")
-    except Problem:
-        return False
-    return True
 
 
 def _nothing(path: str) -> Problem:

@@ -26,7 +26,8 @@ from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
+from sskt.teacher_cache.targets.open import load_target
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, Policy
 from sskt.teacher_cache.views.views import Views, check_of, open_views
@@ -219,15 +220,16 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
     """The samples a set was made over. Raises ``SpecMismatch`` if they are not the same now."""
     made, spec = label_set.attributes["made"], label_set.spec
     name = instead.target or made.get("target") or spec["target"]["name"]
-    root = instead.root or (Path(made["root"]) if made.get("root") else None)
-    target = open_target(
-        name,
-        spec["target"]["split"],
-        root=root,
-        limit=made.get("limit"),
-        partial=made.get("partial", False),
-        decoder=spec["views"].get("decoder", "pyav"),
-        strict=made.get("strict", False),
+    target = load_target(
+        DatasetSpec(
+            name,
+            spec["target"]["split"],
+            root=instead.root or made.get("root"),
+            limit=made.get("limit"),
+            partial=made.get("partial", False),
+            decoder=spec["views"].get("decoder", "pyav"),
+            strict=made.get("strict", False),
+        )
     )
     target = open_views(target, reopen_policy(label_set)).target
     require({"target": target.identity()}, spec, label_set.name)

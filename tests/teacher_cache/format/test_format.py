@@ -20,6 +20,7 @@ from support.helpers import TINY, tree
 from support.independent_reader import FormatError, compare, load_factory, open_folder, open_set
 from support.random_labels import make_labels
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
 from sskt.teacher_cache.format.encodings import as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.format.spec import canonical_json, digest_of
@@ -28,7 +29,6 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.verify import reopen_policy
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, check_of
