@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
-from sskt.cli.training_output import first_line, hooks_of
+from sskt.cli.training.training_output import first_line, hooks_of
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import (
     CHOICES,

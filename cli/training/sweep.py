@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
-from sskt.cli.train import _all_options
-from sskt.cli.training_output import hooks_of
+from sskt.cli.training.train import _all_options
+from sskt.cli.training.training_output import hooks_of
 from sskt.teacher_cache.errors import (
     IncompleteLabels,
     InputError,

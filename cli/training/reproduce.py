@@ -11,7 +11,7 @@ import click
 
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
-from sskt.cli.reproduce_plan import Training, show_plan
+from sskt.cli.training.reproduce_plan import Training, show_plan
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import INDIFFERENT
 from sskt.trainer.paper.select import select_rows
@@ -340,7 +340,7 @@ def _limited(configs: Sequence[TrainConfig], fraction: float, bar: Bar) -> list[
 
 def _train(row: Row, config: TrainConfig) -> float:
     with working("loading"):
-        from sskt.cli.training_output import hooks_of
+        from sskt.cli.training.training_output import hooks_of
         from sskt.trainer.loop.runs import open_live_sources, run_training
         from sskt.trainer.models.pretrained import input_scale_of
         from sskt.trainer.results.groups import result_of

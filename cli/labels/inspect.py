@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.label_set_options import (
+from sskt.cli.labels.label_set_options import (
     cache_option,
     device_option,
     root_option,

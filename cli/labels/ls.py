@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.label_set_options import root_option, sets_argument, target_option
+from sskt.cli.labels.label_set_options import root_option, sets_argument, target_option
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.output import as_json, error_text, human_bytes, print_json, print_table, progress
 from sskt.teacher_cache.errors import SsktError

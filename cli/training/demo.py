@@ -99,7 +99,7 @@ def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
 def _train(config: TrainConfig, out: Path, bar: Bar) -> list[dict[str, Any]]:
     import shutil
 
-    from sskt.cli.training_output import hooks_of
+    from sskt.cli.training.training_output import hooks_of
     from sskt.trainer.loop.setup import make_plan
     from sskt.trainer.loop.trainer import Trainer
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from sskt.cli.labels.labelling_options import job_of, job_options, require_ready, run_options
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
-from sskt.cli.options import job_of, job_options, require_ready, run_options
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.labels.labelling_options import job_of, job_options, require_ready, run_options
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
-from sskt.cli.options import job_of, job_options, require_ready, run_options
 from sskt.cli.output import (
     as_json,
     error_text,
