@@ -24,6 +24,7 @@ from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
 from sskt.server.routes.compute import may_compute, wait_for
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.names import is_file_key, is_set_name
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import Place
@@ -38,7 +39,6 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 MUTABLE = "no-cache"
 RETRY = {"Retry-After": "5"}
 
-_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
@@ -178,12 +178,11 @@ async def open_file(home: Place, key: str) -> File | None:
 def valid_key(path: str) -> str | None:
     """A key that can be one of a cache's; None for anything else.
 
-    Names that begin with a dot (locks, partial sets) and partial files are nobody's business.
+    Hidden files (locks, unfinished label sets) and partial files are not served.
     """
-    parts = path.split("/")
-    if len(parts) < 2 or path.endswith(".partial"):
-        return None
-    return path if all(_PART.fullmatch(part) for part in parts) else None
+    name, _, key = path.partition("/")
+    served = is_set_name(name) and is_file_key(key) and not key.endswith(".partial")
+    return path if served else None
 
 
 def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
