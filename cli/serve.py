@@ -51,6 +51,13 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     help="Shards that may wait to be computed; more are told to come back.",
 )
 @click.option(
+    "--max-seeds",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="View seeds to which a request may let a label set grow (--on-demand).",
+)
+@click.option(
     "--max-requests",
     type=click.IntRange(1),
     default=64,

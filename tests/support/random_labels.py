@@ -22,8 +22,12 @@ def make_labels(
     *,
     without: Iterable[tuple[int, int]] = (),
     salt: int = 0,
+    rows: int = ROWS,
 ) -> LabelSet:
-    """A label set opened for reading, without some (seed, block). ``salt``: other labels."""
+    """A label set opened for reading, without some (seed, block).
+
+    ``salt``: other labels. ``rows``: samples in a shard.
+    """
     names = tuple(f"class {i}" for i in range(CLASSES))
     kind = parse_encoding(encoding)
     spec = {
@@ -34,7 +38,7 @@ def make_labels(
         "encoding": kind.identity(),
     }
     made = {"source": "none"}
-    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=ROWS, made=made)
+    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=rows, made=made)
     for shard in label_set.missing(range(SEEDS)):
         if (shard.seed, shard.block) not in without:
             write_shard(label_set, shard, salt)
