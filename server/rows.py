@@ -31,7 +31,7 @@ Int64 = NDArray[np.int64]
 Version = tuple[tuple[object, ...] | None, ...]
 """For each file of a shard something that changes with its content; None if it is missing."""
 
-PIECE = 16 * 2**20
+PIECE = 4 * 2**20
 """Bytes of rows that are decoded at once."""
 LISTED_SECONDS = 10.0
 """Lifetime of a listing of a bucket; a tenth of it if a file is missing from the listing."""
