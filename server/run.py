@@ -8,10 +8,8 @@ import logging
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,10 +22,10 @@ from uvicorn.supervisors import Multiprocess
 from sskt.server.http.logs import log_config
 from sskt.server.http.protocol import LimitedProtocol, many_files
 from sskt.server.http.tokens import Tokens
+from sskt.server.run_folder import run_folder
 from sskt.server.settings import VARIABLE, Settings
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.local import LocalPlace
-from sskt.teacher_cache.storage.locks import lock_file
 from sskt.teacher_cache.storage.object_store import BucketPlace
 from sskt.teacher_cache.storage.open import open_cache
 
@@ -36,7 +34,6 @@ GRACE_SECONDS = 20
 RESTART_SECONDS = 5.0
 """Pause before an owner that died is started again."""
 BACKLOG = 4096
-PREFIX, LOCK = "sskt-serve-", "lock"
 
 _log = logging.getLogger("sskt.server")
 
@@ -153,33 +150,6 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     listener.set_inheritable(True)
     with contextlib.closing(listener):
         yield listener
-
-
-@contextlib.contextmanager
-def run_folder() -> Iterator[Path]:
-    """A folder for what this server's processes share, readable by nobody else.
-
-    What killed servers of this user left behind is removed.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    try:
-        with (folder / LOCK).open("w") as lock:
-            lock_file(lock.fileno())
-            for other in folder.parent.glob(f"{PREFIX}*"):
-                if other != folder and other.lstat().st_uid == os.getuid():
-                    _sweep(other)
-            for name in ("prometheus", "queue"):
-                (folder / name).mkdir()
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    # Somebody else's, gone, or in use.
-    with contextlib.suppress(OSError), (folder / LOCK).open("r+") as lock:
-        if lock_file(lock.fileno(), wait=False):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

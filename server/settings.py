@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 
 VARIABLE = "SSKT_SERVER"
 """Environment variable that carries the settings to the workers."""
@@ -51,6 +52,7 @@ class Settings:
     body_seconds: float = 30
     request_seconds: float = 60
     send_seconds: float = 60
+    started: float = field(default_factory=time.monotonic)
 
     def as_json(self) -> str:
         """For ``from_environment``."""

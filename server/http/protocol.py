@@ -2,13 +2,12 @@
 
 uvicorn's httptools protocol has no limit on a request's head, on idle or half-sent requests, on
 pipelined ones, or on how long a closed connection may refuse its last bytes. The answer's body
-and its time limits are the gate's.
+and its time limits are the middleware's.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import resource
@@ -23,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from sskt.server.http.problems import MEDIA_TYPE
+from sskt.server.http.problems import Problem, json_answer
 from sskt.server.settings import VARIABLE, Settings, from_environment
 
 MAX_HEAD = 2**16
@@ -267,10 +266,7 @@ def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
 
 
 def _refusal(status: HTTPStatus) -> bytes:
-    problem = {"type": "about:blank", "title": status.phrase.lower(), "status": int(status)}
-    body = json.dumps(problem).encode()
-    headers = (
-        f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
-        "cache-control: no-store\r\nx-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
-    )
-    return STATUS_LINE[status] + headers.encode() + body
+    answer = json_answer(Problem(status, status.phrase.lower(), ""))
+    head = [*answer.raw_headers, (b"x-content-type-options", b"nosniff"), (b"connection", b"close")]
+    lines = b"".join(b"%s: %s\r\n" % pair for pair in head)
+    return STATUS_LINE[status] + lines + b"\r\n" + bytes(answer.body)

@@ -24,6 +24,7 @@ from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
 from sskt.server.routes.compute import may_compute, no_such_seed, wait_for
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -176,14 +177,14 @@ async def open_file(home: Place, key: str) -> File | None:
 
 def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
     """The shard that a key within a label set belongs to, of any seed; None for other keys."""
-    match = _SHARD.fullmatch(inner)
+    match = _SHARD.fullmatch(inner.removesuffix(RECORD_ENDING))
     if not match or match[1] not in label_set.arrays:
         return None
     seed, block = int(match[2]), int(match[3])
     if block >= label_set.blocks or seed >= 2**31:
         return None
     shard = label_set.shard(seed, block)
-    return shard if label_set.shard_key(match[1], shard) == inner else None
+    return shard if inner in label_set.shard_keys(shard) else None
 
 
 def ranges(header: str | None, size: int) -> tuple[int, int] | None:

@@ -122,7 +122,7 @@ def test_a_table_is_made_and_continued_after_a_cut(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sskt.cli.training_output.EpochLines.__call__", stop)
+        patch.setattr("sskt.cli.training.training_output.EpochLines.__call__", stop)
         status, _, err = sskt(*small, "--out", cut, "--cache", cut / "cache")
     assert status == 130 and "the same command continues" in err
     assert epochs == [0, 1, 0]

@@ -140,17 +140,17 @@ def test_four_trainings_through_one_server_that_is_killed_meanwhile(
 def test_a_server_that_ends_leaves_nobody_behind(real: Path, tmp_path: Path) -> None:
     """Stopped gently or killed: no worker keeps the port, and gently no folder stays."""
     port = free_port()
-    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*"))
+    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*"))
     with server("--cache", real, "--workers", 2, port=port) as one:
         one.send_signal(signal.SIGTERM)
         assert one.wait(30) == 0
         assert not answers(port)
-    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) <= before
+    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*")) <= before
     with server("--cache", real, "--workers", 2, port=port) as one:
         one.kill()
         one.wait()
         wait_until(lambda: not answers(port))
-    left = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) - before
+    left = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*")) - before
     assert len(left) == 1
     with server("--cache", real, port=port) as one:
         assert not any(folder.exists() for folder in left)

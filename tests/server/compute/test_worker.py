@@ -113,6 +113,11 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def paces(queue: Queue) -> list[float]:
+    with queue._open() as db:
+        return [seconds for (seconds,) in db.execute("select seconds from pace")]
+
+
 def stored(cache: Path) -> dict[str, str]:
     files = tree(cache)
     return {name: sha for name, sha in files.items() if not name.startswith(".locks")}
@@ -234,18 +239,26 @@ def test_many_processes_and_threads_ask_at_once(tmp_path: Path) -> None:
     assert sum(asked is not None for asked in got) == 10  # both who asked for a taken one
 
 
-def test_a_failure_is_told_again_and_then_tried_anew(tmp_path: Path) -> None:
+def test_a_failure_is_reported_again_and_then_tried_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the time of day is set meanwhile."""
+    clock, day = time.monotonic(), time.time()
+    monkeypatch.setattr(shard_queue, "_clock", lambda: clock)
     queue = Queue(tmp_path / "queue", 5)
     queue.ask("a", 0, 0)
     queue.fail(queue.take()[0], "MissingData", "gone")
+    monkeypatch.setattr(time, "time", lambda: day - 86400)
     again = queue.ask("a", 0, 0)
     assert (again.state, again.kind, again.message) == (FAILED, "MissingData", "gone")
-    assert 1 <= queue.retry_seconds(again) <= shard_queue.FAILED_SECONDS
-    queue.failed_seconds = 0
+    assert queue.retry_seconds(again) == shard_queue.FAILED_SECONDS
+    clock += shard_queue.FAILED_SECONDS
     assert queue.ask("a", 0, 0).state == QUEUED
+    assert queue.ask("b", 0, 0).asked == 2  # behind, though by the clock it came before
     queue.fail(queue.take()[0], "MissingData", "gone")
-    queue.ask("b", 0, 0)
-    assert [entry.set for entry in queue.state()] == ["b"]  # what is over is not kept
+    clock += shard_queue.FAILED_SECONDS
+    queue.ask("c", 0, 0)
+    assert [entry.set for entry in queue.state()] == ["b", "c"]  # what is over is not kept
 
 
 def test_the_estimate_follows_the_last_shards(tmp_path: Path) -> None:
@@ -318,8 +331,7 @@ def test_bytes_are_those_of_cache_teachers(
     with owner(settings):
         for block, seed in itertools.product(range(BLOCKS), (1, 2)):
             wait(state, seed, block)
-        pace = queue_of(state).folder / "pace"
-        until(lambda: pace.exists() and len(json.loads(pace.read_bytes())) == BLOCKS)
+        until(lambda: len(paces(queue_of(state))) == BLOCKS)
     assert stored(Path(settings.cache)) == stored(made[3])
     assert written(settings) == 2 * BLOCKS  # in four passes: both seeds of a block in one
     assert queue_of(state).state() == []
