@@ -36,7 +36,7 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
 
     Shows what would go and asks. A set that another process of this machine is writing to is
     refused; in an object store that cannot be seen. With --seeds the sets stay, and
-    cache-teachers labels those seeds again.
+    cache-teachers labels those seeds again; without its last seeds a set is that much shorter.
     """
     from sskt.teacher_cache.storage.open import is_served, open_cache
     from sskt.teacher_cache.tools.remove import removable, remove_label_set

@@ -86,6 +86,13 @@ GROUPS = {
     help="Shards that may wait to be computed; more are told to come back.",
 )
 @click.option(
+    "--max-seeds",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="View seeds to which a request may let a label set grow (--on-demand).",
+)
+@click.option(
     "--max-requests",
     type=click.IntRange(1),
     default=64,
