@@ -13,8 +13,12 @@ from sskt.cli.output import as_json, print_json, print_table
 @as_json
 def datasets(as_json: bool) -> None:
     """List the known targets and the layout that each expects under --root."""
-    from sskt.teacher_cache.targets.folder import FOLDER_LAYOUT
-    from sskt.teacher_cache.targets.registry import CLIP_POLICY, IMAGE_POLICY, TARGETS
+    from sskt.teacher_cache.targets.registry import (
+        CLIP_POLICY,
+        FOLDER_LAYOUT,
+        IMAGE_POLICY,
+        TARGETS,
+    )
 
     known: list[dict[str, Any]] = [
         {

@@ -85,9 +85,11 @@ def _own_folder(out: Path) -> None:
 def _cache(config: TrainConfig, seeds: int, bar: Bar) -> Any:
     from sskt.teacher_cache.labeling import run as stage
     from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
+    from sskt.teacher_cache.targets.spec import DatasetSpec
 
     say(f"caching {SOURCE} over shapes, {seeds} view seeds")
-    job = Job((SOURCE,), "shapes", str(config.cache), limit=config.limit, device=config.device)
+    dataset = DatasetSpec("shapes", limit=config.limit)
+    job = Job((SOURCE,), dataset, str(config.cache), device=config.device)
     opened = open_job_sources(job)
     sources, options = [one.source for one in opened], job.options(opened)
     views = open_job_views(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,12 +195,12 @@ def require_ready(given: dict[str, Any]) -> None:
         MissingData: Names all files that are missing.
     """
     from sskt.teacher_cache.sources.names import parse_source
-    from sskt.teacher_cache.targets.registry import lacking_data
+    from sskt.teacher_cache.targets.spec import DatasetSpec
 
     target, root = given["target"], given["root"]
     files = [parse_source(text).file for text in given["sources"]]
     problems = [f"no file {file}" for file in files if file is not None and not file.is_file()]
-    lacking = lacking_data(target, root, download=given["download"])
+    lacking = DatasetSpec(target, root=root, download=given["download"]).lacking_data()
     raise_missing([*problems, lacking] if lacking else problems)
     if line := data_line(target, root):
         click.echo(line, err=True)
@@ -208,6 +209,7 @@ def require_ready(given: dict[str, Any]) -> None:
 def job_of(cache: str, given: dict[str, Any], **more: Any) -> Job:
     """The job that the options describe."""
     from sskt.teacher_cache.labeling.job import Job
+    from sskt.teacher_cache.targets.spec import DatasetSpec
 
-    root = given.pop("root")
-    return Job(cache=cache, root=str(root) if root else None, **given, **more)
+    dataset = DatasetSpec(**{field.name: given.pop(field.name) for field in fields(DatasetSpec)})
+    return Job(dataset=dataset, cache=cache, **given, **more)

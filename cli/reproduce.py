@@ -41,14 +41,14 @@ PICTURE = "figure.png"
     "selectors",
     multiple=True,
     metavar="N|N-M|NAME",
-    help="Only these rows: number, range, or name (with *); repeat. --dry-run lists them.",
+    help="Only these rows: number, range, name or shell pattern; repeat. --dry-run lists them.",
 )
 @click.option(
     "--panel",
     "panels",
     multiple=True,
     metavar="N|N-M|NAME",
-    help="Only these graphs of a figure: number, range, or name (with *); repeat.",
+    help="Only these graphs of a figure: number, range, name or shell pattern; repeat.",
 )
 @click.option(
     "--runs",

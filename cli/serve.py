@@ -53,7 +53,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     type=click.FloatRange(0, min_open=True),
     default=2.0,
     show_default=True,
-    help="GiB of decoded labels that are kept for batches in random order; shared by all workers.",
+    help="GiB of decoded labels that are kept for batches; each worker has an equal part.",
 )
 @click.option(
     "--queue",

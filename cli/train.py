@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -13,42 +12,45 @@ import click
 from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
 from sskt.cli.training_output import first_line, hooks_of
 from sskt.teacher_cache.errors import InputError
-from sskt.trainer.config import FIELDS, TYPES, TrainConfig, make_config, read_config, read_recipe
+from sskt.trainer.config import (
+    CHOICES,
+    FIELDS,
+    TYPES,
+    TrainConfig,
+    help_texts,
+    make_config,
+    read_config,
+    read_recipe,
+)
 from sskt.trainer.loop.preflight import require_present
 
 Command = Callable[..., None]
 
 
-def _option(name: str) -> Callable[[Command], Command]:
-    spec, kind = FIELDS[name], TYPES[name]
-    options = (
-        [k for k in typing.get_args(kind) if k is not type(None)]
-        if isinstance(kind, types.UnionType)
-        else [kind]
-    )
-    item = typing.get_args(options[0])
-    flag = options[0] is bool
+def _option(name: str, about: str) -> Callable[[Command], Command]:
+    kind = TYPES[name][0]
+    item = typing.get_args(kind)
     default = getattr(TrainConfig, name, None)
-    about = spec.metadata["about"]
     if default not in (None, "", False) and not item:
         about += f" [default: {default}]"
     settings: dict[str, Any] = {"help": about, "default": None}
-    if flag:
+    if kind is bool:
         return click.option(
             f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}", name, **settings
         )
-    if spec.metadata["choices"]:
-        settings["type"] = click.Choice(spec.metadata["choices"])
-    elif options[0] is Path:
+    if name in CHOICES:
+        settings["type"] = click.Choice(CHOICES[name])
+    elif kind is Path:
         settings["type"] = click.Path(path_type=Path)
     else:
-        settings["type"] = item[0] if item else options[0]
+        settings["type"] = item[0] if item else kind
     return click.option(f"--{name.replace('_', '-')}", name, multiple=bool(item), **settings)
 
 
 def _all_options(command: Command) -> Command:
+    about = help_texts()
     for name in reversed(FIELDS):
-        command = _option(name)(command)
+        command = _option(name, about.get(name, ""))(command)
     return command
 
 

@@ -1,4 +1,4 @@
-"""``sskt verify``: checking label sets without changing them."""
+"""``sskt verify``: checking label sets."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ from sskt.teacher_cache.errors import InputError
     type=click.FloatRange(0),
     help="Allowed total variation distance; default 0.005, 0.05 for bfloat16 sources.",
 )
+@click.option(
+    "--bind",
+    is_flag=True,
+    help="Bind the shards of sets of older versions to their places, after the check.",
+)
 @click.option("--source", help="Source to open instead of the recorded one (one set only).")
 @click.option(
     "--weights", type=click.Path(path_type=Path), help="Its weights, if not the recorded file."
@@ -49,6 +54,7 @@ def verify(
     sets: tuple[str, ...],
     count: int,
     tolerance: float | None,
+    bind: bool,
     source: str | None,
     weights: Path | None,
     root: Path | None,
@@ -57,6 +63,10 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check label sets: every checksum, every row, coverage; with --recompute also the labels.
+
+    Only --bind changes anything: it adds the records of shards that have none, and none to a
+    damaged shard. A shard is bound to the place where it is: check a set that may be mixed up with
+    --recompute first.
 
     Exit status 1 if anything is wrong or missing.
     """
@@ -70,7 +80,8 @@ def verify(
     reports = []
     with progress() as bar:
         for label_set in chosen:
-            report = checks.verify(label_set, bar(f"shards of {label_set.spec['source']['name']}"))
+            step = bar(f"shards of {label_set.spec['source']['name']}")
+            report = checks.bind(cache, label_set, step) if bind else checks.verify(label_set, step)
             if count:
                 step = bar(f"recomputing {label_set.spec['source']['name']}")
                 report = checks.recompute(
@@ -94,6 +105,11 @@ def _print_reports(reports: list[Any]) -> None:
         if r.recomputed:
             said += f", {r.recomputed} recomputed (worst distance {r.worst_distance:.2e})"
         click.echo(said + (": clean" if not r.problems else f": {len(r.problems)} problems"))
+        if r.unbound:
+            click.echo(
+                f"  {r.unbound} shards are not bound to their places: one in the place of another "
+                "would not be noticed; sskt verify --bind adds their records"
+            )
         for problem in r.problems[:20]:
             click.echo(f"  {problem}")
         if len(r.problems) > 20:

@@ -16,9 +16,10 @@ class Settings:
     """The arguments of ``sskt serve``, and its run folder.
 
     cache: folder or URL of the label sets. run: temporary folder shared by this server's
-    processes. memory: GiB of decoded slabs for batches, shared by all workers. queue: shards that
-    may wait to be computed. wait_seconds: how long a request waits for one. max_ids, max_body
-    (bytes): of one batch. max_requests, max_requests_each: at once, of a worker and of one client
+    processes. memory: GiB of decoded labels for batches, an equal part for each worker. queue:
+    shards that may wait to be computed. wait_seconds: how long a request waits for one. max_ids,
+    max_body (bytes), max_answer (bytes), max_decoded (bytes of the chunks that its rows are in): of
+    one batch. max_requests, max_requests_each: at once, of a worker and of one client
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
     request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
     for so long is cut off.
@@ -40,6 +41,8 @@ class Settings:
     wait_seconds: float = 20
     memory: float = 2.0
     max_ids: int = 65536
+    max_answer: int = 2**28
+    max_decoded: int = 2**32
     max_body: int = 2**20
     max_requests: int = 64
     max_requests_each: int = 16

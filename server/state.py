@@ -1,4 +1,4 @@
-"""What the routes of one worker share: label sets, tokens, slabs, metrics, the queue."""
+"""What the routes of one worker share: label sets, tokens, decoded rows, metrics, the queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sskt.server.compute.queue import Queue
 from sskt.server.http.problems import DAMAGED, Problem
 from sskt.server.http.tokens import Tokens
 from sskt.server.metrics.metrics import Metrics
-from sskt.server.rows.row_cache import Slabs
+from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
@@ -123,7 +123,7 @@ class State:
     sets: Sets
     metrics: Metrics
     tokens: Tokens | None
-    slabs: Slabs
+    rows: RowCache
     on_demand: Queue | None
 
 
@@ -138,7 +138,7 @@ def make_state(settings: Settings) -> State:
         Sets(home),
         metrics,
         Tokens(Path(settings.token_file)) if settings.token_file else None,
-        Slabs(run / "slabs", int(settings.memory * 2**30), metrics),
+        RowCache(int(settings.memory * 2**30 / settings.workers), metrics),
         Queue(run / "queue", settings.queue) if settings.on_demand else None,
     )
 

@@ -6,6 +6,7 @@ any other ``SsktError`` is a failure of the run itself (exit status 1).
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -22,11 +23,29 @@ class InputError(SsktError):
 
 
 class UnknownName(InputError):
-    """A name that is not in the table it was looked up in."""
+    """A name that is not in the table it was looked up in.
+
+    The message suggests the names that are spelled alike; without any it lists the known ones.
+    """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        names = list(known)
+        near = did_you_mean(name, names)
+        listed = f"known: {', '.join(names)}"
+        if near:
+            listed = f"{near}; {listed}" if len(names) <= FEW else near
         tail = f"; {hint}" if hint else ""
-        super().__init__(f"unknown {kind} '{name}'; known: {', '.join(known)}{tail}")
+        super().__init__(f"unknown {kind} '{name}'; {listed}{tail}")
+
+
+FEW = 25
+"""Up to so many known names are listed beside a suggestion."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'stl10'?`` with the nearest known names; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
 
 
 class MissingData(InputError):
@@ -71,6 +90,19 @@ class Diverged(SsktError):
 
 class TeacherMoved(SsktError):
     """A frozen source changed while it was labelling."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line.
+
+    Args:
+        error: Any exception, usually one of a library.
+
+    Returns:
+        The first line that is not blank; the name of the exception's class if there is none.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def raise_missing(problems: Sequence[str]) -> None:

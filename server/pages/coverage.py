@@ -57,15 +57,12 @@ def coverage_of(label_set: LabelSet) -> Coverage:
     """Looks at every file of a set. Raises ``SsktError`` if its storage cannot be reached."""
     size = _sizes(label_set)
     stored = np.zeros((label_set.seeds, label_set.blocks), bool)
-    *before, last = label_set.arrays
-    total = sum(size(key) or 0 for key in [GROUP, *(f"{a}/{GROUP}" for a in (*before, last))])
+    total = sum(size(key) or 0 for key in [GROUP, *(f"{a}/{GROUP}" for a in label_set.arrays)])
     for shard in label_set.shards(range(label_set.seeds)):
-        for array in (last, *before):
-            found = size(label_set.shard_key(array, shard))
-            if found is None:
-                break
-            total += found
-            stored[shard.seed, shard.block] = True
+        if size(label_set.commit_key(shard)) is None:
+            continue
+        stored[shard.seed, shard.block] = True
+        total += sum(size(key) or 0 for key in label_set.shard_keys(shard))
     counts = np.full(label_set.blocks, label_set.shard_rows)
     counts[-1:] = label_set.samples - (label_set.blocks - 1) * label_set.shard_rows
     return Coverage(stored, stored @ counts / max(1, label_set.samples), total)

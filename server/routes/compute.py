@@ -196,6 +196,15 @@ def why_not(label_set: LabelSet) -> str:
     )
 
 
+def may_compute(request: Request) -> bool:
+    """True if the request has the scope ``compute``."""
+    try:
+        require_scope(request, "compute")
+    except Problem:
+        return False
+    return True
+
+
 def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
     """The shard's entry in the queue, asked for where there is none; None: it is stored.
 

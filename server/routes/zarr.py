@@ -19,12 +19,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sskt.server.http.middleware import require_scope
 from sskt.server.http.openapi import problems
 from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
-from sskt.server.routes.compute import wait_for
+from sskt.server.routes.compute import may_compute, wait_for
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -188,14 +188,14 @@ def valid_key(path: str) -> str | None:
 
 def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
     """The shard that a key within a set belongs to; of seeds that the set may yet grow to, too."""
-    match = _SHARD.fullmatch(inner)
+    match = _SHARD.fullmatch(inner.removesuffix(RECORD_ENDING))
     if not match or match[1] not in label_set.arrays:
         return None
     seed, block = int(match[2]), int(match[3])
     if block >= label_set.blocks or seed >= 2**31:
         return None
     shard = label_set.shard(seed, block)
-    return shard if label_set.shard_key(match[1], shard) == inner else None
+    return shard if inner in label_set.shard_keys(shard) else None
 
 
 def ranges(header: str | None, size: int) -> tuple[int, int] | None:
@@ -356,7 +356,7 @@ def count_labels(state: State, key: str) -> None:
 async def _computed(request: Request, state: State, key: str) -> File:
     """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
     name, _, inner = key.partition("/")
-    if state.on_demand and "/c/" in inner and _may_compute(request):
+    if state.on_demand and "/c/" in inner and may_compute(request):
         label_set = await asyncio.to_thread(state.sets.get, name)
         shard = shard_of(label_set, inner)
         if shard and label_set.name == name:
@@ -365,14 +365,6 @@ async def _computed(request: Request, state: State, key: str) -> File:
             if file:
                 return file
     raise _nothing(key)
-
-
-def _may_compute(request: Request) -> bool:
-    try:
-        require_scope(request, "compute")
-    except Problem:
-        return False
-    return True
 
 
 def _nothing(path: str) -> Problem:

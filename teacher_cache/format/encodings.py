@@ -193,6 +193,32 @@ def soft_labels(
     return (p / p.sum(dim=1, keepdim=True)).float()
 
 
+def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> float:
+    """How far apart two versions of the same stored labels are.
+
+    Args:
+        encoding: Their encoding.
+        one: Values of the last array of the encoding: ``[n, width]``.
+        other: The same array of the other version.
+
+    Returns:
+        The mean total variation distance of a row, half the sum of absolute differences of
+        probabilities; infinity if they differ in which rows are skipped.
+    """
+    p, q = (_probabilities(encoding, values) for values in (one, other))
+    if (np.isnan(p) != np.isnan(q)).any():
+        return math.inf
+    return float(np.nansum(np.abs(p - q)) / 2 / max(1, len(p)))
+
+
+def _probabilities(encoding: Encoding, values: NDArray[Any]) -> NDArray[np.float64]:
+    if encoding.name != "u8":
+        return np.exp(values.astype(np.float64))
+    p = (values.astype(np.float64) / 255) ** U8_POWER
+    with np.errstate(invalid="ignore"):
+        return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
 def as_tensors(encoded: Encoded) -> EncodedTensors:
     """The same memory as torch tensors (unsigned 16/32-bit indices widened)."""
     import torch

@@ -21,6 +21,15 @@ FORMAT = 1
 Spec = dict[str, Any]
 
 
+TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
+"""Largest total variation distance between labels of two machines, by the source's precision."""
+
+
+def tolerance_of(spec: Mapping[str, Any]) -> float:
+    """How far labels that another machine recomputes may differ (total variation distance)."""
+    return TOLERANCE[spec["source"].get("precision", "float32")]
+
+
 def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
     """All that a label depends on; two runs with equal specs make the same labels."""
     return {

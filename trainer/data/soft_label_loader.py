@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.label_sets.find import require_seeds
+from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
@@ -26,8 +28,14 @@ from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
 from sskt.trainer.data.label_choice import find_labels
 from sskt.trainer.data.loader import Batch, Feed, in_memory
 from sskt.trainer.data.soft_label_batch import Normalise, SoftLabelBatch
-from sskt.trainer.data.soft_labels import CHECKED_ROWS, WindowLabels, labels_over
-from sskt.trainer.distributed import Ranks
+from sskt.trainer.data.soft_labels import (
+    CHECKED_ROWS,
+    NoLabels,
+    Window,
+    WindowLabels,
+    labels_over,
+)
+from sskt.trainer.distributed import Ranks, batches_of
 from sskt.trainer.models.normalization import NORMALISATIONS
 
 if TYPE_CHECKING:
@@ -310,6 +318,19 @@ class SoftLabelLoader:
                     yield self._batch(found, labels, (i, j), len(batches[j]), unreadable)
                     unreadable = 0
         self.seek(epoch + 1)
+
+    def without_labels(self, number: int) -> Iterator[SoftLabelBatch]:
+        """Goes once through all samples in one process, without soft labels.
+
+        Args:
+            number: View seed, and number of the order among those of the seed.
+        """
+        order, samples = self.order, np.arange(len(self.views.target))
+        batches = batches_of(permutation(samples, order.seed, number), order.batch_size)
+        labels = NoLabels().enter(Window(number, ((0, len(samples)),)), None)
+        for i, found in enumerate(self.feed(batches, number)):
+            if len(found.samples):
+                yield self._batch(found, labels, (0, i), len(batches[i]), len(found.bad))
 
     def _batch(
         self,

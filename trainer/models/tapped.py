@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import InputError, SsktError, first_line
 from sskt.teacher_cache.sources.python_code import load_module
 from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
 
@@ -164,9 +164,8 @@ def _look(
             picture = torch.zeros(1, 3, size, size, device=parameter.device)
             output = body.eval()(picture)
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{name} does not run on pictures of {size} pixels: {what[:200]}"
+            f"{name} does not run on pictures of {size} pixels: {first_line(error)[:200]}"
         ) from error
     finally:
         for handle in handles:
@@ -241,8 +240,9 @@ def torchvision_network(
             torchvision_arch(name), weights=None, num_classes=classes, **options
         )
     except (ValueError, RuntimeError, AssertionError) as error:
-        what = str(error).splitlines()[0]
-        raise InputError(f"{name} cannot be built for pictures of {size} pixels: {what}") from error
+        raise InputError(
+            f"{name} cannot be built for pictures of {size} pixels: {first_line(error)}"
+        ) from error
     if small and name in KNOWN_TAPS:
         _shrink(name, network)
     probe = PROBE if name in KNOWN_TAPS else size or USUAL
@@ -315,7 +315,7 @@ def user_network(
     except SsktError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"model {name} failed: {what}") from error
     if not isinstance(network, nn.Module):
         kind = type(network).__name__

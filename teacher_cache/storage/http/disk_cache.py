@@ -37,7 +37,7 @@ from typing import BinaryIO, ClassVar
 from urllib.parse import quote, unquote
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError
-from sskt.teacher_cache.format.metadata import shard_damage
+from sskt.teacher_cache.format.shards import shard_damage
 from sskt.teacher_cache.storage.http.answers import Answer, Gone, Unavailable
 from sskt.teacher_cache.storage.http.client import Server
 from sskt.teacher_cache.storage.http.disk_cache_users import (

@@ -7,6 +7,7 @@ downloaded once for all processes of a machine, and are then read as those of a 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 from urllib.parse import quote
 
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
+from sskt.teacher_cache.format.shards import RECORD_ENDING, layout_of
 from sskt.teacher_cache.storage.http.answers import Computing, Gone
 from sskt.teacher_cache.storage.http.client import WAIT_MINUTES, Server
 from sskt.teacher_cache.storage.http.disk_cache import NodeCache
-from sskt.teacher_cache.storage.http.zarr_store import NodeStore
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class HttpPlace:
     set_name: str = ""
     is_local: ClassVar[bool] = False
     _listed: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
+    _chunks: dict[str, int] = field(default_factory=dict, repr=False)
     _awaited: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
@@ -190,13 +192,34 @@ class HttpPlace:
     def md5(self, key: str) -> str | None:
         return None
 
-    def array(self, name: str, *, writable: bool) -> Any:
-        import zarr
+    def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
+        """See ``Place``. Shards come through the node cache. Raises ``CorruptStore``."""
+        array, shard, _ = key.partition("/c/")
+        if not shard or key.endswith(RECORD_ENDING):
+            return self.read(key)[start:stop]
+        try:
+            file = self.session.node().open(
+                self.session.server, self.set_name, key, self._chunks_of(array)
+            )
+        except Gone as error:
+            self.forget(key)
+            raise FileNotFoundError(f"{key} is gone") from error
+        with file:
+            begin, end, _ = slice(start, stop).indices(os.fstat(file.fileno()).st_size)
+            file.seek(begin)
+            return file.read(max(0, end - begin))
 
-        if writable:
-            self.refuse_writing()
-        store = NodeStore(self, name, self.read(f"{name}/zarr.json"))
-        return zarr.open_array(store, path=name, mode="r", zarr_format=3)
+    def _chunks_of(self, array: str) -> int:
+        """Chunks of an array's shards. Raises ``CorruptStore`` for another format."""
+        if array not in self._chunks:
+            key = f"{array}/zarr.json"
+            try:
+                self._chunks[array] = layout_of(json.loads(self.read(key))).chunks
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise CorruptStore(
+                    f"{self.where(key)} is not as docs/format.md says ({error})"
+                ) from error
+        return self._chunks[array]
 
     def computes(self) -> bool:
         """Whether this server computes labels that are missing."""

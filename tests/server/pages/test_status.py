@@ -28,6 +28,7 @@ from sskt.server.pages.samples import OPEN, Opened
 from sskt.server.pages.status import RECENT_SECONDS, Recent
 from sskt.server.settings import Settings
 from sskt.server.state import State
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.create import list_label_sets
@@ -35,7 +36,6 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.verify import stored_probabilities
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
@@ -61,8 +61,8 @@ def stock(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cache_teachers(views, [tiny], parse_encoding(encoding), seeds, folder / "cache", options)
     first = of_encoding(folder / "cache", "f32")
     for seed, block in ((1, 3), (2, 0)):
-        for array in first.arrays:
-            first.shard_path(array, first.shard(seed, block)).unlink()
+        for key in first.shard_keys(first.shard(seed, block)):
+            (first.path / key).unlink()
     return folder
 
 
@@ -264,7 +264,7 @@ def test_the_numbers_are_those_that_were_counted(
     assert figures["Sent"][1] == "60.0 KiB ever"
     assert figures["Requests"][1] == "0 being served, 60 ever"
     assert figures["Latency"] == ["18 ms median", "p95 24 ms, p99 25 ms"]
-    assert figures["Slabs in memory"] == ["75 % hits", "75 % ever"]
+    assert figures["Labels already decoded"] == ["75 % hits", "75 % ever"]
     assert figures["Labels"][0] in {f"{number(120_000 / s)} /s" for s in np.arange(1, 20, 0.001)}
     route = page.one("table", class_="numbers").one("tbody").one("tr")
     assert route.text.startswith("/zarr/{path} 60 60.0 KiB")

@@ -14,11 +14,11 @@ import pytest
 from support.helpers import write_images
 from support.servers import serving
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, look_over
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import urllib.error
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,13 @@ from sskt.teacher_cache.errors import (
     TeacherMoved,
     UnknownName,
 )
-from sskt.teacher_cache.sources.checkpoints import check_sha256, load_weights, read_weights
+from sskt.teacher_cache.sources.checkpoints import (
+    check_sha256,
+    load_weights,
+    read_checkpoint,
+    read_state,
+    read_weights,
+)
 from sskt.teacher_cache.sources.registry import (
     SourceName,
     imagenet_classes,
@@ -480,7 +487,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
 ) -> None:
     flag, file = tmp_path / "was run", tmp_path / "evil.pth.tar"
     save({"state_dict": {"fc.weight": torch.ones(1)}, "extra": Bomb(flag)}, file)
-    with pytest.raises(BadCheckpoint, match=r"evil\.pth\.tar: it cannot be read safely") as caught:
+    with pytest.raises(BadCheckpoint, match=r"evil\.pth\.tar: it (holds an|cannot be)") as caught:
         read_weights(file)
     assert not flag.exists()
     assert "\n" not in str(caught.value)
@@ -506,6 +513,13 @@ def test_damaged_and_foreign_files_are_refused(csail: Path, tmp_path: Path) -> N
     for name in ("list.pth", "numbers.pth"):
         with pytest.raises(BadCheckpoint, match=f"{name}: it holds no state_dict"):
             read_weights(tmp_path / name)
+    torch.save({"epoch": 3, "net": {"a": torch.ones(1)}}, tmp_path / "other.pth")
+    with pytest.raises(BadCheckpoint, match=r"no state_dict \(it has the keys epoch, net\)"):
+        read_weights(tmp_path / "other.pth")
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pth")
+    message = r"an object of class torch\.nn\.modules\.linear\.Linear, and reading it could run"
+    with pytest.raises(BadCheckpoint, match=message):
+        read_weights(tmp_path / "whole.pth")
     with pytest.raises(MissingData, match=r"no weights file .*gone\.pth"):
         open_source(parse_source("imagenet:resnet18"), weights=tmp_path / "gone.pth")
 
@@ -529,6 +543,82 @@ def test_one_missing_or_extra_parameter_is_named(tmp_path: Path) -> None:
         load_weights(network, {k: v for k, v in state.items() if k != "0.bias"}, file)
     with pytest.raises(BadCheckpoint, match=r"0 parameters missing, 1 not of it, e\.g\. 2\.bias"):
         load_weights(network, state | {"2.bias": torch.ones(2)}, file)
+
+
+def layered() -> nn.Module:
+    """A network with ``module`` and ``model`` inside and before its names, as timm has them."""
+    network = nn.Module()
+    network.stem = nn.Linear(2, 2)
+    network.blocks = nn.ModuleDict({"module": nn.Linear(2, 2), "model": nn.BatchNorm1d(2)})
+    return network
+
+
+WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": {}},
+    "model": lambda state: {"epoch": 1, "model": state, "optimizer": {"state": {}}},
+    "data parallel": lambda state: {f"module.{k}": v for k, v in state.items()},
+    "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    "both": lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    "lightning": lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("make", [layered, lambda: nn.Sequential(OrderedDict(module=layered()))])
+def test_what_wrapped_a_network_is_taken_off_where_it_fits(
+    make: Callable[[], nn.Module], wrapper: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    network, other = make(), make()
+    torch.save(WRAPPED[wrapper](network.state_dict()), tmp_path / "w.pth")
+    load_weights(other, read_state(tmp_path / "w.pth"), tmp_path / "w.pth")
+    torch.testing.assert_close(other.state_dict(), network.state_dict())
+
+
+def test_a_wrapper_that_does_not_fit_wholly_is_refused(tmp_path: Path) -> None:
+    state = {f"model.{k}": v for k, v in layered().state_dict().items()} | {"loss.w": torch.ones(1)}
+    torch.save({"state_dict": state}, file := tmp_path / "w.pth")
+    message = (
+        r"8 parameters missing, e\.g\. stem\.weight, 10 not of it, e\.g\. model\.stem\.weight; the "
+        r"file has the keys model\.stem\.weight, .* and 5 more"
+    )
+    with pytest.raises(BadCheckpoint, match=message):
+        load_weights(layered(), read_state(file), file)
+
+
+@pytest.mark.parametrize("how", ["flip", "zero", "cut", "swap"])
+def test_a_damaged_weight_is_noticed_before_it_is_loaded(how: str, tmp_path: Path) -> None:
+    """torch.load itself takes a flipped bit of a weight for another weight."""
+    state = {"a": torch.arange(4000.0), "b": torch.arange(4000.0) + 1}
+    torch.save(state, file := tmp_path / "w.pth")
+    data = bytearray(file.read_bytes())
+    first, second = (data.index(v.numpy().tobytes()) for v in state.values())
+    length = 16000
+    if how == "flip":
+        data[first + 1234] ^= 4
+    elif how == "zero":
+        data[first : first + length] = bytes(length)
+    elif how == "cut":
+        del data[first + 100 :]
+    else:
+        one, other = data[first : first + length], data[second : second + length]
+        data[first : first + length], data[second : second + length] = other, one
+    file.write_bytes(data)
+    if how != "cut":
+        torch.load(file, weights_only=True)
+    with pytest.raises(BadCheckpoint, match=r"wrong checkpoint .*w\.pth: "):
+        read_checkpoint(file)
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "w.pth")["a"].tolist() == [1, 1, 1]
 
 
 def test_check_sha256_states_both(tmp_path: Path) -> None:

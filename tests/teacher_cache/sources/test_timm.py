@@ -88,6 +88,17 @@ def test_a_file_brings_its_number_of_classes(tmp_path: Path) -> None:
     assert scenes.classes == places365_classes()
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_names_with_module_inside_stay_whole(prefix: str, tmp_path: Path) -> None:
+    """EfficientViT has ``context_module.main`` in its names."""
+    arch = "efficientvit_b0"
+    state = torch.load(saved(tmp_path, arch, 5), weights_only=True)
+    assert any("context_module.main." in key for key in state)
+    torch.save({"state_dict": {prefix + key: v for key, v in state.items()}}, tmp_path / "x.pth")
+    source = opened(f"mine:timm/{arch}@64", tmp_path / "x.pth")
+    torch.testing.assert_close(dict(source.network.state_dict()), state)
+
+
 def test_a_known_name_has_its_number_of_classes(tmp_path: Path) -> None:
     for text, file, message in [
         (f"imagenet:timm/{SMALL}", saved(tmp_path, classes=37), "has 37 classes, not 1000: use a"),

@@ -15,6 +15,7 @@ import torch
 from support.independent_reader import open_set
 from support.servers import serving
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import (
     BadImage,
     IncompleteLabels,
@@ -29,7 +30,6 @@ from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import TrainConfig
@@ -286,9 +286,11 @@ def test_labels_that_are_missing_or_of_something_else(
             loader_of(target, cache, sources=sources)
     with pytest.raises(MissingData, match=make):
         loader_of(open_target(str(images), "test"), label_cache)
-    with pytest.raises(SpecMismatch, match="--limit"):
+    with pytest.raises(
+        SpecMismatch, match=r"was made with limit=60 \(all .*, but limit=30 was given"
+    ):
         loader_of(open_target(str(images), limit=30), label_cache)
-    with pytest.raises(SpecMismatch, match="--policy"):
+    with pytest.raises(SpecMismatch, match=r"but policy='none' was given; .* sskt\.cache_t"):
         loader_of(target, label_cache, policy="none")
     with pytest.raises(IncompleteLabels, match="lacks seed 3 of 4"):
         loader_of(target, label_cache, seeds=4)
