@@ -24,11 +24,11 @@ from common import PLACES, cifar_folder, data_folder, paired_ratio, report, sync
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.registry import open_source, parse_source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig

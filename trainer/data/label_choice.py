@@ -14,7 +14,8 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
-from sskt.teacher_cache.targets.registry import default_policy, is_own, policy_of
+from sskt.teacher_cache.targets.open import policy_of
+from sskt.teacher_cache.targets.registry import default_policy, is_own
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig

@@ -16,6 +16,7 @@ from PIL import Image
 from support.independent_reader import open_set
 from support.servers import serving
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import (
     BadImage,
     IncompleteLabels,
@@ -30,7 +31,6 @@ from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import TrainConfig

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import TINY, batch_of, write_frames
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.rng import permutation
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig, make_config

@@ -19,6 +19,7 @@ from support.independent_reader import open_set
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import (
     BadImage,
     CorruptStore,
@@ -34,7 +35,6 @@ from sskt.teacher_cache.label_sets.create import create_label_set, list_label_se
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from support.helpers import TINY, batch_of, write_frames
 from torch import Tensor, nn
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig, read_config
