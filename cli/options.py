@@ -89,6 +89,13 @@ _OPTIONS = (
         help="Override size, mean=a/b/c, std, channels=bgr, scale of a source.",
     ),
     click.option(
+        "--logits-are",
+        multiple=True,
+        metavar="[NAME=]KIND",
+        help="What a source's network returns if not logits: probabilities or log-probabilities. "
+        "KIND logits accepts logits that look like probabilities.",
+    ),
+    click.option(
         "--batchnorm",
         type=click.Choice(["eval", "batch"]),
         default="eval",

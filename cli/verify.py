@@ -12,12 +12,14 @@ import click
 from sskt.cli.label_set_options import (
     cache_option,
     device_option,
+    frame_sampling_option,
     root_option,
     sets_argument,
+    source_option,
     target_option,
+    weights_option,
 )
 from sskt.cli.output import as_json, print_json, progress
-from sskt.teacher_cache.errors import InputError
 
 
 @click.command("verify")
@@ -36,12 +38,11 @@ from sskt.teacher_cache.errors import InputError
     type=click.FloatRange(0),
     help="Allowed total variation distance; default 0.005, 0.05 for bfloat16 sources.",
 )
-@click.option("--source", help="Source to open instead of the recorded one (one set only).")
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Its weights, if not the recorded file."
-)
+@source_option
+@weights_option
 @root_option
 @target_option
+@frame_sampling_option
 @device_option
 @as_json
 def verify(
@@ -49,10 +50,11 @@ def verify(
     sets: tuple[str, ...],
     count: int,
     tolerance: float | None,
-    source: str | None,
+    sources: tuple[str, ...],
     weights: Path | None,
     root: Path | None,
     target: str | None,
+    frame_sampling: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -62,11 +64,11 @@ def verify(
     """
     from sskt.teacher_cache.label_sets.find import choose_all
     from sskt.teacher_cache.tools import verify as checks
+    from sskt.teacher_cache.tools.reopen import Reopen, require_named_sources
 
     chosen, damaged = choose_all(cache, sets)
-    if source and len(chosen) > 1:
-        raise InputError(f"--source goes with one label set, found {len(chosen)}; name it")
-    instead = checks.Reopen(target, root, source, weights, device)
+    instead = Reopen(target, root, sources, weights, frame_sampling, device)
+    require_named_sources(instead, chosen)
     reports = []
     with progress() as bar:
         for label_set in chosen:
