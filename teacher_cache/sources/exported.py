@@ -52,7 +52,9 @@ class ExportedNetwork(nn.Module):
         self._run: Callable[[Tensor], Any] = lambda x: module(x)
         self._tensors: Callable[[], dict[str, Tensor]] = module.state_dict
         constants = {name: operator.attrgetter(name) for name in program.constants}
-        self._constants = lambda: {name: read(module) for name, read in constants.items()}
+        self._constants: Callable[[], dict[str, Tensor]] = lambda: {
+            name: read(module) for name, read in constants.items()
+        }
         self._least, self._most = least, most
 
     def state_dict(  # type: ignore[override]

@@ -162,15 +162,17 @@ def wrong_kind(run: Run, images: Tensor, outputs: Tensor, declared: Outputs | No
         if least < lowest or most > highest + SUM_TOLERANCE:
             return f"its outputs, from {least:.3g} to {most:.3g}, are no {declared}"
         return ""
-    if not _within_0_and_1(outputs) or not _within_0_and_1(outputs := run(images)):
+    if not _are_probabilities(outputs) or not _are_probabilities(outputs := run(images)):
         return ""
-    sums = outputs.float().sum(dim=1)
-    softmax = bool((sums - 1).abs().max() < SUM_TOLERANCE)
-    if not softmax and outputs.min() == outputs.max():
-        return ""  # a network that is not trained yet
-    how = "and sum to 1, as after a softmax" if softmax else "as after a sigmoid"
+    how = "and sum to 1, as after a softmax" if _sum_to_1(outputs) else "as after a sigmoid"
     return f"its outputs are all between 0 and 1 {how}, so that labels would be flat"
 
 
-def _within_0_and_1(outputs: Tensor) -> bool:
-    return bool(outputs.min() >= 0) and bool(outputs.max() <= 1)
+def _are_probabilities(outputs: Tensor) -> bool:
+    least, most = float(outputs.min()), float(outputs.max())
+    constant = least == most  # as the logits of a network whose last layer is zero
+    return least >= 0 and most <= 1 and (not constant or _sum_to_1(outputs))
+
+
+def _sum_to_1(outputs: Tensor) -> bool:
+    return bool((outputs.float().sum(dim=1) - 1).abs().max() < SUM_TOLERANCE)
