@@ -3,9 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
 # One process a core, each with one thread: threads of several processes would wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: demo test test-fast lint benchmarks dist clean
+.PHONY: demo test test-fast lint docs benchmarks dist clean
 
 demo: $(READY)
 	$(VENV)/bin/sskt demo
@@ -22,11 +22,14 @@ lint: $(READY)
 	$(VENV)/bin/codespell
 	$(VENV)/bin/mypy
 
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+
 benchmarks: $(READY)
 	$(VENV)/bin/python benchmarks/label_delivery.py
 	$(VENV)/bin/python benchmarks/teacher_stage.py
 	$(VENV)/bin/python benchmarks/step.py
-	$(VENV)/bin/python benchmarks/pictures.py
+	$(VENV)/bin/python benchmarks/images.py
 	$(VENV)/bin/python benchmarks/memory.py
 	$(VENV)/bin/python benchmarks/server.py
 

@@ -23,10 +23,10 @@ from common import interleaved, paired_ratio, report
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig

@@ -27,6 +27,7 @@ from common import SAFELY
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.storage.atomic import durable_write
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.results import records
@@ -191,8 +192,9 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
         IN: f"{IN}:efficientnet_lite0@{study.size}",
         PL: f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
     }
-    job = Job(tuple(known.values()), str(target), str(cache), policy=study.base["policy"],
-              limit=study.base.get("limit"), device=device)  # fmt: skip
+    dataset = DatasetSpec(str(target), limit=study.base.get("limit"))
+    job = Job(tuple(known.values()), dataset, str(cache), policy=study.base["policy"],
+              device=device)  # fmt: skip
     opened = open_job_sources(job)
     views = open_job_views(job)
     report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from common import cifar_folder, interleaved, paired_ratio, report
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 

@@ -8,40 +8,53 @@ import sys
 
 import click
 
+from sskt.cli.help import SuggestingGroup
 from sskt.teacher_cache.errors import SsktError, first_line
+from sskt.teacher_cache.extras import missing_extra
 
-COMMANDS = {
-    "cache-teachers": ("sskt.cli.cache_teachers", "Label a target once with frozen sources."),
-    "plan": ("sskt.cli.plan", "What labelling will cost: bytes, hours, when it pays."),
-    "train": (
-        "sskt.cli.train",
-        "Train a target network from stored soft labels, or from scratch.",
-    ),
-    "compare": ("sskt.cli.compare", "Runs side by side: table, curves, what exceeds chance."),
-    "sweep": ("sskt.cli.sweep", "Train over temperature and alpha, drawn as in figure 2."),
-    "serve": ("sskt.cli.serve", "One label store for a whole cluster, over HTTP."),
-    "token": ("sskt.cli.token", "Tokens of the label server: new, list, revoke."),
-    "ls": ("sskt.cli.ls", "List the label sets of a cache."),
-    "inspect": (
-        "sskt.cli.inspect",
-        "Look at one sample under one seed: view, labels, recomputation.",
-    ),
-    "verify": ("sskt.cli.verify", "Check label sets: checksums, rows, coverage, recomputation."),
-    "copy": ("sskt.cli.copy", "Copy label sets between caches: folders and object stores."),
-    "rm": ("sskt.cli.rm", "Remove label sets, or some of their seeds."),
-    "export": ("sskt.cli.export", "Store a label set in a smaller encoding, without its source."),
-    "datasets": ("sskt.cli.datasets", "List the known targets."),
-    "sources": ("sskt.cli.sources", "List the known sources."),
-    "reproduce": (
-        "sskt.cli.reproduce",
-        "A table or figure of the paper, reported and measured.",
-    ),
-    "demo": ("sskt.cli.demo", "Cache, train and compare on the embedded target, in minutes."),
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Labels": {
+        "cache-teachers": (
+            "sskt.cli.labels.cache_teachers",
+            "Label a target with frozen sources, once.",
+        ),
+        "plan": ("sskt.cli.labels.plan", "Predict what labelling costs, and when the cache pays."),
+        "ls": ("sskt.cli.labels.ls", "List the label sets of a cache."),
+        "inspect": (
+            "sskt.cli.labels.inspect",
+            "Show one sample: its view, stored and recomputed labels.",
+        ),
+        "verify": ("sskt.cli.labels.verify", "Check label sets: checksums, rows, coverage."),
+        "copy": ("sskt.cli.labels.copy", "Copy label sets between folders and object stores."),
+        "rm": ("sskt.cli.labels.rm", "Delete label sets, or some of their view seeds."),
+        "export": ("sskt.cli.labels.export", "Store a label set in another encoding."),
+    },
+    "Training": {
+        "train": ("sskt.cli.training.train", "Train a network from soft labels, or from scratch."),
+        "compare": ("sskt.cli.training.compare", "Compare runs: table, curves, significance."),
+        "sweep": ("sskt.cli.training.sweep", "Train over temperatures and alphas."),
+        "reproduce": ("sskt.cli.training.reproduce", "Reproduce a table or figure of the paper."),
+        "demo": ("sskt.cli.training.demo", "Cache, train and compare on a rendered target."),
+    },
+    "Label server": {
+        "serve": ("sskt.cli.serving.serve", "Serve the label sets of a cache over HTTP."),
+        "token": ("sskt.cli.serving.token", "Create, list and revoke tokens."),
+    },
+    "What is known by name": {
+        "datasets": ("sskt.cli.known.datasets", "List the known targets and their layouts."),
+        "sources": ("sskt.cli.known.sources", "List the known sources."),
+        "policies": ("sskt.cli.known.names", "List the view policies and their parameters."),
+        "models": ("sskt.cli.known.names", "List the target networks."),
+        "encodings": ("sskt.cli.known.names", "List the encodings of soft labels."),
+        "recipes": ("sskt.cli.known.names", "List the recipes that ship with sskt."),
+    },
 }
+"""The commands: module and one line of help, by section of ``sskt --help``."""
+COMMANDS = {name: found for section in SECTIONS.values() for name, found in section.items()}
 INTERRUPTED = 130
 
 
-class Lazy(click.Group):
+class Lazy(SuggestingGroup):
     """Knows its commands by name and imports them when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,14 +68,22 @@ class Lazy(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{name:<{width}}", about) for name, (_, about) in commands.items()]
+                )
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sskt")
 def cli() -> None:
-    """Label once with frozen teachers, train many times from the stored soft labels (SSKT)."""
+    """Label once with frozen teachers, train many times from the stored soft labels (SSKT).
+
+    The two first commands: sskt cache-teachers --source SOURCE --target TARGET, and
+    sskt train --target TARGET --tm.
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,6 +117,8 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, ImportError) and (lacking := missing_extra(error)):
+            return _fail(str(lacking), lacking.exit_code)
         if os.environ.get("SSKT_DEBUG"):
             raise
         advice = "SSKT_DEBUG=1 shows where; please report it"

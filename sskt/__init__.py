@@ -98,17 +98,29 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: If the name is not public.
+        MissingData: If the name needs an extra of sskt that is not installed, such as ``train``.
     """
     if name == "__version__":
         from importlib.metadata import version
 
         value: Any = version("sskt")
     elif name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        value = getattr(_imported(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module 'sskt' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        from sskt.teacher_cache.extras import missing_extra
+
+        if lacking := missing_extra(error):
+            raise lacking from error
+        raise
 
 
 def __dir__() -> list[str]:

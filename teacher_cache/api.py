@@ -32,9 +32,11 @@ from sskt.teacher_cache.sources.preprocessing import class_names
 from sskt.teacher_cache.sources.source import Preprocessing, Source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
-from sskt.teacher_cache.targets import registry as targets
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.open import load_target, policy_of
 from sskt.teacher_cache.targets.own_dataset import open_dataset
+from sskt.teacher_cache.targets.registry import TARGETS
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views import views
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy
@@ -99,18 +101,9 @@ def open_target(
         given = [key for key, value in own.items() if value is not None and len(value)]
         if given:
             raise InputError(f"{given[0]}= goes with an own dataset, not with target {target}")
-        return targets.open_target(
-            str(target),
-            split,
-            root=None if root is None else Path(root),
-            limit=limit,
-            download=download,
-            partial=partial,
-            decoder=decoder,
-            strict=strict,
-            progress=progress,
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in targets.TARGETS:
+        spec = DatasetSpec(str(target), split, root, limit, download, partial, decoder, strict)
+        return load_target(spec, progress)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in TARGETS:
         raise InputError(
             f"an own dataset needs a name for the cache, found {name!r}; give name= of letters, "
             "digits, - and _, other than that of a known target"
@@ -143,7 +136,7 @@ def open_views(target: Target, policy: str = AUTO, frame_sampling: str = "") -> 
         UnknownName: If the policy is not known.
         InputError: If the policy is not for such a target.
     """
-    text = targets.policy_of(target) if policy == AUTO else policy
+    text = policy_of(target) if policy == AUTO else policy
     f_s = parse_frame_sampling(frame_sampling) if frame_sampling else None
     return views.open_views(target, parse_policy(text), f_s)
 

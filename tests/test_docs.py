@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.sources.registry import open_source, parse_source
-from sskt.teacher_cache.targets.registry import TARGETS, open_target
+from sskt.teacher_cache.targets.registry import TARGETS
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, parse_policy
 from sskt.teacher_cache.views.views import open_views

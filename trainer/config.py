@@ -7,197 +7,213 @@ a recipe. No torch here: ``sskt --help`` reads this module.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
-import math
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import core_schema
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.trainer.recipes import load_recipe
 
 AUTO = "auto"
 """Left to the target, or to the label sets that are trained from."""
-
-
-def _option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"about": about, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 UNSTATED = {"input_scale": "imagenet"}
 """Fields that a stored configuration may lack, if their value is then not the default."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What a run is; its fields are the options of ``sskt train``. Raises ``InputError``."""
+class OneOf:
+    """The values that a field may have."""
 
-    target: str = _option("", "known target (sskt datasets), folder of class folders or manifest")
-    root: Path | None = _option(
-        None, "folder of the target's data; default: $SSKT_DATA, else ./data"
-    )
-    split: str = _option("train", "split to train on")
-    test_split: str = _option("auto", "split to measure accuracy on; 'none' for no evaluation")
-    limit: int | None = _option(
-        None,
-        "use only this many training samples, all classes alike; default: as many as are labelled",
-    )
-    partial: bool = _option(False, "take what is there of an official list of files")
-    decoder: str = _option(
-        AUTO,
-        "decoder of clips; auto: that of the label sets, else pyav",
-        (AUTO, "pyav", "decord"),
-    )
-    strict_fingerprint: bool = _option(False, "compare files by contents, not names and sizes")
-    eval_every: int = _option(1, "epochs between two evaluations; the last epoch has one always")
-    policy: str = _option(
-        AUTO,
-        "view policy, NAME[:key=value,...]; auto: that of the label sets, else the target's own",
-    )
-    frame_sampling: str = _option("", "with --live: f_s, the stills that sources see of a clip")
-    model: str = _option(
-        AUTO,
-        "target network; auto: resnet20 for images up to 96 pixels, resnet18 above, resnet3d18 "
-        "for clips; resnet20-110, resnet18-152, mobilenet_v2, densenet121, vgg16, "
-        "resnet3d10-50, another of torchvision's, FILE.py:factory",
-    )
-    stem: str = _option("auto", "cifar: for 32-pixel pictures", ("auto", "cifar", "imagenet"))
-    shortcut: str = _option("b", "of 3-D ResNets: a pads with zeros, b is 1x1x1", ("a", "b"))
-    taps: list[str] = _option([], "module whose output is a stage, for TM; repeat, in order")
-    init: str = _option("", "start from FILE, or imagenet (torchvision's weights of --model)")
-    input_scale: str = _option(
-        "auto",
-        "normalisation of the target network's input: imagenet (mean and std), or kinetics (0-255 "
-        "minus the mean); auto: what the --init weights expect, imagenet where that is not known",
-        (AUTO, "imagenet", "kinetics"),
-    )
-    finetune_from: int | None = _option(
-        None, "train the stages from this one on (1 = first) and the heads; freeze what is before"
-    )
-    method: str = _option("sskt", "maxl: the rival of table 9", ("sskt", "maxl"))
-    psi: int = _option(5, "MAXL: auxiliary classes for each class of the target")
-    source: list[str] = _option(
-        [],
-        "source whose labels to train from; repeat; auto: all in the cache that fit, as is "
-        "assumed with --tm or another option of the auxiliary task; none: training from scratch",
-    )
-    tm: bool = _option(False, "transfer modules on every stage as auxiliary heads")
-    loss: str = _option(
-        "auto",
-        "PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal; auto: "
-        "ce+ce, with several classes a sample bce+ce",
-    )
-    focal_gamma: float = _option(2.0, "gamma of the focal losses")
-    source_weight: list[str] = _option([], "NAME=W, factor of one source's loss; repeat")
-    alpha: float = _option(1.0, "weight of the auxiliary losses (alpha of equation 1)")
-    temperature: float = _option(1.0, "temperature T of the auxiliary losses")
-    force_topk: bool = _option(False, "train from top-k labels at a temperature other than 1")
-    live: bool = _option(False, "run the sources in every step, as the paper does; no cache")
-    weights: list[str] = _option([], "with --live: [NAME=]FILE, weights of a known architecture")
-    preprocessing: list[str] = _option([], "with --live: [NAME:]size=..,mean=a/b/c,...")
-    epochs: int = _option(200, "passes over the training split")
-    seeds: int | None = _option(
-        None, "view seeds to cycle through: epoch e sees seed e mod S; default: all stored"
-    )
-    seed: int = _option(0, "seed of initialisation and order")
-    batch_size: int = _option(128, "images a step")
-    accumulate: int = _option(1, "forward a batch in this many parts, then step once")
-    optimizer: str = _option("sgd", "rule of the steps", ("sgd", "adamw"))
-    lr: float = _option(0.1, "learning rate")
-    momentum: float = _option(0.9, "momentum of SGD")
-    dampening: float = _option(
-        0.0, "dampening of SGD: the momentum takes in 1 - dampening of each gradient"
-    )
-    weight_decay: float = _option(5e-4, "L2 penalty; of AdamW, decoupled")
-    schedule: str = _option(
-        "multistep", "of the learning rate", ("multistep", "cosine", "plateau", "constant")
-    )
-    warmup: float = _option(0.0, "epochs over which lr rises from 0")
-    milestones: list[int] = _option(
-        [], "epochs where lr is multiplied by gamma; default 30, 60, 80 % of the epochs"
-    )
-    gamma: float = _option(0.2, "factor of lr at a milestone, or on a plateau")
-    patience: int = _option(10, "epochs without a better test loss that make a plateau")
-    plateau_on: str = _option(
-        "primary",
-        "test loss that a plateau follows: the primary one, or the total of equation 1; that needs "
-        "labels of the test split too (cache-teachers --split), or --live",
-        ("primary", "total"),
-    )
-    clip_grad: float | None = _option(None, "largest norm of the gradient")
-    ema: float = _option(0.0, "decay of averaged weights, which are then evaluated; 0: none")
-    early_stop: int | None = _option(None, "stop after this many epochs without a better result")
-    cache: str | Path | None = _option(
-        None,
-        "folder or URL (s3://...) of the label sets; default: $SSKT_CACHE or $SSKT_LABELS, else "
-        "./labels",
-    )
-    labels: str | None = _option(None, "instead of --cache: a label server, http://HOST:PORT")
-    label_cache: Path | None = _option(
-        None, "keep what a label server sent in this folder; default: a temporary one"
-    )
-    label_cache_size: float | None = _option(
-        None, "GiB that it may take; default 50, of a temporary one 20"
-    )
-    label_wait: float = _option(60.0, "minutes to wait for a label server that went away")
-    out: Path | None = _option(None, "folder of this run; default runs/NAME")
-    device: str = _option("auto", "cpu, cuda, cuda:1; auto: cuda where there is one")
-    precision: str = _option("float32", "arithmetic of the target network", ("float32", "bfloat16"))
-    channels_last: bool = _option(True, "memory layout of pictures and convolutions")
-    compile: bool = _option(False, "torch.compile the step; minutes at the start")
-    save_minutes: float = _option(10.0, "also save within an epoch, this often; 0: never")
-    workers: int | None = _option(None, "loader processes for image files; default: by cores")
-    memory: float = _option(8.0, "GiB of RAM for labels, and for images kept decoded")
-    on_error: str = _option("fail", "what an unreadable image does", ("fail", "skip"))
-    download: bool = _option(False, "let torchvision download the target")
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.literal_schema(list(self.names))
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Above0 = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+Texts = Annotated[list[str], BeforeValidator(_listed)]
+Folder = Annotated[Path, BeforeValidator(_path)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is. The fields are the options of ``sskt train``, with their defaults.
+
+    Args:
+        target: Target: a known one (sskt datasets lists them), a folder of class folders, or a
+            manifest.
+        root: Folder of the target's data. Default: $SSKT_DATA, else ./data.
+        split: Split to train on.
+        test_split: Split to measure accuracy on; 'none' for no evaluation.
+        limit: Use only this many training samples, evenly over the classes. Default: as many as
+            are labelled.
+        partial: Accept a target of which a part is stored, where an official list names more.
+        decoder: Decoder of clips. auto: that of the label sets, else pyav.
+        strict_fingerprint: Compare files by contents, not by name and size only.
+        eval_every: Epochs between two evaluations. The last epoch is always followed by one.
+        policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
+            default.
+        frame_sampling: With --live: f_s, which picks the stills of a clip that sources see.
+        model: Target network. auto: resnet20 for images up to 96 pixels, resnet18 above,
+            resnet3d18 for clips. Also resnet20-110, resnet18-152, mobilenet_v2, densenet121,
+            vgg16, resnet3d10-50, others of torchvision, FILE.py:factory.
+        stem: First layers of the network; cifar is for 32-pixel images.
+        shortcut: Shortcuts of 3-D ResNets: a pads with zeros, b is a 1x1x1 convolution.
+        taps: Module whose output ends a stage, for transfer modules. Repeat, in order.
+        init: Initial weights: FILE, or imagenet (torchvision's weights of --model).
+        input_scale: Normalisation of the target network's input: imagenet (mean and standard
+            deviation), or kinetics (0-255 minus the mean). auto: what the --init weights expect,
+            imagenet where that is not known.
+        finetune_from: Train the stages from this one on (1 is the first) and the heads; earlier
+            stages are frozen.
+        method: Training method: sskt, or maxl, with which table 9 compares.
+        psi: MAXL: auxiliary classes for each class of the target.
+        source: Source whose labels to train from. Repeat. auto: all in the cache that fit, which
+            is assumed with --tm or another option of the auxiliary task. Default: training from
+            scratch.
+        tm: Use transfer modules on every stage as auxiliary heads.
+        loss: PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal.
+            auto: ce+ce, or bce+ce if a sample may have several classes.
+        focal_gamma: gamma of the focal losses.
+        source_weight: NAME=W, factor of one source's loss. Repeat.
+        alpha: Weight of the auxiliary losses (alpha of equation 1).
+        temperature: Temperature T of the auxiliary losses.
+        force_topk: Train from top-k labels at a temperature other than 1.
+        live: Run the sources in every step, as the paper does, without a cache.
+        weights: With --live: [NAME=]FILE, weights of a known architecture. Repeat.
+        preprocessing: With --live: [NAME:]size=..,mean=a/b/c,... Repeat.
+        epochs: Passes over the training split.
+        seeds: View seeds S to cycle through: epoch e sees seed e mod S. Default: all stored.
+        seed: Seed of initialisation and order.
+        batch_size: Images of a step, of all processes together.
+        accumulate: Forward a batch in this many parts, then step once.
+        optimizer: Optimizer.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        dampening: Dampening of SGD: the momentum takes in 1 - dampening of each gradient.
+        weight_decay: L2 penalty of SGD; decoupled weight decay of AdamW.
+        schedule: Schedule of the learning rate.
+        warmup: Epochs over which the learning rate rises from 0.
+        milestones: Epoch where the learning rate is multiplied by --gamma. Repeat. Default: 30,
+            60 and 80 % of the epochs.
+        gamma: Factor of the learning rate at a milestone, or on a plateau.
+        patience: Epochs without a better test loss that make a plateau.
+        plateau_on: Test loss that a plateau follows: the primary one, or the total of equation 1,
+            which needs labels of the test split too (cache-teachers --split), or --live.
+        clip_grad: Largest norm of the gradient. Default: no limit.
+        ema: Decay of averaged weights, which are then evaluated. 0: no averaging.
+        early_stop: Stop after this many epochs without a better result. Default: never.
+        cache: Folder or URL (s3://...) of the label sets. Default: $SSKT_CACHE or $SSKT_LABELS,
+            else ./labels.
+        labels: Label server to read from instead of a --cache: http://HOST:PORT.
+        label_cache: Folder that keeps what a label server sent. Default: a temporary one.
+        label_cache_size: GiB that this folder may take. Default: 50, of a temporary one 20.
+        label_wait: Minutes to wait for a label server that cannot be reached.
+        out: Folder of this run. Default: runs/NAME.
+        device: Device: cpu, cuda, cuda:1. auto: cuda if there is one.
+        precision: Arithmetic of the target network.
+        channels_last: Keep images and convolutions channels-last in memory.
+        compile: Use torch.compile, which takes minutes at the start.
+        save_minutes: Minutes between two saves within an epoch. 0: save after each epoch only.
+        workers: Loader processes for image files. Default: by cores.
+        memory: GiB of RAM for labels, and for images kept decoded.
+        on_error: What to do about an image that cannot be read: fail, or skip it.
+        download: Let torchvision download the target.
+
+    Raises:
+        InputError: If a value has the wrong type or is out of range; names all of them.
+        UnknownName: If only the name of a choice is not known.
+    """
+
+    target: str = ""
+    root: Folder | None = None
+    split: str = "train"
+    test_split: str = "auto"
+    limit: Count | None = None
+    partial: bool = False
+    decoder: Annotated[str, OneOf((AUTO, "pyav", "decord"))] = AUTO
+    strict_fingerprint: bool = False
+    eval_every: Count = 1
+    policy: str = AUTO
+    frame_sampling: str = ""
+    model: str = AUTO
+    stem: Annotated[str, OneOf(("auto", "cifar", "imagenet"))] = "auto"
+    shortcut: Annotated[str, OneOf(("a", "b"))] = "b"
+    taps: Texts = field(default_factory=list)
+    init: str = ""
+    input_scale: Annotated[str, OneOf((AUTO, "imagenet", "kinetics"))] = AUTO
+    finetune_from: Count | None = None
+    method: Annotated[str, OneOf(("sskt", "maxl"))] = "sskt"
+    psi: Count = 5
+    source: Texts = field(default_factory=list)
+    tm: bool = False
+    loss: str = "auto"
+    focal_gamma: AtLeast0 = 2.0
+    source_weight: Texts = field(default_factory=list)
+    alpha: AtLeast0 = 1.0
+    temperature: Above0 = 1.0
+    force_topk: bool = False
+    live: bool = False
+    weights: Texts = field(default_factory=list)
+    preprocessing: Texts = field(default_factory=list)
+    epochs: Count = 200
+    seeds: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    batch_size: Count = 128
+    accumulate: Count = 1
+    optimizer: Annotated[str, OneOf(("sgd", "adamw"))] = "sgd"
+    lr: Above0 = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: AtLeast0 = 5e-4
+    schedule: Annotated[str, OneOf(("multistep", "cosine", "plateau", "constant"))] = "multistep"
+    warmup: AtLeast0 = 0.0
+    milestones: Annotated[list[Count], BeforeValidator(_listed)] = field(default_factory=list)
+    gamma: Above0 = 0.2
+    patience: Annotated[int, Field(ge=0)] = 10
+    plateau_on: Annotated[str, OneOf(("primary", "total"))] = "primary"
+    clip_grad: Above0 | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    early_stop: Count | None = None
+    cache: str | Path | None = None
+    labels: str | None = None
+    label_cache: Folder | None = None
+    label_cache_size: Above0 | None = None
+    label_wait: AtLeast0 = 60.0
+    out: Folder | None = None
+    device: str = "auto"
+    precision: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    channels_last: bool = True
+    compile: bool = False
+    save_minutes: AtLeast0 = 10.0
+    workers: Annotated[int, Field(ge=0)] | None = None
+    memory: Above0 = 8.0
+    on_error: Annotated[str, OneOf(("fail", "skip"))] = "fail"
+    download: bool = False
 
     def __post_init__(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("seeds", self.seeds is None or self.seeds >= 1, "at least 1"),
-            ("limit", self.limit is None or self.limit >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32 - 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("alpha", self.alpha >= 0, "at least 0"),
-            ("lr", self.lr > 0, "above 0"),
-            ("memory", self.memory > 0, "above 0"),
-            ("label_cache_size", (self.label_cache_size or 1) > 0, "above 0"),
-            ("label_wait", self.label_wait >= 0, "at least 0"),
-            ("workers", self.workers is None or self.workers >= 0, "at least 0"),
-            ("momentum", 0 <= self.momentum < 1, "in 0 .. 1, below 1"),
-            ("dampening", 0 <= self.dampening <= 1, "in 0 .. 1"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("gamma", self.gamma > 0, "above 0"),
-            ("eval_every", self.eval_every >= 1, "at least 1"),
-            ("psi", self.psi >= 1, "at least 1"),
-            ("accumulate", self.accumulate >= 1, "at least 1"),
-            ("finetune_from", (self.finetune_from or 1) >= 1, "at least 1"),
-            ("focal_gamma", self.focal_gamma >= 0, "at least 0"),
-            ("warmup", self.warmup >= 0, "at least 0"),
-            ("patience", self.patience >= 0, "at least 0"),
-            ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
-            ("ema", 0 <= self.ema < 1, "in 0 .. 1, below 1"),
-            ("early_stop", self.early_stop is None or self.early_stop >= 1, "at least 1"),
-            ("save_minutes", self.save_minutes >= 0, "at least 0"),
-            ("milestones", all(m >= 1 for m in self.milestones), "at least 1 each"),
-        ]
-        for name, holds, want in rules:
-            if not holds:
-                raise InputError(f"{name} must be {want}, found {getattr(self, name)}")
-        for name, spec in FIELDS.items():
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{name} must be finite, found {value}")
-            choices = spec.metadata["choices"]
-            if choices and getattr(self, name) not in choices:
-                raise UnknownName(name, str(getattr(self, name)), choices)
+        for name, value in checked(vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written to ``config.json``."""
@@ -220,7 +236,21 @@ class TrainConfig:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-TYPES = typing.get_type_hints(TrainConfig)
+TYPES: dict[str, tuple[Any, ...]] = {
+    name: tuple(t for t in typing.get_args(kind) if t is not type(None))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType)
+    else (kind,)
+    for name, kind in typing.get_type_hints(TrainConfig).items()
+}
+"""The types of each field, without None."""
+_HINTS = typing.get_type_hints(TrainConfig, include_extras=True)
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: choice.names
+    for name, hint in _HINTS.items()
+    for choice in getattr(hint, "__metadata__", ())
+    if isinstance(choice, OneOf)
+}
+"""The values of fields that take one of a few."""
 AUXILIARY = frozenset(
     ("tm", "alpha", "temperature", "source_weight", "force_topk", "cache", "labels", "label_cache")
 )
@@ -264,28 +294,72 @@ def read_fields(
         name = key.replace("-", "_")
         if name not in known:
             raise UnknownName(f"key in {where}", key, known)
-        values[name] = typed(name, value, where)
-    return values
+        values[name] = value
+    return checked(values, where)
 
 
-def typed(name: str, value: Any, where: str) -> Any:
-    """A field's value from a file, as the field's type. Raises ``InputError`` naming ``where``."""
-    kind = TYPES[name]
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        item = typing.get_args(option)
-        if item and isinstance(value, str | int) and not isinstance(value, bool):
-            value = [value]
-        if item and isinstance(value, list) and all(type(v) is item[0] for v in value):
-            return value
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if not item and type(value) is option:
-            return value
-    wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise InputError(f"{where}: {name} must be {wanted}, found {value!r}")
+def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Checks the types and ranges of some fields.
+
+    Args:
+        values: Values by field. A text stands for a path or a list where the field is one.
+        where: What the values come from, for the message.
+
+    Returns:
+        The values as the types of their fields.
+
+    Raises:
+        InputError: Names all fields that cannot be used, each with what was expected and found.
+        UnknownName: If a single field has an unknown name.
+    """
+    try:
+        model = _model().model_validate(dict(values))
+    except ValidationError as error:
+        # A field of several types has an error for each of them; the first one is enough.
+        first = {str(e["loc"][0]): e for e in reversed(error.errors(include_url=False))}
+        ((name, problem),) = list(first.items())[:1]
+        if len(first) == 1 and problem["type"] == "literal_error":
+            kind = f"{name} in {where}" if where else name
+            raise UnknownName(kind, str(values[name]), CHOICES[name]) from None
+        ordered = [name for name in FIELDS if name in first]
+        said = [f"{n} must be {_wanted(n, first[n])}, found {values[n]!r}" for n in ordered]
+        text = said[0]
+        if len(said) > 1:
+            numbered = "; ".join(f"({i}) {one}" for i, one in enumerate(said, 1))
+            text = f"{len(said)} settings cannot be used: {numbered}"
+        raise InputError(f"{where}: {text}" if where else text) from None
+    return {name: getattr(model, name) for name in values}
+
+
+@functools.cache
+def _model() -> type[BaseModel]:
+    fields: dict[str, Any] = {name: (hint, None) for name, hint in _HINTS.items()}
+    how = ConfigDict(strict=True, allow_inf_nan=False)
+    return create_model("Fields", __config__=how, **fields)
+
+
+_RULES = {
+    "greater_than": "above {}",
+    "greater_than_equal": "at least {}",
+    "less_than": "below {}",
+    "less_than_equal": "at most {}",
+    "finite_number": "finite",
+}
+
+
+def _wanted(name: str, problem: Mapping[str, Any]) -> str:
+    if problem["type"] in _RULES:
+        limit = next(iter(problem.get("ctx", {}).values()), 0)
+        return _RULES[problem["type"]].format(int(limit))
+    kinds = [str(kind) if typing.get_args(kind) else kind.__name__ for kind in TYPES[name]]
+    return " or ".join(CHOICES.get(name, kinds))
+
+
+def help_texts() -> dict[str, str]:
+    """What each field is: the ``Args`` of ``TrainConfig``."""
+    arguments = (inspect.getdoc(TrainConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): ((?:.|\n {8})+)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def make_config(*layers: Mapping[str, Any]) -> TrainConfig:
@@ -359,11 +433,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
     try:
         stored = UNSTATED | json.loads(path.read_text())
-        return {k: typed(k, v, str(path)) if v is not None else None for k, v in stored.items()}
     except OSError as error:
         raise MissingData(f"no run to resume: cannot read {path}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a run's configuration") from error
+    if odd := [name for name in stored if name not in FIELDS]:
+        raise InputError(f"{path} is not a run's configuration: {odd[0]!r} is no field of one")
+    return checked(stored, str(path))
 
 
 def _same_policy(one: str, other: str) -> bool:

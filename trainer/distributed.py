@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ class Ranks:
     def part(self, batch: Int64) -> Int64:
         """This process's samples of a batch: consecutive ones, as even as can be."""
         return np.array_split(batch, self.world)[self.rank] if self.world > 1 else batch
+
+    def seed_dropout(self, seed: int, *position: object) -> None:
+        """Seeds torch's generator by the position in the run, so that none has to be saved.
+
+        Args:
+            seed: Seed of the run.
+            position: Epoch, window and batch, or other plain values.
+        """
+        text = "/".join(map(str, (seed, *position, self.rank))).encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -5,15 +5,15 @@ Every state dict holds plain values and tensors, which ``torch.load(weights_only
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import TrainConfig
@@ -117,59 +117,54 @@ class Schedule:
         self._bad, self._reductions = state["bad"], state["reductions"]
 
 
-class Average:
+def moving_average(network: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a network: a = decay * a + (1 - decay) * w after each step.
 
-    It begins as a copy of the network; ``network`` is that copy, for evaluation. Floating-point
-    buffers (BatchNorm's running statistics) are averaged too, other buffers are taken over.
+    It begins as a copy of the network, in evaluation mode. Floating-point buffers (BatchNorm's
+    running statistics) are averaged too; other buffers are copied. ``get_ema_multi_avg_fn`` of
+    PyTorch would average these as well, and round a count of batches towards 0.
+
+    Args:
+        network: The network that trains.
+        decay: Weight of the old average, in 0 .. 1.
+
+    Returns:
+        The average. ``update_parameters`` takes in the weights of ``network``; ``module`` is the
+        averaged network.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+    def update(averaged: Any, current: Any, count: object) -> None:
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            torch._foreach_copy_(averaged, current)
 
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Takes in the weights of ``network``, which must be of the same build."""
-        averaged: list[Tensor] = []
-        current: list[Tensor] = []
-        pairs = [
-            *zip(self.network.parameters(), network.parameters(), strict=True),
-            *zip(self.network.buffers(), network.buffers(), strict=True),
-        ]
-        for mine, new in pairs:
-            if mine.is_floating_point():
-                averaged.append(mine)
-                current.append(new)
-            else:
-                mine.copy_(new)
-        torch._foreach_lerp_(averaged, current, 1 - self.decay)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.network.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.network.load_state_dict(state)
+    average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+    average.n_averaged.fill_(1)  # else the first update would replace the initial weights
+    return average.requires_grad_(False).eval()
 
 
 class EarlyStop:
-    """``stop`` turns true after ``patience`` values in a row that are not better; None: never."""
+    """Ends a run whose result no longer gets better.
 
-    def __init__(self, patience: int | None, mode: Literal["max", "min"] = "max") -> None:
-        self.patience, self.mode = patience, mode
+    Args:
+        patience: Epochs in a row without a better result after which to stop; None: never.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
         self.best: float | None = None
         self.bad = 0
 
     def better(self, value: float) -> bool:
-        """Takes in the value of an epoch: is it the best so far? NaN never is."""
-        ahead = not math.isnan(value) and (
-            self.best is None or (value > self.best if self.mode == "max" else value < self.best)
-        )
+        """Takes in the result of an epoch; returns whether it is the best so far (NaN never is)."""
+        ahead = not math.isnan(value) and (self.best is None or value > self.best)
         self.best, self.bad = (value, 0) if ahead else (self.best, self.bad + 1)
         return ahead
 
     @property
     def stop(self) -> bool:
+        """Whether it is time to stop."""
         return self.patience is not None and self.bad >= self.patience
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,41 +1,40 @@
-"""Who is let in: tokens and their scopes, and how many requests at once."""
+"""Which requests are allowed: by their token, by the site whose page made them."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from sskt.server.http.problems import Problem
 from sskt.server.http.tokens import Token, Tokens
-from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import SsktError
 
 OPEN = frozenset({"/healthz", "/readyz"})
 """Answered without a token."""
-UNCOUNTED = OPEN | {"/metrics"}
-"""Answered however busy the server is."""
-RETRY = {"Retry-After": "1"}
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 def token_of(scope: Mapping[str, Any], tokens: Tokens | None) -> Token | None:
-    """The token that a request shows; None where none is needed. Raises ``Problem``."""
+    """The token of a request; None where none is needed.
+
+    Raises:
+        Problem: 401 without a valid token, 403 if it may not read, 503 if the token file cannot
+            be read.
+    """
     if tokens is None or scope["path"] in OPEN:
         return None
-    shown = [value for name, value in scope["headers"] if name == b"authorization"]
-    if not shown:
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if not given:
         raise Problem(401, "token needed", "send Authorization: Bearer TOKEN (sskt token new)")
     try:
-        token = tokens.check(_secret(shown[0])) if len(shown) == 1 else None
-    except SsktError:  # what is wrong with the file is the log's to tell
-        detail = "the server cannot read its tokens; its log says why"
-        raise Problem(503, "nobody is let in", detail, {"Retry-After": "5"}) from None
+        token = tokens.check(_secret(given[0])) if len(given) == 1 else None
+    except SsktError:  # the cause names a path, which is for the log only
+        detail = "the token file cannot be read, so all requests are refused; see the server's log"
+        raise Problem(503, "tokens not readable", detail, {"Retry-After": "5"}) from None
     if token is None:
         raise Problem(401, "token refused", "this token is unknown, expired or revoked")
     _require(token, "read")
@@ -43,7 +42,11 @@ def token_of(scope: Mapping[str, Any], tokens: Tokens | None) -> Token | None:
 
 
 def require(scope: Mapping[str, Any], tokens: Tokens | None, wanted: str) -> None:
-    """Raises ``Problem`` 403 if a request's token does not have a scope."""
+    """Checks that a request's token has a scope; without a token file every client has all.
+
+    Raises:
+        Problem: 403 if it has not, or if the page of another site asks.
+    """
     if wanted != "read":
         refuse_cross_site(scope)
     if tokens is not None:
@@ -57,9 +60,9 @@ def _require(token: Token | None, wanted: str) -> None:
         raise Problem(403, "scope missing", detail, {"WWW-Authenticate": challenge})
 
 
-def _secret(shown: bytes) -> str:
+def _secret(given: bytes) -> str:
     """From ``Bearer SECRET``, or the password of ``Basic``; '' if it is neither."""
-    scheme, _, rest = shown.decode("latin-1").partition(" ")
+    scheme, _, rest = given.decode("latin-1").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
     if scheme.lower() == "basic":
@@ -71,9 +74,13 @@ def _secret(shown: bytes) -> str:
 
 
 def refuse_cross_site(scope: Mapping[str, Any]) -> None:
-    """Raises ``Problem`` 403 for what another site's page makes a browser ask.
+    """Refuses what the page of another site makes a browser ask.
 
-    A browser sends the password it knows, or reaches a server on its own machine, for any page.
+    A browser sends the password that it knows, and reaches a server on its own machine, for any
+    page.
+
+    Raises:
+        Problem: 403.
     """
     headers = dict(scope["headers"])
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
@@ -96,41 +103,3 @@ def refuse_unsafe(scope: Mapping[str, Any]) -> None:
     """``refuse_cross_site`` for methods that may change something."""
     if scope["method"] not in _SAFE:
         refuse_cross_site(scope)
-
-
-class Admission:
-    """Counts the requests of one worker that are being answered. Of one event loop only."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._total = 0
-        self._each: Counter[str] = Counter()
-
-    @contextmanager
-    def held(self, scope: Mapping[str, Any], token: Token | None) -> Iterator[None]:
-        """A place while a request is answered. Raises ``Problem`` 429, 503 if there is none."""
-        if scope["path"] in UNCOUNTED:
-            yield
-            return
-        client = f"{token.name}@{client_of(scope)}" if token else client_of(scope)
-        if self._each[client] >= self._settings.max_requests_each:
-            detail = f"{self._each[client]} requests of this client are being answered"
-            raise Problem(429, "too many requests at once", detail, RETRY)
-        if self._total >= self._settings.max_requests:
-            detail = f"{self._total} requests are being answered"
-            raise Problem(503, "server busy", detail, RETRY)
-        self._total += 1
-        self._each[client] += 1
-        try:
-            yield
-        finally:
-            self._total -= 1
-            self._each[client] -= 1
-            if not self._each[client]:
-                del self._each[client]
-
-
-def client_of(scope: Mapping[str, Any]) -> str:
-    """The peer's address."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""

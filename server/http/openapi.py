@@ -20,11 +20,11 @@ SCHEMA: dict[str, Any] = {
     },
 }
 ALWAYS = (400, 401, 403, 408, 413, 422, 429, 500, 503)
-"""What the gate may answer to any request."""
+"""What the middleware may answer to any request."""
 
 
 def problems(*statuses: int, **examples: Any) -> dict[int | str, dict[str, Any]]:
-    """``responses`` of a route: these and what the gate may answer; ``examples`` by ``e404``."""
+    """``responses`` of a route: these and the middleware's; ``examples`` by ``e404``."""
     return {status: _response(status, examples) for status in sorted({*statuses, *ALWAYS})}
 
 

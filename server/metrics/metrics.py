@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +26,8 @@ from prometheus_client import (
     values,
 )
 
-from sskt.server.metrics.error_log import ErrorLog
-from sskt.server.metrics.last_minute import LastMinute, Minute
-from sskt.teacher_cache.errors import InputError
+from sskt.server.run_folder import database
+from sskt.teacher_cache.errors import InputError, SsktError
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 BOUNDS = (
@@ -38,7 +39,11 @@ BOUNDS = (
 COMPUTE_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 MOST = 1000
-"""Label values kept of one kind; whatever comes after them is counted as ``other``."""
+"""Label values kept of one kind; all further ones are counted as ``other``."""
+ERRORS_KEPT = 1000
+DETAIL = 500
+"""Characters of an error's message that are kept."""
+_ERRORS = "create table if not exists errors (time real, kind text, detail text, request_id text)"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -57,8 +62,7 @@ class Metrics:
                 "environment that the process starts with"
             )
         self._registry = registry or CollectorRegistry()
-        self._minute = Minute(run / "minute", BOUNDS)
-        self._errors_log = ErrorLog(run / "errors.jsonl")
+        self._errors_kept = run / "errors.sqlite3"
         self._children: dict[tuple[str, str, int], tuple[Any, Any, Any]] = {}
         self._sets: dict[str, Any] = {}
         self._kinds: dict[str, Any] = {}
@@ -77,9 +81,9 @@ class Metrics:
         )
         self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
         self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
-        self._hits = Counter("sskt_slab_hits", "Batches from a slab in memory.", registry=on)
+        self._hits = Counter("sskt_slab_hits", "Batches whose labels were decoded already.", registry=on)
         self._misses = Counter(
-            "sskt_slab_misses", "Batches that had to decode a slab.", registry=on
+            "sskt_slab_misses", "Batches that had to decode labels.", registry=on
         )
         computed = Counter("sskt_computed_shards", "Shards computed.", ["result"], registry=on)
         self._computed = {ok: computed.labels("ok" if ok else "failed") for ok in (True, False)}
@@ -120,7 +124,6 @@ class Metrics:
         requests.inc()
         latency.observe(seconds)
         size.inc(sent)
-        self._minute.request(seconds, sent)
 
     def _child(self, route: str, method: str, status: int) -> tuple[Any, Any, Any]:
         """Neither a made-up method nor a raw path may fill the memory."""
@@ -147,12 +150,10 @@ class Metrics:
     def labels(self, set_name: str, count: int) -> None:
         """Counts labels sent of a set."""
         _kept(self._sets, self._labels, set_name).inc(count)
-        self._minute.add("labels", count)
 
     def slab(self, hit: bool) -> None:
-        """Counts a batch: its slab was in memory, or had to be decoded."""
+        """Counts a batch: its labels were decoded already, or had to be."""
         (self._hits if hit else self._misses).inc()
-        self._minute.add("hits" if hit else "misses", 1)
 
     def computed(self, seconds: float, ok: bool) -> None:
         """Counts a shard computed on demand."""
@@ -164,17 +165,30 @@ class Metrics:
         self._waiting.set(count)
 
     def error(self, kind: str, detail: str, request_id: str) -> None:
-        """Counts an error, and keeps it among the recent ones. kind: one of few words."""
+        """Counts an error and keeps it among the recent ones, unless the disk is full.
+
+        Args:
+            kind: One of few words.
+            detail: The message.
+            request_id: Of the request that failed; empty if none did.
+        """
         _kept(self._kinds, self._errors, kind).inc()
-        self._errors_log.add(kind, detail, request_id)
+        shown = detail if len(detail) <= DETAIL else detail[: DETAIL - 1] + "…"
+        with contextlib.suppress(sqlite3.Error, OSError, SsktError), self._open_errors(1.0) as db:
+            row = (time.time(), kind, shown, request_id)
+            db.execute("insert into errors values (?, ?, ?, ?)", row)
+            db.execute(f"delete from errors where rowid <= last_insert_rowid() - {ERRORS_KEPT}")
 
     def recent_errors(self, count: int) -> list[dict[str, Any]]:
-        """The last errors of all workers, newest first: time, kind, detail, request_id."""
-        return self._errors_log.last(count)
+        """The last errors of all processes, newest first: time, kind, detail, request_id."""
+        names = ("time", "kind", "detail", "request_id")
+        with contextlib.suppress(sqlite3.Error, OSError, SsktError), self._open_errors(5.0) as db:
+            rows = db.execute("select * from errors order by rowid desc limit ?", [count])
+            return [dict(zip(names, row, strict=True)) for row in rows]
+        return []
 
-    def last_minute(self) -> LastMinute:
-        """What all workers did in the last minute."""
-        return self._minute.last()
+    def _open_errors(self, timeout: float) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return database(self._errors_kept, _ERRORS, timeout=timeout)
 
     def text(self) -> bytes:
         """The exposition, format 0.0.4."""

@@ -1,7 +1,7 @@
 """HTML pages: templates, static files, and problems as a browser's user reads them.
 
-Nothing is loaded from elsewhere, and nothing in a page is script or style, so that the policy
-sent with it can forbid both. Whatever comes from a store or a client is escaped.
+Nothing is loaded from other servers, and no page contains scripts or styles, so that the policy
+sent with it can forbid both. Text that comes from a store or a client is escaped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
+from starlette.types import Scope
 
-from sskt.server.http.problems import Problem
+from sskt.server.http.problems import Problem, json_answer
 from sskt.server.pages.drawing import percent
 
 FOLDER = Path(__file__).parent
@@ -56,7 +57,7 @@ def static_url(name: str) -> str:
 
 @static.get("/static/{name}")
 async def static_file(name: str, v: str = "") -> Response:
-    """A style sheet, script or picture of the pages."""
+    """A style sheet, script or image of the pages."""
     if name not in _STATIC:
         raise Problem(404, "not found", f"no static file {name}")
     data, digest = _STATIC[name]
@@ -141,14 +142,12 @@ def page(
     return Response(body, status, fixed | dict(headers or {}), "text/html; charset=utf-8")
 
 
-def wants_html(request: Request) -> bool:
-    """Whether a browser's user would read the answer, and not a program."""
-    return request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
-
-
-def html_problem(request: Request, problem: Problem) -> Response:
-    """A problem as a page, with the same status and headers as its JSON."""
-    request_id = request.scope.get("state", {}).get("request_id", "")
+def answer_problem(problem: Problem, scope: Scope) -> Response:
+    """A problem as the client can read it: a page for people with a browser, else JSON."""
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    if scope["method"] not in ("GET", "HEAD") or b"text/html" not in headers.get(b"accept", b""):
+        return json_answer(problem, scope)
+    request_id = scope["state"]["request_id"]
     return page(
         "problem.html", problem.status, problem.headers, problem=problem, request_id=request_id
     )

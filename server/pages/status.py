@@ -1,27 +1,33 @@
-"""The status page at ``/``: what the cache holds, and how the server is doing."""
+"""The status page at ``/``: what the cache holds, and what the server does."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, FastAPI, Query, Request
+from numpy.typing import NDArray
 from starlette.responses import Response
 
 from sskt.server.http.problems import Problem
-from sskt.server.metrics.metrics import quantile
+from sskt.server.metrics.metrics import BOUNDS, quantile
 from sskt.server.pages import pages, samples
-from sskt.server.pages.label_set_cards import cards_of
-from sskt.server.pages.pages import html_problem, page, wants_html
-from sskt.server.pages.survey import Surveys
-from sskt.server.state import State, state_of
+from sskt.server.pages.coverage import CoverageCache
+from sskt.server.pages.pages import answer_problem, page
+from sskt.server.pages.summaries import summaries_of
+from sskt.server.state import state_of
 from sskt.teacher_cache.errors import SsktError
 
-__all__ = ["html_problem", "mount_static", "router", "wants_html"]
+__all__ = ["answer_problem", "mount_static", "router"]
 
 ERRORS = 20
 """Errors that the page shows."""
+RECENT_SECONDS = 60.0
+NO_BUCKETS = [0] * (len(BOUNDS) + 1)
 
 router = APIRouter(include_in_schema=False)
 router.include_router(samples.router)
@@ -29,7 +35,8 @@ router.include_router(samples.router)
 
 def mount_static(app: FastAPI) -> None:
     """Adds the pages' static files, and what the pages keep between requests."""
-    app.state.surveys = Surveys()
+    app.state.coverages = CoverageCache()
+    app.state.recent = Recent(app.state.sskt.settings.started)
     app.state.opened = samples.Opened()
     app.include_router(pages.static)
 
@@ -46,21 +53,61 @@ class Route:
     p99: float | None
 
 
-def figures(state: State) -> dict[str, Any]:
-    """The numbers of the page, of all workers."""
-    totals, minute = state.metrics.totals(), state.metrics.last_minute()
-    looked_up = minute.hits + minute.misses
-    all_hits = totals["hits"] + totals["misses"]
+Counts = NDArray[np.int64]
+"""Requests, bytes sent, labels, cache hits and misses, then the latency buckets."""
+
+
+class Recent:
+    """What was counted in the last minute, or since the page was last looked at if that is longer.
+
+    Args:
+        started: When the server was started, by ``clock``.
+        clock: Seconds.
+    """
+
+    def __init__(self, started: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._guard = clock, threading.Lock()
+        self._looks: list[tuple[float, Counts | int]] = [(started, 0)]
+
+    def since(self, now: Counts) -> tuple[float, Counts]:
+        """Remembers the counts of now.
+
+        Returns:
+            The seconds since an earlier look, and what was counted in them.
+        """
+        moment = self._clock()
+        with self._guard:
+            kept = [look for look in self._looks if moment - look[0] <= RECENT_SECONDS]
+            kept = kept or self._looks[-1:]
+            begin, before = kept[0]
+            if moment - kept[-1][0] >= 1:
+                kept.append((moment, now))
+            self._looks = kept
+        return max(1.0, moment - begin), now - before
+
+
+def figures(request: Request) -> dict[str, Any]:
+    """The numbers of the page, of all processes."""
+    state = state_of(request)
+    totals = state.metrics.totals()
+    routes = totals["routes"].values()
+    plain = [totals[name] for name in ("requests", "sent_bytes", "labels", "hits", "misses")]
+    buckets = np.sum([route["buckets"] for route in routes], axis=0) if routes else NO_BUCKETS
+    recent: Recent = request.app.state.recent
+    seconds, counts = recent.since(np.array([*plain, *buckets], np.int64))
+    requests, size, labels, hits, misses, *latencies = counts.tolist()
+    looked_up, all_looked_up = hits + misses, totals["hits"] + totals["misses"]
     return {
-        "minute": minute,
-        "labels_rate": minute.labels / minute.seconds,
-        "bytes_rate": minute.bytes / minute.seconds,
-        "requests_rate": minute.requests / minute.seconds,
-        "p50": quantile(minute.buckets, 0.5),
-        "p95": quantile(minute.buckets, 0.95),
-        "p99": quantile(minute.buckets, 0.99),
-        "hit_rate": minute.hits / looked_up if looked_up else None,
-        "hit_rate_ever": totals["hits"] / all_hits if all_hits else None,
+        "uptime": time.monotonic() - state.settings.started,
+        "seconds": seconds,
+        "labels_rate": labels / seconds,
+        "bytes_rate": size / seconds,
+        "requests_rate": requests / seconds,
+        "p50": quantile(latencies, 0.5),
+        "p95": quantile(latencies, 0.95),
+        "p99": quantile(latencies, 0.99),
+        "hit_rate": hits / looked_up if looked_up else None,
+        "hit_rate_ever": totals["hits"] / all_looked_up if all_looked_up else None,
         "totals": totals,
         # This request is one of them.
         "serving": max(0, totals["serving"] - 1),
@@ -85,11 +132,11 @@ def _live(request: Request, q: str) -> dict[str, Any]:
         raise Problem(503, "cache out of reach", str(error), {"Retry-After": "5"}) from error
     wanted = [s for s in sets if q.lower() in s.name.lower() or s.digest.startswith(q)]
     now = time.time()
-    return figures(state) | {
+    return figures(request) | {
         "now": now,
         "q": q,
         "count": len(sets),
-        "cards": cards_of(request, wanted),
+        "summaries": summaries_of(request, wanted),
         "damaged": sorted(state.sets.damaged.items()),
         "queue": state.on_demand.state() if state.on_demand else None,
         "queue_limit": state.settings.queue,

@@ -1,23 +1,21 @@
-"""Arrays as the bytes of an answer: what a client may ask for, and how it reads it.
+"""The answers of the batch route: media types, their bytes, and how much memory they take.
 
-``application/octet-stream``: the arrays one after the other, little-endian, rows in the order of
-the ids; the header ``SSKT-Arrays`` names them: ``view_check uint32 256; labels float16 256x1000``.
+``application/octet-stream`` holds the arrays one after the other, little-endian, with the rows in
+the order of the ids. The header ``SSKT-Arrays`` names them:
+``view_check uint32 256; labels float16 256x1000``.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import re
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.format.encodings import Encoded
 
 RAW = "application/octet-stream"
@@ -25,40 +23,35 @@ SAFETENSORS = "application/vnd.safetensors"
 OFFERED = (RAW, SAFETENSORS)
 ARRAYS = "SSKT-Arrays"
 
-_ARRAY = re.compile(r"(\w+) (u?int\d+|float\d+) (\d+(?:x\d+)*)")
 _QUALITY = re.compile(r"[01](\.\d{0,3})?")
 
 
 def chosen(accept: str | None) -> str | None:
-    """What an Accept header likes best of what is offered (RFC 9110), None if nothing.
+    """The offered media type that an Accept header prefers (RFC 9110).
 
-    Without a header, and where two are liked alike: raw bytes.
+    Returns:
+        Raw bytes without a header and if both are equally welcome; None if neither is.
     """
     if accept is None or not accept.strip():
         return RAW
-    ranges = [_range(part) for part in accept.split(",") if part.strip()]
-    liked = {kind: _liking(kind, ranges) for kind in OFFERED}
-    best = max(OFFERED, key=lambda kind: liked[kind])
-    return best if liked[best] > 0 else None
+    # Sorted, so that of two equal ranges the higher quality counts.
+    ranges = dict(sorted(_range(part) for part in accept.split(",") if part.strip()))
+    qualities = [
+        next((ranges[r] for r in (kind, "application/*", "*/*") if r in ranges), 0.0)
+        for kind in OFFERED
+    ]
+    best = int(np.argmax(qualities))
+    return OFFERED[best] if qualities[best] > 0 else None
 
 
 def _range(part: str) -> tuple[str, float]:
+    """A media range and its quality."""
     kind, *parameters = (p.strip().lower() for p in part.split(";"))
     for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            value = value.strip()
+        name, _, value = (p.strip() for p in parameter.partition("="))
+        if name == "q":
             return kind, min(1.0, float(value)) if _QUALITY.fullmatch(value) else 0.0
     return kind, 1.0
-
-
-def _liking(kind: str, ranges: list[tuple[str, float]]) -> float:
-    """The quality that the most precise range gives to a kind."""
-    for precise in (kind, f"{kind.partition('/')[0]}/*", "*/*"):
-        fitting = [quality for asked, quality in ranges if asked == precise]
-        if fitting:
-            return max(fitting)
-    return 0.0
 
 
 def described(arrays: Encoded) -> str:
@@ -69,66 +62,50 @@ def described(arrays: Encoded) -> str:
     )
 
 
-def packed(arrays: Encoded) -> bytes:
-    """The arrays one after the other, little-endian, row-major."""
-    return b"".join(
-        np.ascontiguousarray(a, a.dtype.newbyteorder("<")).data for a in arrays.values()
-    )
+def packed(arrays: Encoded, kind: str, about: dict[str, object]) -> bytes:
+    """The body of an answer.
 
-
-def read_answer(headers: Mapping[str, str], body: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a raw answer: views into ``body``, in its order, by name.
-
-    ``headers`` may spell ``SSKT-Arrays`` in any case. Raises ``SsktError`` if they do not
-    describe the body.
+    Args:
+        arrays: The rows.
+        kind: Its media type.
+        about: Metadata of a safetensors file; what is no string is written as JSON.
     """
-    header = next((v for k, v in headers.items() if k.lower() == ARRAYS.lower()), None)
-    if header is None:
-        raise SsktError(f"the answer has no header {ARRAYS}; it is no batch of labels")
-    arrays: dict[str, NDArray[Any]] = {}
-    offset = 0
-    for text in header.split(";"):
-        match = _ARRAY.fullmatch(text.strip())
-        if not match:
-            raise SsktError(f"cannot read the header {ARRAYS}: {header!r}")
-        shape = tuple(int(n) for n in match[3].split("x"))
-        dtype = np.dtype(match[2]).newbyteorder("<")
-        stop = offset + math.prod(shape) * dtype.itemsize
-        if stop > len(body):
-            break
-        arrays[match[1]] = np.frombuffer(body, dtype, math.prod(shape), offset).reshape(shape)
-        offset = stop
-    if offset != len(body) or len(arrays) != header.count(";") + 1:
-        raise SsktError(f"the answer has {len(body)} bytes, which is not {header!r}")
-    return arrays
+    if kind == RAW:
+        return b"".join(
+            np.ascontiguousarray(a, a.dtype.newbyteorder("<")).data for a in arrays.values()
+        )
+    from safetensors.numpy import save
+
+    told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, told)
 
 
 class Budget:
-    """Bytes of answers that a worker holds at once. One answer alone may be any size."""
+    """Bytes of answers that a worker holds at once. A single answer may have any size."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held = most, 0
 
     def take(self, count: int) -> bool:
-        """False, and nothing taken, if that is too much now."""
+        """False, and nothing is taken, if that is too much now."""
         if self.held and self.held + count > self.most:
             return False
         self.held += count
         return True
 
     def give_back(self, count: int) -> None:
-        """What was taken is free again."""
+        """Frees what was taken."""
         self.held -= count
 
 
 class HeldResponse(Response):
-    """Bytes that are counted until a client has taken them: ``done`` is called then."""
+    """Bytes that count until the client has taken them; then ``done`` is called."""
 
     def __init__(
         self, body: bytes, headers: dict[str, str], kind: str, done: Callable[[], object]
     ) -> None:
         super().__init__(body, headers=headers, media_type=kind)
-        self._done = weakref.finalize(self, done)  # also where nobody sends it
+        self._done = weakref.finalize(self, done)  # also if it is never sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""

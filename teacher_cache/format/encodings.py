@@ -101,8 +101,9 @@ class Encoding:
         kept = ~self.skipped(encoded)
         if self.name == "u8":
             return np.asarray(kept & (encoded["labels"].max(axis=1) != 255))
-        values = encoded["value" if self.name == "topk" else "labels"].astype(np.float64)
-        total = np.exp(values).sum(axis=1)
+        values = encoded["value" if self.name == "topk" else "labels"].astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity is faulty
+            total = np.exp(values).sum(axis=1)  # in float64 this takes ten times as long
         if self.name == "topk":
             beyond = (encoded["index"] >= classes).any(axis=1)
             return np.asarray(kept & ~((total > 0) & (total < 1 + ROW_SUM_TOLERANCE) & ~beyond))
@@ -191,6 +192,32 @@ def soft_labels(
     p = rest.expand(-1, classes).scatter(1, encoded["index"].long(), top)
     p = p.pow(1 / temperature)
     return (p / p.sum(dim=1, keepdim=True)).float()
+
+
+def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> float:
+    """How far apart two versions of the same stored labels are.
+
+    Args:
+        encoding: Their encoding.
+        one: Values of the last array of the encoding: ``[n, width]``.
+        other: The same array of the other version.
+
+    Returns:
+        The mean total variation distance of a row, half the sum of absolute differences of
+        probabilities; infinity if they differ in which rows are skipped.
+    """
+    p, q = (_probabilities(encoding, values) for values in (one, other))
+    if (np.isnan(p) != np.isnan(q)).any():
+        return math.inf
+    return float(np.nansum(np.abs(p - q)) / 2 / max(1, len(p)))
+
+
+def _probabilities(encoding: Encoding, values: NDArray[Any]) -> NDArray[np.float64]:
+    if encoding.name != "u8":
+        return np.exp(values.astype(np.float64))
+    p = (values.astype(np.float64) / 255) ** U8_POWER
+    with np.errstate(invalid="ignore"):
+        return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
 def as_tensors(encoded: Encoded) -> EncodedTensors:

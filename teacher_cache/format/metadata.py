@@ -1,12 +1,12 @@
-"""The files of a label set as bytes: its JSON documents, made through Zarr; checksums of shards."""
+"""The files of a label set as bytes, made through Zarr: its JSON documents and its shards."""
 
 from __future__ import annotations
 
 import json
-import struct
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sskt.teacher_cache.format.encodings import encoding_of
@@ -14,6 +14,8 @@ from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"
+BOUND = "bound"
+"""Attribute of a label set in which a shard is stored only with its record."""
 
 Document = dict[str, Any]
 
@@ -40,6 +42,7 @@ def new_documents(
         "spec": spec,
         "classes": list(classes),
         "made": made,
+        BOUND: True,
     }
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes={"sskt": attributes})
@@ -79,27 +82,25 @@ def shard_rows_of(document: Document) -> int:
     return int(document["chunk_grid"]["configuration"]["chunk_shape"][1])
 
 
-_ABSENT = 2**64 - 1
+def shard_file(document: Document, rows: NDArray[Any]) -> bytes:
+    """Makes a shard file of an array.
 
+    Args:
+        document: The array's metadata.
+        rows: The rows of the shard, of the array's dtype: ``[n, *row]``. The rest of the shard is
+            filled up.
 
-def shard_damage(data: bytes, chunks: int) -> str:
-    """What is wrong with a shard's bytes, by its own checksums (docs/format.md); "" if nothing."""
-    from google_crc32c import value as crc32c
+    Returns:
+        The bytes of the file. They depend on the arguments only.
+    """
+    import zarr
+    from zarr.core.buffer import Buffer, default_buffer_prototype
+    from zarr.storage import MemoryStore
 
-    if not data:
-        return "it is empty"
-    if not chunks:
-        return ""
-    index, size = data[-(16 * chunks + 4) :], 16 * chunks + 4
-    if len(index) < size or struct.unpack("<I", index[-4:])[0] != crc32c(index[:-4]):
-        return "the checksum of its index fails"
-    numbers = struct.unpack(f"<{2 * chunks}Q", index[:-4])
-    for chunk, (start, length) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
-        if start == length == _ABSENT:
-            continue
-        inner = data[start : start + length]
-        if length < 4 or len(inner) < length:
-            return f"chunk {chunk} is cut"
-        if struct.unpack("<I", inner[-4:])[0] != crc32c(inner[:-4]):
-            return f"the checksum of chunk {chunk} fails"
-    return ""
+    alone = document | {"shape": [1, *rows.shape]}
+    metadata = default_buffer_prototype().buffer.from_bytes(to_json(alone))
+    files: dict[str, Buffer] = {GROUP: metadata}
+    array = zarr.open_array(MemoryStore(files), mode="r+", zarr_format=3)
+    array.with_config({"write_empty_chunks": True})[0:1] = rows[None]
+    (key,) = files.keys() - {GROUP}
+    return files[key].to_bytes()

@@ -15,6 +15,7 @@ from typing import Any
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import encoding_of
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP, new_documents, shard_rows_of
+from sskt.teacher_cache.format.shards import layout_of
 from sskt.teacher_cache.format.spec import Spec, name_of
 from sskt.teacher_cache.label_sets.documents import array_document, bereft, read_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -54,15 +55,18 @@ def open_label_set(place: CacheName) -> LabelSet:
         rows = shard_rows_of(document)
         if samples != spec["target"]["size"] or document["data_type"] != "uint32" or rows < 1:
             raise ValueError(f"view_check is {document['data_type']} {document['shape']}")
+        documents = {"view_check": document}
         for key, (dtype, width, _) in arrays.items():
-            found = array_document(place, key)
+            found = documents[key] = array_document(place, key)
             shard = found["chunk_grid"]["configuration"]["chunk_shape"]
             have = (found["shape"][1:], shard, found["data_type"])
             if have != ([samples, width], [1, rows, width], dtype.name):
                 raise ValueError(f"{key} is {found['data_type']} {found['shape']}")
+        for found in documents.values():
+            layout_of(found)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CorruptStore(f"label set {place.name}: unreadable metadata ({error})") from error
-    return LabelSet(place, attributes, seeds, samples, rows)
+    return LabelSet(place, attributes, seeds, samples, rows, documents)
 
 
 Documents = Callable[[int | None, int | None], dict[str, bytes]]

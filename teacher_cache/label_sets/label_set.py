@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +19,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import (
-    CorruptStore,
-    IncompleteLabels,
-    InputError,
-    SsktError,
-    first_line,
-)
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
     as_tensors,
+    distance_of,
     encoding_of,
     soft_labels,
 )
-from sskt.teacher_cache.format.metadata import GROUP, to_json
-from sskt.teacher_cache.format.spec import Spec
+from sskt.teacher_cache.format.metadata import BOUND, GROUP, Document, shard_file, to_json
+from sskt.teacher_cache.format.shards import (
+    RECORD_ENDING,
+    NotAsRecorded,
+    ShardLayout,
+    ShardRecord,
+    file_checksums,
+    layout_of,
+    parse_record,
+)
+from sskt.teacher_cache.format.spec import Spec, tolerance_of
 from sskt.teacher_cache.label_sets.documents import parse_attributes
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
@@ -43,6 +49,15 @@ if TYPE_CHECKING:  # the label server's workers do without torch
     from torch import Tensor
 
     from sskt.teacher_cache.media.images import UInt8
+
+AT_ONCE = 4
+"""Shards that a process reads at once: of a bucket or server, it waits for each."""
+
+ALIKE_INDICES = 0.9
+"""Part of the classes of top-k labels that two machines agree on, at least."""
+
+KEPT_RECORDS = 4096
+"""Records of shards that a label set keeps in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,9 @@ class LabelSet:
     seeds: int
     samples: int
     shard_rows: int
+    documents: Mapping[str, Document] = field(default_factory=dict, repr=False)
     writable: bool = False
-    _arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+    _records: dict[Shard, ShardRecord] = field(default_factory=dict, repr=False)
     _claims: Claims | None = field(default=None, repr=False)
     _claimed: set[Shard] = field(default_factory=set, repr=False)
 
@@ -139,9 +155,22 @@ class LabelSet:
         """The file of one of the shard's arrays, of a local set."""
         return self.path / self.shard_key(array, shard)
 
+    def record_key(self, shard: Shard) -> str:
+        """The name of the shard's record within the set."""
+        return self.shard_key("view_check", shard) + RECORD_ENDING
+
+    def shard_keys(self, shard: Shard) -> list[str]:
+        """The names of all files or objects of the shard in the order in which they are written."""
+        return [*(self.shard_key(array, shard) for array in self.arrays), self.record_key(shard)]
+
+    @property
+    def bound(self) -> bool:
+        """Whether a shard counts as stored only with its record (sets made since 0.2)."""
+        return self.attributes.get(BOUND) is True
+
     def commit_key(self, shard: Shard) -> str:
         """The name whose existence says that the shard is whole."""
-        return self.shard_key(self.arrays[-1], shard)
+        return self.record_key(shard) if self.bound else self.shard_key(self.arrays[-1], shard)
 
     def commit_path(self, shard: Shard) -> Path:
         """The file whose existence says that the shard is whole, of a local set."""
@@ -171,22 +200,122 @@ class LabelSet:
         """Bytes of all files of the set."""
         return sum(self.place.sizes().values())
 
-    def _array(self, name: str, seed: int = 0) -> Any:
-        known = self._arrays.get(name)
-        if known is None or known.shape[0] <= seed:  # the set may have grown
-            array = self.place.array(name, writable=self.writable)
-            self._arrays[name] = array.with_config({"write_empty_chunks": True})
-        return self._arrays[name]
-
     def write(self, shard: Shard, encoded: Encoded, checks: NDArray[np.uint32]) -> None:
-        """Stores a whole shard: view checks first, then labels, which commit it.
+        """Stores a whole shard: view checks, labels, and the record, which commits it.
 
-        In a bucket, what somebody else has stored of it meanwhile stays.
+        In a bucket, what another writer has stored meanwhile stays.
+
+        Args:
+            shard: The shard, which this process has claimed.
+            encoded: Its rows as the encoding stores them: ``[n, width]`` each.
+            checks: View checks of its samples: uint32 ``[n]``.
         """
-        seed, rows = shard.seed, slice(shard.start, shard.stop)
-        self._array("view_check")[seed : seed + 1, rows] = checks[None]
-        for key in self.arrays[1:]:
-            self._array(key)[seed : seed + 1, rows] = encoded[key][None]
+        if not self.place.is_local and self.place.size(self.record_key(shard), fresh=True):
+            return  # another writer was faster
+        rows = {"view_check": checks} | encoded
+        checksums = {}
+        for array in self.arrays:
+            data = shard_file(self.documents[array], rows[array])
+            stored = self._stored(array, shard, data)
+            checksums[array] = file_checksums(stored, self.layout(array).chunks)
+        self._put_record(shard, checksums)
+
+    def _stored(self, array: str, shard: Shard, data: bytes) -> bytes:
+        """Stores the file of an array and returns the bytes that are stored now."""
+        key = self.shard_key(array, shard)
+        if not self.place.is_local:
+            if self.place.create(key, data):
+                return data
+            found = self.place.read(key)
+            if found == data or self._as_good(array, found, data):
+                return found
+        self.place.put(key, data)
+        return data
+
+    def _as_good(self, array: str, found: bytes, data: bytes) -> bool:
+        """Whether stored labels differ from ours as those of two machines may.
+
+        Two machines that label the same shard must end with the same files; their labels differ in
+        the last bits.
+        """
+        layout = self.layout(array)
+        if array == "view_check":
+            return False
+        try:
+            theirs, ours = (
+                layout.read(functools.partial(_part_of, file), 0, layout.rows)
+                for file in (found, data)
+            )
+        except ValueError:
+            return False
+        if array == "index":
+            return float(np.mean(theirs == ours)) > ALIKE_INDICES
+        return distance_of(self.encoding, theirs, ours) <= tolerance_of(self.spec)
+
+    def bind(self, shard: Shard) -> None:
+        """Adds the record of a stored shard that has none, from the files as they are.
+
+        Check the shard before: whatever lies in its place counts as its own from then on.
+        """
+        data = {array: self.place.read(self.shard_key(array, shard)) for array in self.arrays}
+        self._put_record(
+            shard, {a: file_checksums(d, self.layout(a).chunks) for a, d in data.items()}
+        )
+
+    def _put_record(self, shard: Shard, checksums: Mapping[str, str]) -> None:
+        record = ShardRecord(self.digest, shard.seed, shard.block, checksums)
+        key, data = self.record_key(shard), record.to_json()
+        if not self.place.create(key, data) and self.place.read(key) != data:
+            self.place.put(key, data)
+        self._records.pop(shard, None)
+
+    def shard_record(self, shard: Shard, *, fresh: bool = False) -> ShardRecord | None:
+        """Reads what binds a shard to its place.
+
+        Args:
+            shard: The shard.
+            fresh: Whether to read it again if it was read before.
+
+        Returns:
+            The record; None if the shard has none.
+
+        Raises:
+            CorruptStore: If the file is no record, or that of another shard or label set.
+        """
+        record = None if fresh else self._records.get(shard)
+        if record is None:
+            record = self._read_record(shard)
+            if len(self._records) >= KEPT_RECORDS:
+                self._records.clear()
+            if record is not None:
+                self._records[shard] = record
+        return record
+
+    def _read_record(self, shard: Shard) -> ShardRecord | None:
+        key = self.record_key(shard)
+        if not self.bound and self.place.size(key) is None:
+            return None
+        try:
+            record = parse_record(self.place.read(key))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise self._damage(shard, f"its record {key} cannot be read ({error})") from error
+        other = record.difference(self.digest, shard.seed, shard.block)
+        if other or set(record.checksums) != set(self.arrays):
+            raise self._damage(shard, f"its record {key} is that of {other or 'other arrays'}")
+        return record
+
+    def _damage(self, shard: Shard, what: str) -> CorruptStore:
+        return CorruptStore(
+            f"label set {self.name}: seed {shard.seed}, samples {shard.start} to "
+            f"{shard.stop - 1}: {what}; run sskt verify, delete {self.commit_key(shard)} of the "
+            "set and cache the labels again"
+        )
+
+    def layout(self, array: str) -> ShardLayout:
+        """How the rows of an array lie in its shard files."""
+        return layout_of(self.documents[array])
 
     def read(self, seed: int, start: int, stop: int) -> Encoded:
         """Encoded rows ``start:stop`` of a seed, in order.
@@ -250,7 +379,7 @@ class LabelSet:
 
     @functools.cached_property
     def _row_reader(self) -> RowReader:
-        return RowReader(self, int(self._array(self.arrays[-1]).chunks[1]))
+        return RowReader(self, self.layout(self.arrays[-1]).chunk_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out decoded labels, so that a loader process can be started with the set."""
@@ -274,38 +403,50 @@ class LabelSet:
     def _require_shards(self, seed: int, start: int, stop: int) -> None:
         for block in range(start // self.shard_rows, -(-stop // self.shard_rows)):
             if not self.has(self.shard(seed, block)):
-                lacking = self.shard(seed, block)
-                raise IncompleteLabels(
-                    f"label set {self.name}: seed {seed} lacks samples {lacking.start} to "
-                    f"{lacking.stop - 1}"
-                )
-
-    def _require_files(self, array: str, seed: int, start: int, stop: int) -> None:
-        for block in range(start // self.shard_rows, -(-stop // self.shard_rows)):
-            key = self.shard_key(array, self.shard(seed, block))
-            if not self.place.size(key):  # Zarr gives fill values for gone and for empty
-                raise CorruptStore(
-                    f"label set {self.name}: {key} is gone or empty "
-                    f"(seed {seed}, samples {start} to {stop - 1}); run sskt verify, delete the "
-                    "other files of that shard and cache it again"
-                )
+                raise self._lacks(self.shard(seed, block))
 
     def _rows(self, array: str, seed: int, start: int, stop: int) -> NDArray[Any]:
-        self._require_files(array, seed, start, stop)
-        try:
-            rows = np.asarray(self._array(array, seed)[seed : seed + 1, start:stop][0])
-            if len(rows) != stop - start:
-                raise ValueError(f"{len(rows)} rows instead of {stop - start}")
-            return rows
-        except SsktError:  # a store that cannot be reached is no damage
-            raise
-        except Exception as error:
-            self._require_files(array, seed, start, stop)  # one may have gone meanwhile
-            raise CorruptStore(
-                f"label set {self.name}: {array}, seed {seed}, samples {start} to {stop - 1} "
-                f"cannot be read ({first_line(error)}); run sskt verify, delete the shard it names "
-                "and cache it again"
-            ) from error
+        layout = self.layout(array)
+        found = np.empty((stop - start, *layout.shape), layout.dtype)
+
+        def read(block: int) -> None:
+            shard = self.shard(seed, block)
+            first, last = max(start, shard.start), min(stop, shard.stop)
+            rows = self._shard_rows(array, shard, first - shard.start, last - shard.start)
+            found[first - start : last - start] = rows
+
+        in_threads(read, range(start // self.shard_rows, -(-stop // self.shard_rows)))
+        return found
+
+    def _shard_rows(self, array: str, shard: Shard, first: int, stop: int) -> NDArray[Any]:
+        """Opens the file of an array of a shard and reads some of its rows.
+
+        Every reader comes through here: the file must be the one that the shard's record names.
+        """
+        key, layout = self.shard_key(array, shard), self.layout(array)
+        part = functools.partial(self.place.read_part, key)
+        for fresh in (False, True):  # the set may have been made again since the record was read
+            record = self.shard_record(shard, fresh=fresh)
+            if record is None and self.bound:
+                raise self._lacks(shard)
+            try:
+                if not self.place.size(key):
+                    raise FileNotFoundError(key)
+                return layout.read(part, first, stop, record.checksums[array] if record else "")
+            except FileNotFoundError as error:
+                raise self._damage(shard, f"{key} is gone or empty") from error
+            except NotAsRecorded as error:
+                damage: Exception = error
+            except (OSError, ValueError) as error:
+                damage = error
+                break
+        raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
+
+    def _lacks(self, shard: Shard) -> IncompleteLabels:
+        return IncompleteLabels(
+            f"label set {self.name}: seed {shard.seed} lacks samples {shard.start} to "
+            f"{shard.stop - 1}"
+        )
 
     def claim(self, shard: Shard) -> bool:
         """Reserves a shard; False if it is stored, or this or another process is at it.
@@ -334,7 +475,6 @@ class LabelSet:
             self._claims.close()
         self._claims, self.writable = None, False
         self._claimed.clear()
-        self._arrays.clear()
 
     def record(self, key: str, value: Any) -> None:
         """Adds an attribute (once; the same value from every process that would add it)."""
@@ -365,7 +505,6 @@ class LabelSet:
         with self._claims.held(METADATA):
             for array in [*self.arrays[1:], "view_check"]:
                 self.place.update(f"{array}/{GROUP}", widen)
-        self._arrays.clear()
 
 
 def seed_ranges(seeds: Iterable[int]) -> str:
@@ -379,3 +518,42 @@ def seed_ranges(seeds: Iterable[int]) -> str:
     names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
     many = len(runs) > 1 or len(runs[0]) > 1
     return f"seed{'s' if many else ''} {', '.join(names)}"
+
+
+def _part_of(data: bytes, start: int | None, stop: int | None) -> bytes:
+    return data[start:stop]
+
+
+def in_threads(call: Callable[[int], None], numbers: Iterable[int]) -> None:
+    """Calls a function for each number, up to ``AT_ONCE`` at once. Raises what a call raised.
+
+    The threads are daemons: those of a ``ThreadPoolExecutor`` are waited for when the interpreter
+    ends, so that Ctrl-C would hang for as long as a label server is away.
+    """
+    left: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in numbers:
+        left.put(number)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while not errors:
+            try:
+                number = left.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                call(number)
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, name="sskt-read", daemon=True)
+        for _ in range(min(AT_ONCE, left.qsize()) if left.qsize() > 1 else 0)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    work()
+    if errors:
+        raise errors[0]

@@ -16,13 +16,12 @@ from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.labeling.run import StageOptions
 from sskt.teacher_cache.labeling.units import MEMORY
-from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.sources.batchnorm import parse_batchnorm
 from sskt.teacher_cache.sources.outputs import parse_outputs
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source, usable_device
-from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import TARGETS, default_policy, is_own, open_target
+from sskt.teacher_cache.targets.open import load_target, policy_of
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
@@ -49,19 +48,12 @@ class Job:
     """
 
     sources: tuple[str, ...]
-    target: str
+    dataset: DatasetSpec
     cache: str = ""
-    split: str = "train"
-    root: str | None = None
     seeds: int = 10
     policy: str = "auto"
     frame_sampling: str = ""
     encoding: str = "f16"
-    limit: int | None = None
-    partial: bool = False
-    decoder: str = "pyav"
-    strict: bool = False
-    download: bool = False
     weights: tuple[str, ...] = ()
     preprocessing: tuple[str, ...] = ()
     batchnorm: str = "eval"
@@ -91,26 +83,8 @@ class Job:
         )
 
     def _made(self, opened: Opened) -> dict[str, Any]:
-        target = {
-            "target": full_path(self.target) if is_own(self.target) else self.target,
-            "root": self.data_root(),
-            "limit": self.limit,
-        }
-        more = {
-            "partial": self.partial,
-            "strict": self.strict,
-            "frame_sampling": self._frame_sampling() if self.frame_sampling else "",
-        }
-        more = {key: value for key, value in more.items() if value}
-        return provenance(opened, target, self.batch_size, more)
-
-    def data_root(self) -> str | None:
-        """The absolute path of the folder with the target's data; None if the target needs none."""
-        if self.root is not None:
-            return full_path(self.root)
-        if is_own(self.target) or not TARGETS[self.target].markers:
-            return None
-        return full_path(data_location(self.target).value)
+        more = {"frame_sampling": self._frame_sampling()} if self.frame_sampling else {}
+        return provenance(opened, self.dataset.provenance(), self.batch_size, more)
 
     def _frame_sampling(self) -> str:
         file, colon, function = self.frame_sampling.rpartition(":")
@@ -150,24 +124,12 @@ def provenance(
 
 
 def open_job_views(job: Job, progress: Progress = lambda done, total: None) -> Views:
-    """The target and its views. Raises what ``open_target`` and ``open_views`` raise."""
+    """The target and its views. Raises what ``load_target`` and ``open_views`` raise."""
     parse_encoding(job.encoding)
     f_s = parse_frame_sampling(job.frame_sampling) if job.frame_sampling else None
     policy = None if job.policy == "auto" else parse_policy(job.policy)
-    target: Target = open_target(
-        job.target,
-        job.split,
-        root=Path(job.root) if job.root else None,
-        limit=job.limit,
-        download=job.download,
-        partial=job.partial,
-        decoder=job.decoder,
-        strict=job.strict,
-        progress=progress,
-    )
-    if policy is None:
-        policy = parse_policy(default_policy(job.target, clips=target.clips))
-    return open_views(target, policy, f_s)
+    target = load_target(job.dataset, progress)
+    return open_views(target, policy or parse_policy(policy_of(target)), f_s)
 
 
 def open_job_sources(job: Job) -> list[Opened]:

@@ -1,8 +1,8 @@
 """Clips to uint8 frames, decoded in sequence, by one path, so that teacher and trainer agree.
 
 Fetching a frame by its index gives another frame, without an error, where a clip has B-frames
-(decord, decord2 and torchcodec do so). Nothing here seeks: frame k is the k-th picture that comes
-out of the decoder, and a clip is as long as the number of pictures that come out.
+(decord, decord2 and torchcodec do so). Nothing here seeks: frame k is the k-th frame that comes
+out of the decoder, and a clip is as long as the number of frames that come out.
 
 A clip is a video file, or a folder of extracted frames ``image_00001.jpg``, ``image_00002.jpg``,
 ... with an optional file ``n_frames`` that holds their number.
@@ -39,7 +39,7 @@ VIDEO_EXTENSIONS = frozenset(
     (".avi", ".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts")
 ) | {".flv", ".wmv", ".ogv"}
 
-# Whatever a file pretends to be, nothing else is opened: FFmpeg also reads single pictures, text,
+# Whatever a file pretends to be, nothing else is opened: FFmpeg also reads single images, text,
 # and playlists that name other files and addresses.
 _CONTAINERS = "avi,mov,matroska,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v"
 _MOST_PIXELS = 1 << 26  # twice 8K; a damaged header may ask for gigabytes
@@ -47,7 +47,7 @@ _MOST_PIXELS = 1 << 26  # twice 8K; a damaged header may ask for gigabytes
 # What PyAV raises over damaged files besides its own: Python's errors, where numbers make no sense.
 _PYTHONS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, MemoryError)
 
-_B, _MOST_WAITING = 3, 16  # AV_PICTURE_TYPE_B; the most pictures that h264 may reorder
+_B, _MOST_WAITING = 3, 16  # AV_PICTURE_TYPE_B; the most frames that h264 may reorder
 
 # SWS_BILINEAR | SWS_ACCURATE_RND | SWS_BITEXACT: without the last two, which PyAV names from 18 on,
 # the bytes depend on the processor's instructions.
@@ -94,7 +94,7 @@ def count_frames(path: Path, decoder: str = "pyav") -> Counted:
     A header may promise one frame more than there is, as all of HMDB51's do. mp4 and mov count
     without what their edit list cuts away. PyAV counts in every case, since decord sees neither
     the header nor damage; with ``decoder="decord"`` it is a problem if decord does not give the
-    same number. A change of the picture's size is a problem: a clip has one size. A file without a
+    same number. A change of the image's size is a problem: a clip has one size. A file without a
     count (mpg, ts, flv) that ends early between two frames cannot be told from a shorter one.
 
     Of a folder, the frames are the consecutive images from ``image_00001.jpg`` on, which must

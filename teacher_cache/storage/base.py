@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 SWEEP, METADATA, SHARDS = range(3)
 """Bytes of a set's lock file: sweeping, metadata, and from ``SHARDS`` on one for each shard."""
@@ -70,6 +70,21 @@ class Place(Protocol):
     def read(self, key: str) -> bytes:
         """The content. Raises ``FileNotFoundError``."""
 
+    def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
+        """Reads a part of the content.
+
+        Args:
+            key: Name of the file or object.
+            start: First byte; negative: counted from the end; None: the beginning.
+            stop: The byte after the last one; None: the end.
+
+        Returns:
+            The bytes, fewer where the content ends before ``stop``.
+
+        Raises:
+            FileNotFoundError: If there is no such key.
+        """
+
     def md5(self, key: str) -> str | None:
         """MD5 of the content in hexadecimal digits, if it can be had without a transfer."""
 
@@ -87,9 +102,6 @@ class Place(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes what is there of ``keys``, for good when it returns."""
-
-    def array(self, name: str, *, writable: bool) -> Any:
-        """The Zarr array of that name."""
 
     def claims(self, name: str) -> Claims:
         """The claims on the label set ``name`` of this cache; close them."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import re
 import shutil
 import stat
@@ -12,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.names import is_set_name, set_name, set_names
 from sskt.teacher_cache.locations import require_folder
-from sskt.teacher_cache.storage.atomic import DurableStore, durable_write, sync_folder
+from sskt.teacher_cache.storage.atomic import durable_write, sync_folder
 from sskt.teacher_cache.storage.base import METADATA
 from sskt.teacher_cache.storage.locks import Locks
 
@@ -37,7 +41,7 @@ class LocalPlace:
         return self.path.name
 
     def below(self, name: str) -> LocalPlace:
-        return LocalPlace(self.path / name)
+        return LocalPlace(self.path / set_name(name))
 
     def where(self, key: str) -> str:
         return str(self.path / key)
@@ -48,9 +52,10 @@ class LocalPlace:
     def folders(self) -> list[str]:
         """See ``Place``. Raises ``MissingData`` if there is no such folder."""
         require_folder(self.path)
-        return sorted(
-            p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir()
-        )
+        folders = [path for path in self.path.iterdir() if path.is_dir()]
+        ours = [path.name for path in folders if is_set_name(path.name)]
+        others = [path.name for path in folders if (path / GROUP).exists()]
+        return set_names([*ours, *others], str(self))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
@@ -62,16 +67,30 @@ class LocalPlace:
         return found
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
+        """See ``Place``; 0 for what is no file."""
         try:
-            return (self.path / key).stat().st_size
+            found = (self.path / key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
         """Nothing is remembered."""
 
     def read(self, key: str) -> bytes:
-        return (self.path / key).read_bytes()
+        return self.read_part(key, None, None)
+
+    def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
+        """See ``Place``. Raises ``OSError`` for what is no file."""
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
+        handle = os.open(self.path / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(self.path / key))
+            begin, end, _ = slice(start, stop).indices(found.st_size)
+            file.seek(begin)
+            return b"".join(iter(lambda: file.read(end - file.tell()), b""))
 
     def md5(self, key: str) -> str | None:
         with (self.path / key).open("rb") as file:
@@ -100,12 +119,6 @@ class LocalPlace:
         for folder in {path.parent for path in paths}:
             with contextlib.suppress(FileNotFoundError):
                 sync_folder(folder)
-
-    def array(self, name: str, *, writable: bool) -> Any:
-        import zarr
-
-        store = DurableStore(self.path, read_only=not writable)
-        return zarr.open_array(store, path=name, mode="r+" if writable else "r")
 
     def claims(self, name: str) -> Locks:
         return Locks(self.path / LOCKS / f"{name}.lock")

@@ -22,19 +22,10 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from zarr.storage import ObjectStore
+from typing import Any, ClassVar
 
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
-
-if TYPE_CHECKING:
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
-
-    _ObjectStore = ObjectStore[Any]
-else:  # not generic in every version
-    _ObjectStore = ObjectStore
+from sskt.teacher_cache.format.names import is_set_name, set_name
 
 _CONFLICTS = 100
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
@@ -85,7 +76,7 @@ class BucketPlace:
         return self.path.rpartition("/")[2]
 
     def below(self, name: str) -> BucketPlace:
-        return BucketPlace(self.bucket, self.root, self.key(name))
+        return BucketPlace(self.bucket, self.root, self.key(set_name(name)))
 
     def key(self, key: str) -> str:
         """A key as the bucket knows it."""
@@ -106,8 +97,8 @@ class BucketPlace:
 
         with plainly(str(self)):
             found = obstore.list_with_delimiter(self.bucket, self.path or None)
-        names = {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
-        return sorted(name for name in names if not name.startswith("."))
+        names = [prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
+        return [name for name in sorted(names) if is_set_name(name)]
 
     def _list(self, under: str) -> dict[str, _Object]:
         import obstore
@@ -157,6 +148,21 @@ class BucketPlace:
 
     def read(self, key: str) -> bytes:
         return self._get(key)[0]
+
+    def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
+        import obstore
+
+        if start is None and stop is None:
+            return self.read(key)
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(key)
+        begin, end, _ = slice(start, stop).indices(size)
+        if begin >= end:
+            return b""
+        with plainly(self.where(key)):
+            found = obstore.get_range(self.bucket, self.key(key), start=begin, end=end)
+            return found.to_bytes()
 
     def _get(self, key: str) -> tuple[bytes, Any]:
         """The content, and what names this version of it in a conditional put."""
@@ -238,51 +244,11 @@ class BucketPlace:
             self._stored.pop(key, None)
         self.refresh()
 
-    def array(self, name: str, *, writable: bool) -> Any:
-        import zarr
-
-        store = ShardStore(self, read_only=not writable)
-        return zarr.open_array(store, path=self.key(name), mode="r+" if writable else "r")
-
     def claims(self, name: str) -> NoClaims:
         return NoClaims()
 
     def close(self) -> None:
         """obstore's waiting ends by itself."""
-
-
-class ShardStore(_ObjectStore):
-    """Zarr's object store, for shards that are there once and for all.
-
-    A shard is a conditional create, and reading one that is gone or empty is an error.
-    """
-
-    def __init__(self, place: BucketPlace, *, read_only: bool = False) -> None:
-        super().__init__(place.bucket, read_only=read_only)
-        self._place = place
-
-    def with_read_only(self, read_only: bool = False) -> ShardStore:
-        return ShardStore(self._place, read_only=read_only)
-
-    def __str__(self) -> str:
-        return str(self._place)
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        with plainly(f"{self._place.root}/{key}"):
-            found = await super().get(key, prototype, byte_range)
-        inside = self._inside(key)
-        if not found and self.read_only and "/c/" in inside:  # Zarr would give fill values
-            raise FileNotFoundError(f"{inside} is {'gone' if found is None else 'empty'}")
-        return found
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        self._place.create(self._inside(key), value.to_bytes())
-
-    def _inside(self, key: str) -> str:
-        return key.removeprefix(self._place.path).lstrip("/")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A target's samples: pictures or clips in a fixed order, with stable ids."""
+"""A target's samples: images or clips in a fixed order, with stable ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import BadClip, BadImage, InputError
+from sskt.teacher_cache.errors import BadClip, InputError
 from sskt.teacher_cache.media.images import UInt8, read_image
 
 Int64 = NDArray[np.int64]
@@ -80,23 +80,6 @@ class Files(Sequence[Path]):
         return (self.folder / name for name in self.names)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a loader is asked for. ``partial``: take what is there of an official list.
-
-    ``layout`` and ``get`` say for messages what is expected under ``root`` and how to get it.
-    """
-
-    name: str
-    split: str
-    root: Path
-    download: bool = False
-    partial: bool = False
-    decoder: str = "pyav"
-    layout: str = ""
-    get: str = ""
-
-
 class SampleReader(Protocol):
     """Reads the images of an own dataset."""
 
@@ -109,16 +92,31 @@ class SampleReader(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """One split of a dataset, in a fixed order. Sample i is row i of every label set over it.
+    """One split of a dataset, its samples in a fixed order. ``sskt.open_target`` makes it.
 
-    labels: int64 ``[N]``, index into ``classes`` (-1: none known); for multi-label targets int64
-    ``[N, C]``: 1 present, 0 absent, -1 present only as difficult objects. Exactly one of
-    ``images`` (uint8 ``[N, H, W, 3]``), ``paths`` (one file a sample) and ``reader`` (an own
-    dataset without files) is given; ``sizes`` are the files' bytes. Clips have a ``decoder``, and
-    ``frames`` (decodable frames of each file, int64 ``[N]``) once counted; ``starts`` is the first
-    frame of each sample where a file was cut into windows of ``window`` frames. ``damaged`` says
-    what is wrong with a clip. ``policy`` is the default view policy; empty: that of the name.
-    ``made`` is what opens it again, for the provenance of a label set.
+    Sample i is row i of every label set over it. Exactly one of ``images``, ``paths`` and
+    ``reader`` is given.
+
+    Attributes:
+        name: Name in the cache.
+        split: Name of the split.
+        classes: Names of the classes.
+        labels: int64 ``[N]``, index into ``classes``, -1 if none is known; or, if a sample may
+            have several classes, int64 ``[N, C]``: 1 present, 0 absent, -1 present only as
+            difficult objects.
+        ids: A name for each sample, no two alike.
+        images: Images in RAM, uint8 ``[N, H, W, 3]`` RGB.
+        paths: The file, or the folder of frames, of each sample.
+        sizes: Bytes of each file, int64 ``[N]``.
+        decoder: Decoder of clips, ``pyav`` or ``decord``; empty for images.
+        frames: Decodable frames of each clip, int64 ``[N]``, once they are counted.
+        starts: First frame of each sample, int64 ``[N]``, if clips were cut into windows.
+        window: Frames of a window.
+        damaged: What is wrong with a clip, by sample.
+        contents: Hash of the contents of all files, if it is part of the identity.
+        reader: Reads the images of an own dataset.
+        policy: Default view policy; empty for that of the name.
+        made: What opens the target again, for the provenance of a label set.
     """
 
     name: str
@@ -144,7 +142,7 @@ class Target:
 
     @property
     def clips(self) -> bool:
-        """Whether samples are clips rather than pictures."""
+        """Whether samples are clips rather than images."""
         return bool(self.decoder)
 
     @property
@@ -153,19 +151,39 @@ class Target:
         return self.labels.ndim == 2
 
     def read(self, sample: int) -> UInt8:
-        """Sample's picture: uint8 ``[H, W, 3]``. Raises ``BadImage`` for a damaged file."""
+        """Reads the image of a sample.
+
+        Args:
+            sample: Number of the sample.
+
+        Returns:
+            RGB, uint8 ``[H, W, 3]``.
+
+        Raises:
+            BadImage: If it cannot be decoded.
+            MissingData: If its file cannot be opened.
+        """
         if self.images is not None:
-            picture: UInt8 = self.images[sample]
-            return picture
+            image: UInt8 = self.images[sample]
+            return image
         if self.reader is not None:
             return self.reader(sample)
         assert self.paths is not None and not self.clips
         return read_image(self.paths[sample])
 
     def read_frames(self, sample: int, wanted: Sequence[int]) -> dict[int, UInt8]:
-        """Frames of a sample's file by number: uint8 ``[H, W, 3]`` each.
+        """Reads frames of a clip.
 
-        Raises ``BadClip`` for a damaged file, ``MissingData`` for an absent one.
+        Args:
+            sample: Number of the sample.
+            wanted: Numbers of the frames in the file, from 0.
+
+        Returns:
+            RGB frames by number, uint8 ``[H, W, 3]`` each.
+
+        Raises:
+            BadClip: If the file is damaged.
+            MissingData: If it cannot be opened.
         """
         from sskt.teacher_cache.media.video import read_frames
 
@@ -173,22 +191,6 @@ class Target:
         if sample in self.damaged:
             raise BadClip(self.damaged[sample])
         return read_frames(self.paths[sample], wanted, self.decoder)
-
-    def read_all(self, samples: Int64) -> tuple[list[UInt8], Int64, list[tuple[int, str]]]:
-        """Pictures of the readable ones of ``samples``, those samples, and (sample, why) of others.
-
-        Raises ``MissingData`` for a file that cannot be opened: that is no property of the sample.
-        """
-        images: list[UInt8] = []
-        kept: list[int] = []
-        bad: list[tuple[int, str]] = []
-        for sample in samples.tolist():
-            try:
-                images.append(self.read(sample))
-                kept.append(sample)
-            except BadImage as error:
-                bad.append((sample, str(error)))
-        return images, np.array(kept, np.int64), bad
 
     @functools.cached_property
     def fingerprint(self) -> str:

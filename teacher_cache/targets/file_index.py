@@ -39,7 +39,7 @@ COUNTING = 1  # to be raised where count_frames counts otherwise: what is kept s
 SAVE_SECONDS = 20.0
 MOST_WORKERS = 32
 BATCH = 4096  # files in work at once: a million futures would take a gigabyte
-HASHED_TOGETHER = 32  # a future costs as much as hashing a small picture
+HASHED_TOGETHER = 32  # a future costs as much as hashing a small image
 
 _log = logging.getLogger("sskt")
 
@@ -137,7 +137,7 @@ def _hashed(path: Path) -> str:
             digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:  # half the time of file_digest on small pictures
+    with path.open("rb", buffering=0) as file:  # half the time of file_digest on small images
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

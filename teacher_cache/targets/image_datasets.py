@@ -1,31 +1,28 @@
-"""Known targets of picture files: ImageNet-1k, Places365, PASCAL VOC."""
+"""Known targets of image files: ImageNet-1k and Places365."""
 
 from __future__ import annotations
 
 import importlib.resources
-import re
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sskt.teacher_cache.errors import InputError, MissingData, first_line
 from sskt.teacher_cache.media.images import EXTENSIONS
-from sskt.teacher_cache.targets.base import Asked, Files, Int64, Names, Target
+from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.scan import (
     check_unique,
     entries,
+    images_and_clips,
     is_folder,
-    pictures_and_clips,
     read_list,
     rows_there,
     sizes_of,
     sizes_of_files,
     subfolders,
 )
-from sskt.teacher_cache.targets.voc_labels import VOC_CLASSES, voc_labels
+from sskt.teacher_cache.targets.spec import DatasetSpec, or_downloaded
 
 IMAGENET_FILES = {"train": 1_281_167, "val": 50_000}
 KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")
@@ -35,22 +32,22 @@ DEVKIT = Path("ILSVRC2012_devkit_t12", "data")
 # --- ImageNet ---------------------------------------------------------------------------------
 
 
-def imagenet(asked: Asked) -> Target:
+def imagenet(spec: DatasetSpec) -> Target:
     """ILSVRC2012: labels are the positions 0 ... 999 in the byte order of the WordNet ids.
 
     ``SPLIT/WNID/*.JPEG``, or a flat ``val/*.JPEG`` with the devkit's ground truth or Kaggle's
     ``LOC_val_solution.csv``; also within Kaggle's ``ILSVRC/Data/CLS-LOC/``. Ids are relative to
     the split's folder. Order: class by class, files in byte order of their names; a flat folder
-    in that of the pictures' names. Raises ``MissingData`` unless every picture of the split is
-    there (or ``asked.partial``), ``InputError`` for what does not belong to it.
+    in that of the images' names. Raises ``MissingData`` unless every image of the split is
+    there (or ``spec.partial``), ``InputError`` for what does not belong to it.
     """
     from sskt.teacher_cache.sources.registry import imagenet_classes
 
-    root = asked.root
-    places = root / asked.split, root / KAGGLE / asked.split
+    root = spec.folder
+    places = root / spec.split, root / KAGGLE / spec.split
     base = next((place for place in places if is_folder(place)), None)
     if base is None:
-        raise _not_found(asked, f"no folder {places[0]} and no folder {places[1]}")
+        raise spec.not_found(f"no folder {places[0]} and no folder {places[1]}")
     wnids = imagenet_wnids()
     folders = subfolders(base)
     unknown = sorted(set(folders) - set(wnids))
@@ -62,17 +59,17 @@ def imagenet(asked: Asked) -> Target:
     loose = sorted(e.name for e in entries(base) if e.name.lower().endswith(tuple(EXTENSIONS)))
     if folders and loose:
         raise InputError(
-            f"{base} holds class folders and a loose picture ({loose[0]}); expected only one kind"
+            f"{base} holds class folders and a loose image ({loose[0]}); expected only one kind"
         )
     names, labels = (
-        _flat_val(asked, root, base, loose)
-        if loose and asked.split == "val"
-        else _class_folders(asked, base, folders)
+        _flat_val(spec, root, base, loose)
+        if loose and spec.split == "val"
+        else _class_folders(spec, base, folders)
     )
     sizes = sizes_of_files(base, names)
     files = Files(base, names)
     return Target(
-        asked.name, asked.split, imagenet_classes(), labels, names, paths=files, sizes=sizes
+        spec.target, spec.split, imagenet_classes(), labels, names, paths=files, sizes=sizes
     )
 
 
@@ -82,44 +79,44 @@ def imagenet_wnids() -> tuple[str, ...]:
     return tuple(x for x in text.read_text("utf-8").splitlines() if not x.startswith("#"))
 
 
-def _class_folders(asked: Asked, base: Path, folders: list[str]) -> tuple[Names, Int64]:
+def _class_folders(spec: DatasetSpec, base: Path, folders: list[str]) -> tuple[Names, Int64]:
     wnids = imagenet_wnids()
     there = set(folders)
     counts = np.zeros(len(wnids), np.int64)
 
     def ids() -> Iterator[str]:
         for label, wnid in enumerate(wnids):
-            pictures = pictures_and_clips(base, wnid)[0] if wnid in there else []
-            counts[label] = len(pictures)
-            yield from pictures
+            images = images_and_clips(base, wnid)[0] if wnid in there else []
+            counts[label] = len(images)
+            yield from images
 
     names = Names(ids())
     lacking = np.flatnonzero(counts == 0)
     if not len(names):
-        raise _not_found(asked, f"{base} holds no WNID/*.JPEG")
-    if len(lacking) and not asked.partial:
+        raise spec.not_found(f"{base} holds no WNID/*.JPEG")
+    if len(lacking) and not spec.partial:
         raise MissingData(
             f"{len(lacking):,} of the {len(wnids):,} class folders of {base} are missing or empty, "
             f"first {wnids[int(lacking[0])]}; get them, or take what is there with --partial"
         )
-    expected = IMAGENET_FILES[asked.split]
-    if len(names) != expected and not asked.partial:
+    expected = IMAGENET_FILES[spec.split]
+    if len(names) != expected and not spec.partial:
         raise MissingData(
-            f"{base} holds {len(names):,} pictures, expected {expected:,}; get the official split, "
+            f"{base} holds {len(names):,} images, expected {expected:,}; get the official split, "
             "or take what is there with --partial"
         )
     return names, np.repeat(np.arange(len(wnids), dtype=np.int64), counts)
 
 
-def _flat_val(asked: Asked, root: Path, base: Path, found: list[str]) -> tuple[Names, Int64]:
+def _flat_val(spec: DatasetSpec, root: Path, base: Path, found: list[str]) -> tuple[Names, Int64]:
     solution, devkit = root / "LOC_val_solution.csv", root / DEVKIT
     if solution.exists():
         source, truth = solution, _kaggle_truth(solution)
     elif is_folder(devkit):
         source, truth = devkit, _devkit_truth(devkit)
     else:
-        raise _not_found(
-            asked, f"{base} has no class folders; the labels would be in {devkit} or {solution}"
+        raise spec.not_found(
+            f"{base} has no class folders; the labels would be in {devkit} or {solution}"
         )
     files = {name.rpartition(".")[0]: name for name in found}
     stray = sorted(set(files) - set(truth))
@@ -127,7 +124,7 @@ def _flat_val(asked: Asked, root: Path, base: Path, found: list[str]) -> tuple[N
         raise InputError(f"{base / files[stray[0]]} is not one of the {len(truth):,} of {source}")
     order = sorted(truth)
     there = np.array([name in files for name in order])
-    rows = rows_there(there, order, source, asked.layout, asked.partial)
+    rows = rows_there(there, order, source, spec.layout, spec.partial)
     kept = [order[row] for row in rows.tolist()]
     label = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
     labels = np.array([label[truth[name]] for name in kept], np.int64)
@@ -135,7 +132,7 @@ def _flat_val(asked: Asked, root: Path, base: Path, found: list[str]) -> tuple[N
 
 
 def _kaggle_truth(path: Path) -> dict[str, str]:
-    """Picture to WordNet id, from rows ``ImageId,WNID x1 y1 x2 y2 ...`` below a header."""
+    """Image to WordNet id, from rows ``ImageId,WNID x1 y1 x2 y2 ...`` below a header."""
     known = set(imagenet_wnids())
     truth = {}
     for number, line in read_list(path):
@@ -144,12 +141,12 @@ def _kaggle_truth(path: Path) -> dict[str, str]:
         if wnid in known:
             truth[name] = wnid
         elif number > 1:
-            raise InputError(f"{path}, line {number}: expected PICTURE,WNID ..., found {line!r}")
+            raise InputError(f"{path}, line {number}: expected IMAGE,WNID ..., found {line!r}")
     return truth
 
 
 def _devkit_truth(devkit: Path) -> dict[str, str]:
-    """Picture to WordNet id: line n of the ground truth is picture n."""
+    """Image to WordNet id: line n of the ground truth is image n."""
     wnids = _ilsvrc_ids(devkit / "meta.mat")
     path = devkit / "ILSVRC2012_validation_ground_truth.txt"
     truth = {}
@@ -186,22 +183,22 @@ def _ilsvrc_ids(path: Path) -> dict[str, str]:
 # --- Places365 --------------------------------------------------------------------------------
 
 
-def places365(asked: Asked) -> Target:
+def places365(spec: DatasetSpec) -> Target:
     """Places365-Standard, full size or (``places365-small``) 256x256, by CSAIL's lists.
 
     Order and ids are those of the list (``a/airfield/00000001.jpg``). Raises ``MissingData``
-    for a list or folder that is not there, and for listed pictures (unless ``asked.partial``);
+    for a list or folder that is not there, and for listed images (unless ``spec.partial``);
     ``InputError`` for a malformed list.
     """
-    return _or_downloaded(asked, _places365, _download_places365)
+    return or_downloaded(spec, _places365, _download_places365)
 
 
-def _places365(asked: Asked) -> Target:
+def _places365(spec: DatasetSpec) -> Target:
     from sskt.teacher_cache.sources.registry import places365_classes
 
-    root = asked.root
-    size = "256" if asked.name == "places365-small" else "large"
-    train = asked.split == "train"
+    root = spec.folder
+    size = "256" if spec.target == "places365-small" else "large"
+    train = spec.split == "train"
     path = root / f"places365_{'train_standard' if train else 'val'}.txt"
     # CSAIL's archives unpack to data_SIZE, which torchvision renames.
     folders = (f"data_{size}_standard", f"data_{size}") if train else (f"val_{size}",)
@@ -209,7 +206,7 @@ def _places365(asked: Asked) -> Target:
     if base is None or not path.exists():
         folder = f"no folder {folders[0]}" if base is None else f"{base.name} is there"
         listed = f"{path.name} is there" if path.exists() else f"no {path.name}"
-        raise _not_found(asked, f"{listed}, {folder}")
+        raise spec.not_found(f"{listed}, {folder}")
     classes = places365_classes()
     categories = root / "categories_places365.txt"
     if categories.exists():  # it tells nothing new, but may show that the list is another's
@@ -218,10 +215,10 @@ def _places365(asked: Asked) -> Target:
     names = Names(_listed(path, len(classes), labels))
     check_unique(names, path)
     sizes = sizes_of(base, names)
-    rows = rows_there(sizes >= 0, names, path, asked.layout, asked.partial)
+    rows = rows_there(sizes >= 0, names, path, spec.layout, spec.partial)
     files = Files(base, names)
     known = np.array(labels, np.int64)
-    whole = Target(asked.name, asked.split, classes, known, names, paths=files, sizes=sizes)
+    whole = Target(spec.target, spec.split, classes, known, names, paths=files, sizes=sizes)
     return whole if len(rows) == len(whole) else whole.chosen(rows)
 
 
@@ -231,7 +228,7 @@ def _listed(path: Path, classes: int, labels: list[int]) -> Iterator[str]:
     for number, line in read_list(path):
         name, label = [*line.rsplit(None, 1), ""][:2]
         if label not in known:
-            wanted = f"expected a picture and a class from 0 to {classes - 1}"
+            wanted = f"expected an image and a class from 0 to {classes - 1}"
             raise InputError(f"{path}, line {number}: {wanted}, found {line!r}")
         labels.append(known[label])
         yield name.lstrip("/")
@@ -247,93 +244,9 @@ def _check_categories(path: Path, classes: tuple[str, ...]) -> None:
             )
 
 
-def _download_places365(asked: Asked) -> None:
+def _download_places365(spec: DatasetSpec) -> None:
     from torchvision import datasets
 
-    split = "train-standard" if asked.split == "train" else "val"
-    small = asked.name == "places365-small"
-    datasets.Places365(str(asked.root), split=split, small=small, download=True)
-
-
-# --- PASCAL VOC -------------------------------------------------------------------------------
-
-
-def voc(asked: Asked) -> Target:
-    """VOC2007 or VOC2012 classification by the official lists and the XML annotations.
-
-    labels: int64 ``[N, 20]``: 1 where the picture shows such an object, -1 where all of them are
-    marked difficult, 0 where there is none. Order and ids are those of
-    ``ImageSets/Main/SPLIT.txt``. Raises ``MissingData`` for a listed picture or annotation that
-    is not there (with ``asked.partial``: for a picture without annotation), ``InputError`` for
-    a damaged list or annotation.
-    """
-    return _or_downloaded(asked, _voc, _download_voc)
-
-
-def _voc(asked: Asked) -> Target:
-    root, year = asked.root, asked.name.upper()
-    places = [root / year, root / "VOCdevkit" / year]
-    # The folder itself may have any name, but not that of another year.
-    if not re.fullmatch(r"VOC\d{4}", root.resolve().name) or root.resolve().name == year:
-        places.append(root)
-    lists = [place / "ImageSets" / "Main" / f"{asked.split}.txt" for place in places]
-    path = next((path for path in lists if path.exists()), None)
-    if path is None:
-        raise _not_found(asked, f"no {', no '.join(map(str, lists))}")
-    base = path.parents[2]
-    ids = Names(_voc_ids(path))
-    check_unique(ids, path)
-    pictures = [f"JPEGImages/{name}.jpg" for name in ids]
-    notes = [f"Annotations/{name}.xml" for name in ids]
-    sizes = sizes_of(base, pictures)
-    there, noted = sizes >= 0, sizes_of(base, notes) >= 0
-    needed = there if asked.partial else there & noted
-    absent = [notes[row] if there[row] else pictures[row] for row in range(len(ids))]
-    rows = rows_there(needed, absent, path, asked.layout, asked.partial)
-    labels = np.zeros((len(ids), len(VOC_CLASSES)), np.int64)
-    for row in rows.tolist():
-        if not noted[row]:
-            raise MissingData(f"{base / pictures[row]} is there, but no {base / notes[row]}")
-        labels[row] = voc_labels(base / notes[row])
-    files = Files(base, Names(pictures))
-    target = Target(asked.name, asked.split, VOC_CLASSES, labels, ids, paths=files, sizes=sizes)
-    return target if len(rows) == len(target) else target.chosen(rows)
-
-
-def _voc_ids(path: Path) -> Iterator[str]:
-    for number, line in read_list(path):
-        if not re.fullmatch(r"[\w.-]+", line):
-            raise InputError(f"{path}, line {number}: expected one id, found {line!r}")
-        yield line
-
-
-def _download_voc(asked: Asked) -> None:
-    from torchvision import datasets
-
-    year = asked.name.removeprefix("voc")
-    datasets.VOCDetection(str(asked.root), year=year, image_set=asked.split, download=True)
-
-
-# --- what they share --------------------------------------------------------------------------
-
-
-def _not_found(asked: Asked, what: str) -> MissingData:
-    return MissingData(
-        f"{asked.name} {asked.split} not found under {asked.root} ({what}); "
-        f"expected {asked.layout}; {asked.get}"
-    )
-
-
-def _or_downloaded(
-    asked: Asked, load: Callable[[Asked], Target], download: Callable[[Asked], None]
-) -> Target:
-    try:
-        return load(asked)
-    except MissingData:
-        if not asked.download:
-            raise
-    try:
-        download(asked)
-    except (RuntimeError, OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise _not_found(asked, f"cannot download it: {first_line(error)}") from error
-    return load(asked)
+    split = "train-standard" if spec.split == "train" else "val"
+    small = spec.target == "places365-small"
+    datasets.Places365(str(spec.folder), split=split, small=small, download=True)

@@ -7,34 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.targets import shapes
-from sskt.teacher_cache.targets.base import Asked, Names, Target
+from sskt.teacher_cache.targets.base import Names, Target
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 
-def torchvision_arrays(asked: Asked) -> Target:
+def torchvision_arrays(spec: DatasetSpec) -> Target:
     """cifar10, cifar100 or stl10 as torchvision reads (and downloads) them."""
     from torchvision import datasets
 
-    name, split, folder = asked.name, asked.split, asked.root
+    name, split, folder = spec.target, spec.split, spec.folder
     kind = {"stl10": datasets.STL10, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[
         name
     ]
     try:
         if kind is datasets.STL10:
-            stl = kind(str(folder), split=split, download=asked.download)
+            stl = kind(str(folder), split=split, download=spec.download)
             data, labels = stl.data.transpose(0, 2, 3, 1), np.asarray(stl.labels, np.int64)
             classes = tuple(stl.classes)
         else:
-            cifar = kind(str(folder), train=split == "train", download=asked.download)
+            cifar = kind(str(folder), train=split == "train", download=spec.download)
             data, labels = cifar.data, np.asarray(cifar.targets, np.int64)
             classes = tuple(cifar.classes)
     except (RuntimeError, OSError) as error:
         what = _unfit(kind, folder) or str(error).partition("\n")[0] or type(error).__name__
-        raise MissingData(
-            f"{name} {split} not found under {folder} ({what}); expected "
-            f"{asked.layout}; {asked.get}"
-        ) from error
+        raise spec.not_found(what) from error
     images = np.ascontiguousarray(data)
     return Target(name, split, classes, labels, _numbers(len(labels)), images=images)
 
@@ -52,12 +49,12 @@ def _unfit(kind: Any, folder: Path) -> str:
     return ""
 
 
-def rendered_shapes(asked: Asked) -> Target:
+def rendered_shapes(spec: DatasetSpec) -> Target:
     """The embedded target ``shapes``."""
-    labels = shapes.labels_of(asked.split)
+    labels = shapes.labels_of(spec.split)
     ids = _numbers(len(labels))
     return Target(
-        "shapes", asked.split, shapes.CLASSES, labels, ids, images=shapes.render(asked.split)
+        "shapes", spec.split, shapes.CLASSES, labels, ids, images=shapes.render(spec.split)
     )
 
 

@@ -21,6 +21,7 @@ from sskt.teacher_cache.errors import InputError, MissingData, UnknownName, firs
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.scan import FOLDER, MISSING, sizes_of, sizes_of_clips
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 COLUMNS = ("path", "label", "labels", "split", "class_name")
 MANIFEST_LAYOUT = "the columns path and label (or labels), and if wanted split and class_name"
@@ -51,24 +52,24 @@ class _Table:
         return f"{self.file}, {self.unit} {self.numbers[row]}"
 
 
-def open_manifest(path: Path, split: str, root: Path | None, decoder: str) -> Target:
+def open_manifest(spec: DatasetSpec) -> Target:
     """The rows of ``split``, in the manifest's order; without a column ``split`` all are train.
 
     A relative path is taken from ``root``, or else from the manifest's folder; ids are the paths
-    as written. Files are pictures, or clips (video files, folders of extracted frames).
+    as written. Files are images, or clips (video files, folders of extracted frames).
     ``label`` gives int64 ``[N]``, -1 where it is empty or -1; ``labels`` int64 ``[N, C]``, all 0
     where it is empty. If all labels are whole numbers, they count from class 0, and the classes
     are named by ``class_name`` or else by their numbers; if not, classes are sorted by the bytes
     of their names. The target is named after the file. Raises ``MissingData`` for files that
     are not there, ``InputError`` naming the line of what is wrong, ``UnknownName`` (split).
     """
+    path, split, folder = Path(spec.target), spec.split, spec.folder
     table = _read(path)
     known = _splits(table)
     if split not in known:
         raise UnknownName(f"split of {path}", split, known)
     chosen = range(len(table.paths))
     rows = [row for row in chosen if table.splits is None or table.splits[row] == split]
-    folder = path.parent if root is None else root
     names, sizes, clips = _files(table, rows, folder)
     classes, index = _classes(table)
     return Target(
@@ -79,7 +80,7 @@ def open_manifest(path: Path, split: str, root: Path | None, decoder: str) -> Ta
         names,
         paths=Files(folder, names),
         sizes=sizes,
-        decoder=decoder if clips else "",
+        decoder=spec.decoder if clips else "",
     )
 
 
@@ -120,7 +121,7 @@ def _files(table: _Table, rows: Sequence[int], folder: Path) -> tuple[Names, Int
     kinds = _kinds(table, rows, names, sizes, folder)
     if len(kinds) > 1:
         raise InputError(
-            f"{table.at(kinds['picture'])} is a picture and {table.at(kinds['clip'])} a clip; "
+            f"{table.at(kinds['image'])} is an image and {table.at(kinds['clip'])} a clip; "
             "expected one kind in a split"
         )
     return (
@@ -137,14 +138,14 @@ def _kinds(
     from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
 
     kinds: dict[str, int] = {}
-    kind_of = dict.fromkeys(EXTENSIONS, "picture") | dict.fromkeys(VIDEO_EXTENSIONS, "clip")
+    kind_of = dict.fromkeys(EXTENSIONS, "image") | dict.fromkeys(VIDEO_EXTENSIONS, "clip")
     for row, name, is_folder in zip(rows, names, sizes == FOLDER, strict=True):
         kind = kind_of.get("." + name.rpartition(".")[2].lower())
         if is_folder:
             kind = "clip" if is_frame_folder(folder / name) else None
         if kind is None:
             raise InputError(
-                f"{table.at(row)}: {name} is no picture ({', '.join(sorted(EXTENSIONS))}), no clip "
+                f"{table.at(row)}: {name} is no image ({', '.join(sorted(EXTENSIONS))}), no clip "
                 f"({', '.join(sorted(VIDEO_EXTENSIONS))}) and no folder of image_00001.jpg, ..."
             )
         kinds.setdefault(kind, row)

@@ -1,7 +1,7 @@
 """The embedded target ``shapes``: ten kinds of textured objects over clutter, from a seed.
 
 RGB, 48x48, rendered here so that a first run needs no download. Every number comes from
-Philox words, so the pictures are the same everywhere.
+Philox words, so the images are the same everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Int64 = NDArray[np.int64]
 SIZE = 48
 CHUNK = 50
 SPLITS = {"train": 2000, "test": 500}
-"""Pictures in each split (the splits use different seeds), and how many are drawn at a time."""
+"""Images in each split (the splits use different seeds), and how many are drawn at a time."""
 
 
 def _polygon(sides: int) -> Callable[[Float, Float], Float]:
@@ -86,7 +86,7 @@ CLASSES = tuple(KINDS)
 
 
 class _Dice:
-    """Uniform draws for each picture, one Philox word after another."""
+    """Uniform draws for each image, one Philox word after another."""
 
     def __init__(self, samples: Int64, seed: int) -> None:
         self._samples, self._seed, self._used = samples, seed, 0
@@ -108,19 +108,19 @@ class _Dice:
 
 
 def labels_of(split: str) -> Int64:
-    """Class index of each picture: int64 ``[n]``, all classes equally often."""
+    """Class index of each image: int64 ``[n]``, all classes equally often."""
     return np.arange(SPLITS[split], dtype=np.int64) % len(CLASSES)
 
 
 @functools.lru_cache(maxsize=len(SPLITS))
 def render(split: str, size: int = SIZE) -> UInt8:
-    """All pictures of a split, read-only: uint8 ``[n, size, size, 3]``; drawn once a process."""
+    """All images of a split, read-only: uint8 ``[n, size, size, 3]``; drawn once a process."""
     labels = labels_of(split)
     seed = list(SPLITS).index(split)
     chunks = np.array_split(np.arange(len(labels)), len(labels) // CHUNK)
-    pictures = np.concatenate([_render(rows, labels[rows], seed, size) for rows in chunks])
-    pictures.flags.writeable = False
-    return pictures
+    images = np.concatenate([_render(rows, labels[rows], seed, size) for rows in chunks])
+    images.flags.writeable = False
+    return images
 
 
 def _render(samples: Int64, labels: Int64, seed: int, size: int) -> UInt8:

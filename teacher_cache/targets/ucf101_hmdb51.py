@@ -20,8 +20,9 @@ import numpy as np
 
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
-from sskt.teacher_cache.targets.base import Asked, Files, Names, Target
+from sskt.teacher_cache.targets.base import Files, Names, Target
 from sskt.teacher_cache.targets.scan import entries, read_list, rows_there, sizes_of_clips
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 UCF101_LISTS = ("ucfTrainTestlist", ".", "../ucfTrainTestlist")
 UCF101_CLIPS = ("UCF-101", "jpg", ".")
@@ -43,61 +44,57 @@ class _List:
     videos: Sequence[tuple[int, str]]
 
 
-def ucf101(asked: Asked) -> Target:
+def ucf101(spec: DatasetSpec) -> Target:
     """UCF101, in the order of its lists; classes in the order of ``classInd.txt``.
 
     Lists are looked for in ``ucfTrainTestlist``, under root and beside it; clips in ``UCF-101``,
     in ``jpg`` (3D-ResNets-PyTorch) and under root: the first place with a class folder counts.
     Classes and videos are found whatever their case (``HandStandPushups``).
 
-    Raises ``MissingData`` (with the layout) for an absent list or clips, unless ``asked.partial``;
+    Raises ``MissingData`` (with the layout) for an absent list or clips, unless ``spec.partial``;
     ``InputError`` for a malformed list, naming file and line.
     """
-    root = _root(asked)
-    side, fold = _fold(asked.split)
+    root = _root(spec)
+    side, fold = _fold(spec.split)
     listed = _first(root, UCF101_LISTS, f"{side}list0{fold}.txt")
     if listed:
-        found = _ucf101_list(listed, _ucf101_classes(asked, listed.parent))
+        found = _ucf101_list(listed, _ucf101_classes(spec, listed.parent))
     else:
         found = _annotated(
-            asked, root, UCF101_LISTS, f"{side}list0{fold}.txt", f"ucf101_0{fold}.json"
+            spec, root, UCF101_LISTS, f"{side}list0{fold}.txt", f"ucf101_0{fold}.json"
         )
-    return _target(asked, root, UCF101_CLIPS, found)
+    return _target(spec, root, UCF101_CLIPS, found)
 
 
-def hmdb51(asked: Asked) -> Target:
+def hmdb51(spec: DatasetSpec) -> Target:
     """HMDB51: classes in byte order, videos of a class in the order of its list.
 
     Lists are looked for in ``splits``, ``testTrainMulti_7030_splits``, under root and beside it;
     clips in ``videos``, ``hmdb51_org``, ``jpg`` and under root. Raises like ``ucf101``.
     """
-    root = _root(asked)
-    side, fold = _fold(asked.split)
+    root = _root(spec)
+    side, fold = _fold(spec.split)
     pattern = f"*_test_split{fold}.txt"
     listed = _first(root, HMDB51_LISTS, pattern)
     if listed:
         found = _hmdb51_lists(listed.parent, pattern, "1" if side == "train" else "2")
     else:
-        found = _annotated(asked, root, HMDB51_LISTS, pattern, f"hmdb51_{fold}.json")
-    return _target(asked, root, HMDB51_CLIPS, found)
+        found = _annotated(spec, root, HMDB51_LISTS, pattern, f"hmdb51_{fold}.json")
+    return _target(spec, root, HMDB51_CLIPS, found)
 
 
-def _root(asked: Asked) -> Path:
-    if asked.download:
+def _root(spec: DatasetSpec) -> Path:
+    if spec.download:
         raise InputError(
-            f"sskt cannot download {asked.name}: its host offers .rar archives only; {asked.get} "
-            f"as {asked.layout}, and leave out --download"
+            f"sskt cannot download {spec.target}: its host offers .rar archives only; leave out "
+            f"--download; expected {spec.layout}"
         )
-    return asked.root
+    return spec.folder
 
 
 def _fold(split: str) -> tuple[str, int]:
     side = split.rstrip("23")
     return side, int(split.removeprefix(side) or 1)
-
-
-def _missing(asked: Asked, what: str) -> MissingData:
-    return MissingData(f"{what}; expected {asked.layout}; {asked.get}")
 
 
 def _first(root: Path, places: Sequence[str], pattern: str) -> Path | None:
@@ -126,10 +123,10 @@ def _video(name: str) -> str | None:
     return path.stem if path.suffix.lower() in VIDEO_EXTENSIONS and path.name == name else None
 
 
-def _ucf101_classes(asked: Asked, folder: Path) -> tuple[str, ...]:
+def _ucf101_classes(spec: DatasetSpec, folder: Path) -> tuple[str, ...]:
     file = folder / "classInd.txt"
     if not file.is_file():
-        raise _missing(asked, f"no {file}")
+        raise spec.not_found(f"no {file}")
     classes: list[str] = []
     for place, line in _lines(file):
         parts = re.fullmatch(r"(\d+)\s+(\S+)", line)
@@ -185,12 +182,12 @@ def _hmdb51_lists(folder: Path, pattern: str, wanted: str) -> _List:
 
 
 def _annotated(
-    asked: Asked, root: Path, places: Sequence[str], lists: str, annotation: str
+    spec: DatasetSpec, root: Path, places: Sequence[str], lists: str, annotation: str
 ) -> _List:
     """The JSON annotation of 3D-ResNets-PyTorch, in its order of classes and videos."""
     file = _first(root, places, annotation)
     if not file:
-        raise _missing(asked, f"no {lists} and no {annotation} under {root}")
+        raise spec.not_found(f"no {lists} and no {annotation} under {root}")
     try:
         content = json.loads(file.read_bytes())
         classes = tuple(content["labels"])
@@ -209,7 +206,7 @@ def _annotated(
             "'training' | 'validation' | 'testing', 'annotations': {'label': one of the labels}}}; "
             f"found otherwise ({type(error).__name__}: {error})"
         ) from error
-    train = asked.split.startswith("train")
+    train = spec.split.startswith("train")
     return _List(
         file, classes, sides["training"] if train else sides["testing"] or sides["validation"]
     )
@@ -218,31 +215,31 @@ def _annotated(
 # --- clips -------------------------------------------------------------------------------------
 
 
-def _target(asked: Asked, root: Path, places: Sequence[str], listed: _List) -> Target:
+def _target(spec: DatasetSpec, root: Path, places: Sequence[str], listed: _List) -> Target:
     if not listed.videos:
-        raise InputError(f"{listed.file} lists no video of {asked.split}; get the list anew")
+        raise InputError(f"{listed.file} lists no video of {spec.split}; get the list anew")
     base = _clip_folder(root, places, listed.classes)
     if not base:
         tried = ", ".join(str(root / place) for place in places)
-        raise _missing(asked, f"no class folder in any of {tried}")
+        raise spec.not_found(f"no class folder in any of {tried}")
     ids, files = _clips(base, listed)
     rows = rows_there(
         np.array([bool(file) for file in files]),
         ids,
         f"{listed.file} under {base}",
-        f"{asked.layout}; {asked.get}",
-        asked.partial,
+        spec.layout,
+        spec.partial,
     ).tolist()
     names = Names(files[row] for row in rows)
     return Target(
-        asked.name,
-        asked.split,
+        spec.target,
+        spec.split,
         listed.classes,
         np.array([listed.videos[row][0] for row in rows], np.int64),
         Names(ids[row] for row in rows),
         paths=Files(base, names),
         sizes=sizes_of_clips(base, names),
-        decoder=asked.decoder,
+        decoder=spec.decoder,
     )
 
 

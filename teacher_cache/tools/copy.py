@@ -13,9 +13,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
-from sskt.teacher_cache.format.metadata import GROUP, shard_damage
+from sskt.teacher_cache.format.metadata import BOUND, GROUP
+from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
-from sskt.teacher_cache.label_sets.documents import array_document
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -75,14 +75,13 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
     missing = set(source.missing(range(source.seeds)))
     wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
     target.place.refresh()
-    chunks = {array: _chunks(source, array) for array in source.arrays}
     written, sizes, left = 0, 0, wanted
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="sskt-copy")
     try:
         while left:
             busy = []
             progress(len(wanted) - len(left), len(wanted))
-            stored = pool.map(lambda shard: _copy_shard(source, target, shard, chunks), left)
+            stored = pool.map(lambda shard: _copy_shard(source, target, shard), left)
             for done, (shard, size) in enumerate(zip(left, stored, strict=True), 1):
                 if size is None:
                     busy.append(shard)
@@ -94,46 +93,40 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
                 time.sleep(POLL_SECONDS)
     finally:
         pool.shutdown(cancel_futures=True)
-    if "error" in source.attributes:
-        target.record("error", source.attributes["error"])
+    for key in ("error", BOUND):
+        if key in source.attributes:
+            target.record(key, source.attributes[key])
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 
-def _copy_shard(
-    source: LabelSet, target: LabelSet, shard: Shard, chunks: dict[str, int]
-) -> int | None:
+def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
     """Bytes written (0: it was there); None if another process is writing it."""
     if not target.has(shard):
         if target.claim(shard):
             try:
-                return _write_shard(source, target, shard, chunks)
+                return _write_shard(source, target, shard)
             finally:
                 target.release(shard)
         if target.place.size(target.commit_key(shard), fresh=True) is None:
             return None
         target.place.refresh()
+    record = source.shard_record(shard)
     for array in source.arrays:
         key = source.shard_key(array, shard)
         if not _same(source.place, target.place, key):
             raise _differs(source, target, key)
+    if record is not None and target.shard_record(shard) is None:
+        target.place.create(target.record_key(shard), record.to_json())
     return 0
 
 
-def _write_shard(source: LabelSet, target: LabelSet, shard: Shard, chunks: dict[str, int]) -> int:
-    written = 0
+def _write_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int:
+    record, written = source.shard_record(shard), 0
     for array in source.arrays:
         key = source.shard_key(array, shard)
-        try:
-            data = source.place.read(key)
-            damage = shard_damage(data, chunks[array])
-        except FileNotFoundError:
-            damage = "it is gone"
-        if damage:
-            raise CorruptStore(
-                f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); "
-                "run sskt verify, delete the shard it names and cache it again"
-            )
-        if array != source.arrays[-1]:
+        data = _checked(source, array, shard, record)
+        last = array == source.arrays[-1]
+        if not last or (target.bound and target.place.is_local):
             target.place.put(key, data)
         elif not target.place.create(key, data) and target.place.read(key) != data:
             raise _differs(source, target, key)
@@ -143,7 +136,29 @@ def _write_shard(source: LabelSet, target: LabelSet, shard: Shard, chunks: dict[
                 "disk or the store, delete it and copy again"
             )
         written += len(data)
+    if record is not None:
+        target.place.put(target.record_key(shard), record.to_json())
     return written
+
+
+def _checked(source: LabelSet, array: str, shard: Shard, record: ShardRecord | None) -> bytes:
+    """The file of an array of a shard, whole and in its place. Raises ``CorruptStore``."""
+    key, chunks, data = source.shard_key(array, shard), source.layout(array).chunks, b""
+    try:
+        data = source.place.read(key)
+        damage = shard_damage(data, chunks)
+    except FileNotFoundError:
+        damage = "it is gone"
+    except OSError as error:
+        damage = error.strerror or str(error)
+    if not damage and record and file_checksums(data, chunks) != record.checksums[array]:
+        damage = "it is not the file that the shard's record names"
+    if damage:
+        raise CorruptStore(
+            f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); "
+            "run sskt verify, delete the shard it names and cache it again"
+        )
+    return data
 
 
 def _real(place: Place) -> str:
@@ -180,11 +195,3 @@ def _holds(place: Place, key: str, data: bytes) -> bool:
     if known and known == hashlib.md5(data, usedforsecurity=False).hexdigest():
         return True
     return place.read(key) == data
-
-
-def _chunks(label_set: LabelSet, array: str) -> int:
-    """Inner chunks of a shard; 0 if it is encoded in another way than we know."""
-    codec = array_document(label_set.place, array)["codecs"][0]
-    if codec["name"] != "sharding_indexed":
-        return 0
-    return -(-label_set.shard_rows // int(codec["configuration"]["chunk_shape"][1]))

@@ -25,7 +25,9 @@ from sskt.teacher_cache.sources.python_code import load_module
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import TARGETS, open_target
+from sskt.teacher_cache.targets.open import load_target
+from sskt.teacher_cache.targets.registry import TARGETS
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import IDENTITY, FrameSampling, parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, Policy
 from sskt.teacher_cache.views.views import Views, open_views
@@ -259,14 +261,16 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
                 "give --target, for an own dataset as FILE.py:function, whose function returns "
                 "what sskt.open_target returned"
             )
-        target = open_target(
-            text,
-            spec["target"]["split"],
-            root=instead.root or (Path(root) if root else None),
-            limit=provenance.get("limit"),
-            partial=bool(provenance.get("partial")),
-            decoder=spec["views"].get("decoder", "pyav"),
-            strict=bool(provenance.get("strict")),
+        target = load_target(
+            DatasetSpec(
+                text,
+                spec["target"]["split"],
+                root=instead.root or root or None,
+                limit=provenance.get("limit"),
+                partial=bool(provenance.get("partial")),
+                decoder=spec["views"].get("decoder", "pyav"),
+                strict=bool(provenance.get("strict")),
+            )
         )
     target = open_views(target, reopen_policy(label_set)).target
     require({"target": target.identity()}, spec, label_set.name)

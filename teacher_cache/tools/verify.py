@@ -3,65 +3,146 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.errors import CorruptStore
+from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.encodings import Encoded, as_tensors, soft_labels
+from sskt.teacher_cache.format.metadata import BOUND
+from sskt.teacher_cache.format.spec import tolerance_of
+from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
 from sskt.teacher_cache.views.views import Views, check_of
-
-TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
-"""Largest total variation distance allowed between a stored and a recomputed label."""
 
 
 @dataclass
 class Report:
-    """What ``verify`` found in one label set; it is clean if ``problems`` is empty."""
+    """What ``verify`` found in one label set; the set is clean if ``problems`` is empty.
+
+    Attributes:
+        name: Name of the label set.
+        shards: Number of shards that could be read.
+        rows: Rows in them.
+        skipped: Rows without a label.
+        unbound: Stored shards without a record: a shard in the place of another one would not be
+            noticed.
+        recomputed: Labels that were compared with the live source.
+        worst_distance: Largest total variation distance of these.
+        problems: Everything that is wrong, in words.
+    """
 
     name: str
     shards: int = 0
     rows: int = 0
     skipped: int = 0
+    unbound: int = 0
     recomputed: int = 0
     worst_distance: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
 def verify(
-    label_set: LabelSet, progress: Callable[[int, int], None] = lambda done, n: None
+    label_set: LabelSet,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+    *,
+    binder: LabelSet | None = None,
 ) -> Report:
-    """Reads every shard: checksums, row sums, NaN, view checks, coverage."""
+    """Reads every shard: checksums, record, row sums, NaN, view checks, coverage.
+
+    Args:
+        label_set: An opened label set.
+        progress: Called with shards done and to do.
+        binder: The same set, open for writing, if sound shards without a record get one.
+
+    Returns:
+        What was found.
+    """
     report = Report(label_set.name)
     shards = list(label_set.shards(range(label_set.seeds)))
     missing = [shard for shard in shards if not label_set.has(shard)]
     if missing:
         lacking = seed_ranges(sorted({shard.seed for shard in missing}))
-        report.problems.append(f"{len(missing)} of {len(shards)} shards are missing ({lacking})")
+        last = label_set.arrays[-1]
+        half = [s for s in missing if label_set.place.size(label_set.shard_key(last, s))]
+        more = f"; {len(half)} have labels but no record: add it with --bind" if half else ""
+        report.problems.append(
+            f"{len(missing)} of {len(shards)} shards are missing ({lacking}){more}"
+        )
     for done, shard in enumerate(shards, 1):
         if label_set.has(shard):
-            _verify_shard(label_set, shard, report)
+            _verify_shard(label_set, shard, report, binder)
         progress(done, len(shards))
     return report
 
 
-def _verify_shard(label_set: LabelSet, shard: Shard, report: Report) -> None:
-    place = shard_name(shard)
+def bind(
+    cache: CacheName,
+    label_set: LabelSet,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+) -> Report:
+    """Verifies a label set and adds the records of sound shards that have none.
+
+    A shard is bound to the place where it is found: what was exchanged before stays unnoticed,
+    except by ``recompute``.
+
+    Args:
+        cache: The cache of the label set.
+        label_set: The set.
+        progress: Called with shards done and to do.
+
+    Returns:
+        What was found. If every stored shard has a record now, the set is bound: from then on, a
+        shard without a record counts as missing.
+
+    Raises:
+        InputError: If the cache cannot be written to.
+    """
+
+    def documents(rows: int | None, seeds: int | None) -> NoReturn:
+        raise MissingData(f"label set {label_set.name} is gone from {cache}")
+
+    target = open_for_writing(cache, label_set.name, documents, label_set.seeds)
+    with closing(target):
+        unbound = {key: value for key, value in target.attributes.items() if key != BOUND}
+        report = verify(replace(target, attributes=unbound), progress, binder=target)
+        if not report.unbound:
+            target.record(BOUND, True)
+    return report
+
+
+def _verify_shard(
+    label_set: LabelSet, shard: Shard, report: Report, binder: LabelSet | None
+) -> None:
+    problem = _shard_problem(label_set, shard, report)
+    if problem:
+        report.problems.append(f"{shard_name(shard)}: {problem}")
+    elif label_set.shard_record(shard) is not None:
+        return
+    elif binder is not None and (not binder.bound or binder.claim(shard)):
+        binder.bind(shard)
+        return
+    report.unbound += not label_set.place.size(label_set.record_key(shard))
+
+
+def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
+    """Counts a shard; what is wrong with it, "" if nothing is."""
     try:
         encoded = label_set.read(shard.seed, shard.start, shard.stop)
         checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
     except CorruptStore as error:
-        report.problems.append(f"{place}: {error}")
-        return
+        return str(error)
     report.shards += 1
     report.rows += shard.stop - shard.start
     encoding = label_set.encoding
@@ -70,17 +151,15 @@ def _verify_shard(label_set: LabelSet, shard: Shard, report: Report) -> None:
     faulty = encoding.faulty(encoded, len(label_set.classes))
     if faulty.any():
         first = shard.start + int(np.flatnonzero(faulty)[0])
-        report.problems.append(
-            f"{place}: {int(faulty.sum())} rows are no probability distribution, "
-            f"first sample {first}"
-        )
+        return f"{int(faulty.sum())} rows are no probability distribution, first sample {first}"
     odd = skipped & (checks != 0)
     if odd.any():
         first = shard.start + int(np.flatnonzero(odd)[0])
-        report.problems.append(
-            f"{place}: {int(odd.sum())} rows are empty though their views were seen, first sample "
+        return (
+            f"{int(odd.sum())} rows are empty though their views were seen, first sample "
             f"{first}; delete {label_set.place_of(shard)} and cache it again"
         )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +246,7 @@ def recompute(
 ) -> Report:
     """Compares ``count`` labels with the live source and adds what differs to the report."""
     views, source = reopen(label_set, instead or Reopen())
-    allowed = tolerance if tolerance is not None else TOLERANCE[source.precision]
+    allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
     worst, problems = report.worst_distance, list(report.problems)
     done = 0
     for sample, seed in probe_pairs(label_set, count):

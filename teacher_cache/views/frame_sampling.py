@@ -1,4 +1,4 @@
-"""f_s: which stills of a clip a source of pictures sees (equation 1's f_s for videos).
+"""f_s: which stills of a clip a source of images sees (equation 1's f_s for videos).
 
 ``center`` is the paper's. A user's own is a function ``(depth, sample, seed) -> frame numbers``
 in a file of theirs, whose SHA-256 joins the identity.

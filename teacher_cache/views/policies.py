@@ -1,7 +1,7 @@
 """View policies: how a sample becomes the uint8 view of a seed.
 
-Parameters come from Philox words, never from a generator with state. Each policy of pictures
-runs batched (pictures of one size in RAM) and per sample (files); ``docs/format.md`` gives the
+Parameters come from Philox words, never from a generator with state. Each policy of images
+runs batched (images of one size in RAM) and per sample (files); ``docs/format.md`` gives the
 rules for an independent reader.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sskt.teacher_cache.errors import InputError, UnknownName
-from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
+from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit
 
 Int64 = NDArray[np.int64]
@@ -51,7 +51,7 @@ class Policy:
 
 
 def crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64, NDArray[Any]]:
-    """Top and left of ``pad-crop-flip``'s crops in the padded pictures, and flips: ``[n]`` each."""
+    """Top and left of ``pad-crop-flip``'s crops in the padded images, and flips: ``[n]`` each."""
     words = draw(samples, seed, policy.key)
     shifts = 2 * int(policy.parameters["padding"]) + 1
     return below(words[:, 0], shifts), below(words[:, 1], shifts), below(words[:, 2], 2) == 1
@@ -116,16 +116,16 @@ def crop_boxes(
 def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, int, int, int]:
     h, w = height, width
     if width / height < low:
-        h = int(np.floor(width / low + 0.5))
+        h = max(1, int(np.floor(width / low + 0.5)))
     elif width / height > high:
-        w = int(np.floor(height * high + 0.5))
+        w = max(1, int(np.floor(height * high + 0.5)))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     # One axis at a time: which of them Pillow takes first, and so the rounding, depends on its
     # version (before 13.0 always the width, since then on the sizes).
-    wide = picture.resize((width, picture.height), Image.Resampling.BILINEAR)
+    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
     return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -159,6 +159,10 @@ def _resize_center_crop(policy: Policy, image: UInt8, sample: int, seed: int) ->
     resize, size = int(policy.parameters["resize"]), int(policy.parameters["size"])
     short = min(height, width)
     new_height, new_width = resize * height // short, resize * width // short
+    try:
+        require_pixels(new_height, new_width)
+    except BadImage as error:
+        raise BadImage(f"{width}x{height} pixels are resized to {error}") from None
     view = np.asarray(_resize(Image.fromarray(image), new_width, new_height))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return view[top : top + size, left : left + size]
@@ -212,7 +216,7 @@ PerClip = Callable[[Policy, Sequence[UInt8], int, int], UInt8]
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """A policy's defaults and its executions: of pictures or of clips.
+    """A policy's defaults and its executions: of images or of clips.
 
     ``batched`` is None where none is faster. ``windows``: the samples are the clips' windows of
     ``frames`` frames, not the clips.

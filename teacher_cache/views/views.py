@@ -1,4 +1,4 @@
-"""Views: the uint8 picture or clip a sample becomes under an augmentation seed, replayed exactly.
+"""Views: the uint8 image or clip a sample becomes under an augmentation seed, replayed exactly.
 
 Teacher stage and trainer both call this module and nothing else. A view is a pure function of
 (policy, seed, sample, pixels).
@@ -6,8 +6,9 @@ Teacher stage and trainer both call this module and nothing else. A view is a pu
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +55,13 @@ def checks_of(views: UInt8) -> NDArray[np.uint32]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Views of the readable samples ``rows`` by seed, and (sample, why) of the others.
+class DecodedViews:
+    """Views of several samples under several seeds.
 
-    views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` of clips.
+    Attributes:
+        rows: The samples that could be read, int64 ``[n]``.
+        views: Their views by seed: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
+        bad: The other samples, each with the reason.
     """
 
     rows: Int64
@@ -67,9 +71,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Views:
-    """``views[sample, seed]`` is what both sides see: uint8 ``[H, W, 3]``, or ``[D, H, W, 3]``.
+    """A target under a view policy: what the sources label and the target network is trained on.
 
-    Made by ``open_views``. ``f_s`` picks the stills of a clip that a source sees.
+    ``views[sample, seed]`` is uint8 ``[H, W, 3]`` RGB, or ``[D, H, W, 3]`` for clips of D frames.
+    It is a pure function of policy, seed, sample and pixels. ``sskt.open_views`` makes it.
+
+    Attributes:
+        target: The samples.
+        policy: The augmentation.
+        f_s: The frame sampling of the paper's equation 1: the stills of a clip that a source sees.
+            For images it is the identity.
+
+    Raises:
+        InputError: If the policy or the frame sampling is not for such a target.
+        BadImage: By ``views[sample, seed]``, if the sample cannot be decoded.
+        MissingData: By ``views[sample, seed]``, if its file cannot be opened.
     """
 
     target: Target
@@ -79,7 +95,7 @@ class Views:
     def __post_init__(self) -> None:
         info, name = POLICIES[self.policy.name], self.target.name
         if (info.per_clip is not None) != self.target.clips:
-            kind, other = ("clips", "pictures") if self.target.clips else ("pictures", "clips")
+            kind, other = ("clips", "images") if self.target.clips else ("images", "clips")
             fitting = ", ".join(
                 n for n, i in POLICIES.items() if bool(i.per_clip) == self.target.clips
             )
@@ -90,7 +106,7 @@ class Views:
         if info.windows and self.target.starts is None:
             raise InputError(f"policy {self.policy.name} needs {name} cut into windows: open_views")
         if self.f_s.clips != self.target.clips:
-            what = "is of pictures, which have no frames" if self.f_s.clips else "holds clips"
+            what = "is of images, which have no frames" if self.f_s.clips else "holds clips"
             raise InputError(f"frame sampling {self.f_s.name}: target {name} {what}")
 
     @property
@@ -104,9 +120,7 @@ class Views:
 
     def __getitem__(self, key: tuple[int, int]) -> UInt8:
         sample, seed = key
-        if not self.target.clips:
-            return self.of_image(self.target.read(sample), sample, seed)
-        return self._clips(sample, [seed])[seed]
+        return self._of_sample(sample, [seed])[seed]
 
     def of_image(self, image: UInt8, sample: int, seed: int) -> UInt8:
         """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
@@ -114,78 +128,86 @@ class Views:
         view = self._info.per_sample(self.policy, image, sample, seed)
         return np.array(view, order="C")
 
-    def of_images(self, images: Sequence[UInt8] | UInt8, samples: Int64, seed: int) -> UInt8:
-        """Views of decoded images: uint8 ``[n, H, W, 3]``; batched where one size allows it.
+    def of_images(self, images: UInt8, samples: Int64, seed: int) -> UInt8:
+        """Views of images in RAM, uint8 ``[n, H, W, 3]`` to the same, batched if possible."""
+        if self._info.batched is not None:
+            return self._info.batched(self.policy, images, samples, seed)
+        pairs = zip(images, samples.tolist(), strict=True)
+        return np.stack([self.of_image(image, sample, seed) for image, sample in pairs])
 
-        Raises ``InputError`` if the views' sizes differ.
-        """
-        batched = self._info.batched
-        if isinstance(images, np.ndarray) and batched is not None:
-            return batched(self.policy, images, samples, seed)
-        views = [self.of_image(im, int(s), seed) for im, s in zip(images, samples, strict=True)]
-        return self._stacked(views, samples)
-
-    def _stacked(self, views: Sequence[UInt8], samples: Sequence[int] | Int64) -> UInt8:
+    def _stacked(self, views: Sequence[UInt8], samples: Sequence[int]) -> UInt8:
         for sample, view in zip(samples, views, strict=True):
             if view.shape != views[0].shape:
                 raise InputError(
                     f"views of {self.target.name} differ in size under policy '{self.policy}': "
-                    f"{self.target.ids[int(samples[0])]} gives {views[0].shape[:2]}, "
-                    f"{self.target.ids[int(sample)]} gives {view.shape[:2]}; "
+                    f"{self.target.ids[samples[0]]} gives {views[0].shape[:2]}, "
+                    f"{self.target.ids[sample]} gives {view.shape[:2]}; "
                     "choose random-resized-crop-flip or resize-center-crop"
                 )
         return np.stack(views)
 
-    def _clips(self, sample: int, seeds: Sequence[int]) -> dict[int, UInt8]:
-        """Views of one clip under several seeds, its file decoded once."""
-        target, per_clip = self.target, self._info.per_clip
-        assert per_clip is not None and target.frames is not None
+    def _of_sample(self, sample: int, seeds: Sequence[int]) -> dict[int, UInt8]:
+        """Views of one sample under several seeds, its file decoded once."""
+        target, policy, per_clip = self.target, self.policy, self._info.per_clip
+        if per_clip is None:
+            image = target.read(sample)
+            with self._named(sample):
+                return {seed: self.of_image(image, sample, seed) for seed in seeds}
+        assert target.frames is not None
         start = None if target.starts is None else int(target.starts[sample])
         count = max(1, int(target.frames[sample]))
-        wanted = {s: clip_frames(self.policy, sample, s, start, count) for s in seeds}
-        numbers = sorted({int(n) for frames in wanted.values() for n in frames})
-        frames = target.read_frames(sample, numbers)
-        return {
-            seed: per_clip(self.policy, [frames[int(n)] for n in wanted[seed]], sample, seed)
-            for seed in seeds
-        }
+        wanted = {s: clip_frames(policy, sample, s, start, count).tolist() for s in seeds}
+        read = target.read_frames(sample, sorted({n for frames in wanted.values() for n in frames}))
+        with self._named(sample):
+            return {s: per_clip(policy, [read[n] for n in wanted[s]], sample, s) for s in seeds}
 
-    def seen(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+    @contextlib.contextmanager
+    def _named(self, sample: int) -> Iterator[None]:
+        """Names the sample whose view cannot be made."""
+        try:
+            yield
+        except BadImage as error:
+            target = self.target
+            name = target.ids[sample] if target.paths is None else target.paths[sample]
+            raise BadImage(
+                f"{name}: {error}; replace it, or leave it out with --on-error skip"
+            ) from error
+
+    def seen(self, samples: Int64, seeds: Sequence[int]) -> DecodedViews:
         """Samples under several seeds, each decoded once.
 
-        Raises ``MissingData`` for a file that cannot be opened, ``InputError`` if the views'
-        sizes differ.
-        """
-        target = self.target
-        if target.clips:
-            return self._seen_clips(samples, seeds)
-        if target.images is not None:
-            images: Sequence[UInt8] | UInt8 = target.images[samples]
-            rows, bad = samples, list[tuple[int, str]]()
-        else:
-            images, rows, bad = target.read_all(samples)
-        if not len(rows):
-            return Seen(rows, {}, bad)
-        return Seen(rows, {seed: self.of_images(images, rows, seed) for seed in seeds}, bad)
+        Args:
+            samples: int64 ``[n]``.
+            seeds: View seeds.
 
-    def _seen_clips(self, samples: Int64, seeds: Sequence[int]) -> Seen:
+        Returns:
+            The views, and the samples that cannot be decoded.
+
+        Raises:
+            MissingData: If a file cannot be opened.
+            InputError: If the views differ in size.
+        """
+        if self.target.images is not None:
+            images = self.target.images[samples]
+            made = {seed: self.of_images(images, samples, seed) for seed in seeds if len(samples)}
+            return DecodedViews(samples, made, [])
         views: dict[int, list[UInt8]] = {seed: [] for seed in seeds}
         rows: list[int] = []
         bad: list[tuple[int, str]] = []
         for sample in samples.tolist():
             try:
-                clips = self._clips(sample, seeds)
+                of_sample = self._of_sample(sample, seeds)
             except BadImage as error:
                 bad.append((sample, str(error)))
                 continue
             rows.append(sample)
-            for seed, clip in clips.items():
-                views[seed].append(clip)
-        stacked = {seed: self._stacked(made, rows) for seed, made in views.items() if made}
-        return Seen(np.array(rows, np.int64), stacked, bad)
+            for seed, view in of_sample.items():
+                views[seed].append(view)
+        stacked = {seed: self._stacked(each, rows) for seed, each in views.items() if each}
+        return DecodedViews(np.array(rows, np.int64), stacked, bad)
 
     def stills(self, views: UInt8, samples: Int64, seed: int) -> UInt8:
-        """What a source sees of views: pictures as they are, of clips the stills of f_s.
+        """What a source sees of views: images as they are, of clips the stills of f_s.
 
         uint8 ``[n, H, W, 3]`` to the same; ``[n, D, H, W, 3]`` to ``[n, K, H, W, 3]``.
         """

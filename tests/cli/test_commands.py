@@ -105,7 +105,15 @@ def test_verify_finds_labels_that_are_not_the_sources(
         shutil.rmtree(label_set.path / array / "1")
         shutil.copytree(label_set.path / array / "0", label_set.path / array / "1")
     status, out, _ = sskt("verify", "--cache", damaged)
-    assert status == 0, "swapped whole shards pass their checksums"
+    assert status == 1 and "seed 1, samples 0 to 59: " in out
+    for record in damaged.glob("*/view_check/c/1/*.json"):
+        record.unlink()
+    file = label_set.path / "zarr.json"
+    document = json.loads(file.read_text())
+    del document["attributes"]["sskt"]["bound"]
+    file.write_text(json.dumps(document))
+    status, out, _ = sskt("verify", "--cache", damaged)
+    assert status == 0, "whole shards of a set without records pass their checksums"
     status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, *SOURCE)
     assert status == 1 and "seed 1: the view is not the one the source saw" in out
 
@@ -188,11 +196,13 @@ def test_verify_finds_missing_shards(sskt: Call, cache: Path, tmp_path: Path) ->
     import shutil
 
     lacking = shutil.copytree(cache, tmp_path / "cache")
-    (file,) = lacking.glob("*/labels/c/1/0/0")
+    (file,) = lacking.glob("*/view_check/c/1/0.json")
     file.unlink()
     status, out, _ = sskt("verify", "--cache", lacking, "--json")
     (report,) = json.loads(out)
-    assert status == 1 and report["problems"] == ["1 of 2 shards are missing (seed 1)"]
+    assert status == 1 and report["problems"] == [
+        "1 of 2 shards are missing (seed 1); 1 have labels but no record: add it with --bind"
+    ]
     assert (report["shards"], report["rows"]) == (1, 60)
 
 

@@ -140,17 +140,17 @@ def test_four_trainings_through_one_server_that_is_killed_meanwhile(
 def test_a_server_that_ends_leaves_nobody_behind(real: Path, tmp_path: Path) -> None:
     """Stopped gently or killed: no worker keeps the port, and gently no folder stays."""
     port = free_port()
-    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*"))
+    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*"))
     with server("--cache", real, "--workers", 2, port=port) as one:
         one.send_signal(signal.SIGTERM)
         assert one.wait(30) == 0
         assert not answers(port)
-    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) <= before
+    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*")) <= before
     with server("--cache", real, "--workers", 2, port=port) as one:
         one.kill()
         one.wait()
         wait_until(lambda: not answers(port))
-    left = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-serve-*")) - before
+    left = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("sskt-server-*")) - before
     assert len(left) == 1
     with server("--cache", real, port=port) as one:
         assert not any(folder.exists() for folder in left)
@@ -161,7 +161,7 @@ def test_a_server_that_ends_leaves_nobody_behind(real: Path, tmp_path: Path) -> 
 def test_labels_computed_on_demand_are_those_of_cache_teachers(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    """One of three seeds is stored; the real owner process makes the others while one trains."""
+    """One of three seeds is stored; the real compute worker makes the others while one trains."""
     what = ["--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", 64]
     making = ["cache-teachers", *what, "--shard-rows", 32, "--workers", 0, "--device", "cpu"]
     whole, begun = tmp_path / "whole", tmp_path / "begun"

@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import re
+import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from PIL import Image
 Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 
-IMAGE = re.compile(r".*\.(bmp|gif|jpeg|jpg|pgm|png|ppm|tif|tiff|webp)", re.IGNORECASE)
+IMAGE = re.compile(r".*\.(avif|bmp|gif|jfif|jpe|jpeg|jpg|pgm|png|ppm|tif|tiff|webp)", re.IGNORECASE)
 VIDEO = re.compile(r".*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogv|ts|webm|wmv)", re.IGNORECASE)
 EXACT = 0x2 | 0x40000 | 0x80000
 """SWS_BILINEAR | SWS_ACCURATE_RND | SWS_BITEXACT."""
@@ -82,16 +83,58 @@ class Reader:
         for seed in range(self.seeds):
             for block in range(math.ceil(self.samples / self.rows)):
                 there = [_holds_bytes(self.shard_file(array, seed, block)) for array in order]
-                if there[-1] and not all(there):
+                committed = self.record_file(seed, block).exists() if self.bound else there[-1]
+                if committed and not all(there):
                     raise FormatError(f"seed {seed}, block {block} is there in part: {there}")
-                if not there[-1]:
+                if not committed:
                     lacking.append((seed, block))
         return lacking
+
+    @property
+    def bound(self) -> bool:
+        """Section 3."""
+        return self.attributes.get("bound") is True
+
+    def record_file(self, seed: int, block: int) -> Path:
+        return self.path / "view_check" / "c" / str(seed) / f"{block}.json"
+
+    def require_bound(self, seed: int, block: int) -> None:
+        """FormatError if a shard's files are not those that its record names. Section 2."""
+        file = self.record_file(seed, block)
+        if not file.exists():
+            if self.bound:
+                raise FormatError(f"seed {seed}, block {block} has no record")
+            return
+        record = json.loads(file.read_bytes())
+        if canonical_json(record).encode() != file.read_bytes():
+            raise FormatError(f"{file} is not canonical JSON")
+        checksums = {
+            array: self.checksums(array, seed, block)
+            for array in ("view_check", *WRITE_ORDER[self.spec["encoding"]["name"]])
+        }
+        digest = hashlib.sha256(canonical_json(self.spec).encode()).hexdigest()
+        expected = {"digest": digest, "seed": seed, "block": block, "checksums": checksums}
+        if record != expected:
+            raise FormatError(f"{file} holds {record}, its place and files say {expected}")
+
+    def checksums(self, array: str, seed: int, block: int) -> str:
+        """What a record says of an array's file: the ends of its chunks and of the file."""
+        document = json.loads((self.path / array / "zarr.json").read_bytes())
+        shard = document["chunk_grid"]["configuration"]["chunk_shape"][1]
+        chunk = document["codecs"][0]["configuration"]["chunk_shape"][1]
+        data = self.shard_file(array, seed, block).read_bytes()
+        count = math.ceil(shard / chunk)
+        found = b""
+        for position in struct.iter_unpack("<QQ", data[-16 * count - 4 : -4]):
+            stop = sum(position)
+            found += bytes(4) if stop >= 2**64 else data[stop - 4 : stop]
+        return (found + data[-4:]).hex()
 
     def stored(self, array: str, seed: int, sample: int) -> NDArray[Any]:
         """One row of an array (of view_check: one number) as it is stored."""
         if not _holds_bytes(self.shard_file(array, seed, sample // self.rows)):
             raise FormatError(f"{array}: no shard for seed {seed}, sample {sample}")
+        self.require_bound(seed, sample // self.rows)
         opened = zarr.open_array(self.path / array, mode="r")
         return np.asarray(opened[seed, sample])
 

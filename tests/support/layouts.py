@@ -16,7 +16,7 @@ WNIDS = imagenet_wnids()
 SCENES = places365_classes()
 
 
-def write_picture(path: Path, seed: int, height: int | None = None) -> None:
+def write_image(path: Path, seed: int, height: int | None = None) -> None:
     """A JPEG or PNG of noise, of another size in bytes for (almost) every seed."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height or 12 + seed % 7, 16, 3), np.uint8)
@@ -37,7 +37,7 @@ def write_imagenet(root: Path, labels: Sequence[int] = (3, 7, 400), each: int = 
         for label in labels:
             for i in range(each):
                 name = f"{WNIDS[label]}_{i}" if split == "train" else f"val_{label:04d}{i:04d}"
-                write_picture(root / split / WNIDS[label] / f"{name}.JPEG", 10 * label + i)
+                write_image(root / split / WNIDS[label] / f"{name}.JPEG", 10 * label + i)
 
 
 def write_places365(root: Path, size: str = "large", each: int = 3) -> None:
@@ -55,7 +55,7 @@ def write_places365(root: Path, size: str = "large", each: int = 3) -> None:
     write_list(root / "places365_val.txt", [f"{name} {label}" for name, label in val])
     for folder, listed in ((f"data_{size}_standard", train), (f"val_{size}", val)):
         for seed, (name, _) in enumerate(listed):
-            write_picture(root / folder / name, seed)
+            write_image(root / folder / name, seed)
 
 
 def annotation(objects: Sequence[tuple[str, int | None]], year: str = "VOC2007") -> str:
@@ -82,7 +82,7 @@ VOC_OBJECTS: dict[str, list[tuple[str, int | None]]] = {
 def write_voc(folder: Path, splits: Sequence[str]) -> None:
     """``folder`` is VOC2007 or VOC2012; each split leaves one of the pictures out."""
     for number, (name, objects) in enumerate(VOC_OBJECTS.items()):
-        write_picture(folder / "JPEGImages" / f"{name}.jpg", number)
+        write_image(folder / "JPEGImages" / f"{name}.jpg", number)
         note = folder / "Annotations" / f"{name}.xml"
         note.parent.mkdir(exist_ok=True)
         note.write_text(annotation(objects, folder.name))
@@ -94,7 +94,7 @@ def write_voc(folder: Path, splits: Sequence[str]) -> None:
 def write_frames(folder: Path, seed: int, frames: int = 3) -> None:
     """A clip as extracted frames."""
     for i in range(frames):
-        write_picture(folder / f"image_{i + 1:05d}.jpg", 100 * seed + i, 12 + seed % 7)
+        write_image(folder / f"image_{i + 1:05d}.jpg", 100 * seed + i, 12 + seed % 7)
 
 
 def write_ucf101(root: Path) -> None:

@@ -22,19 +22,24 @@ def make_labels(
     *,
     without: Iterable[tuple[int, int]] = (),
     salt: int = 0,
+    samples: int = SAMPLES,
+    rows: int = ROWS,
 ) -> LabelSet:
-    """A label set opened for reading, without some (seed, block). ``salt``: other labels."""
+    """A label set opened for reading, without some (seed, block).
+
+    ``salt``: other labels. ``samples``, ``rows``: of the set and of a shard.
+    """
     names = tuple(f"class {i}" for i in range(CLASSES))
     kind = parse_encoding(encoding)
     spec = {
         "format": 1,
-        "target": {"name": "made", "split": "train", "size": SAMPLES, "fingerprint": "made"},
+        "target": {"name": "made", "split": "train", "size": samples, "fingerprint": "made"},
         "source": {"name": "made", "arch": "none", "classes": classes_identity(names)},
         "views": {"policy": "none", "version": 1, "parameters": {}, "f_s": "identity"},
         "encoding": kind.identity(),
     }
     made = {"source": "none"}
-    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=ROWS, made=made)
+    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=rows, made=made)
     for shard in label_set.missing(range(SEEDS)):
         if (shard.seed, shard.block) not in without:
             write_shard(label_set, shard, salt)
@@ -55,7 +60,7 @@ def write_shard(label_set: LabelSet, shard: Shard, salt: int = 0) -> None:
 def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None:
     """Removes a stored shard and stores it again with other labels."""
     place, shard = label_set.place, label_set.shard(seed, block)
-    place.delete(label_set.shard_key(array, shard) for array in label_set.arrays)
+    place.delete(label_set.shard_keys(shard))
     writer = open_label_set(place)
     writer.writable = True
     write_shard(writer, shard, salt)

@@ -1,4 +1,4 @@
-"""A real uvicorn server on 127.0.0.1 with the gate and the limited protocol, and raw clients."""
+"""A real uvicorn server on 127.0.0.1 with middleware and limited protocol, and raw clients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from sskt.server.http.middleware import Gate, require_scope
-from sskt.server.http.problems import Problem
+from sskt.server.http.middleware import Middleware, require_scope
+from sskt.server.http.problems import Problem, leave_errors_to_middleware
 from sskt.server.http.protocol import limited_by
 from sskt.server.http.tokens import Tokens
 from sskt.server.metrics.metrics import Metrics
@@ -110,7 +110,9 @@ def small_app(seen: Seen) -> Starlette:
         *(Route(f"/{f.__name__}", f, methods=["POST"]) for f in (echo, compute)),
         *(Mount(f"/{f.__name__}", f) for f in (half, nothing)),
     ]
-    return Starlette(routes=routes)
+    app = Starlette(routes=routes)
+    leave_errors_to_middleware(app)
+    return app
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Served:
     port: int
     seen: Seen
     metrics: Metrics
-    gate: Gate
+    middleware: Middleware
 
     def connect(self, receive_buffer: int = 0) -> socket.socket:
         """A connection. receive_buffer: bytes, for a client that is slow to take an answer."""
@@ -184,7 +186,7 @@ def read_answer(client: socket.socket, method: str = "GET") -> Answer:
 
 
 def make_state(run: Path, tokens: Path | None = None, **changes: Any) -> Any:
-    """What the gate needs of a server's state."""
+    """What the middleware needs of a server's state."""
     metrics = Metrics(run)
     return SimpleNamespace(
         settings=Settings(cache="", run=str(run), **changes),
@@ -200,10 +202,10 @@ def serving(run: Path, tokens: Path | None = None, **changes: Any) -> Iterator[S
     seen, state = Seen(), make_state(run, tokens, **changes)
     app = small_app(seen)
     app.state.sskt = state
-    gate = Gate(app, state)
+    middleware = Middleware(app, state)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        gate,
+        middleware,
         http=limited_by(state.settings),
         loop="uvloop",
         lifespan="off",
@@ -218,7 +220,7 @@ def serving(run: Path, tokens: Path | None = None, **changes: Any) -> Iterator[S
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield Served(listener.getsockname()[1], seen, state.metrics, gate)
+        yield Served(listener.getsockname()[1], seen, state.metrics, middleware)
     finally:
         seen.go_on.set()
         server.should_exit = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
-from sskt.teacher_cache.targets.registry import default_policy, is_own, policy_of
+from sskt.teacher_cache.targets.open import policy_of
+from sskt.teacher_cache.targets.registry import default_policy, is_own
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
-from sskt.trainer.config import AUTO, FIELDS, TrainConfig
+from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
 
 if TYPE_CHECKING:
@@ -26,11 +27,36 @@ if TYPE_CHECKING:
 
 Chosen = dict[str, "LabelSet"]
 Difference = tuple[str, str]
-"""An option as typed, and as the labels were made with."""
+"""A setting as given, and as the labels were made with."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How messages name settings: as options of ``sskt``, or as arguments of Python functions."""
+
+    python: bool = False
+
+    def __call__(self, name: str, value: object) -> str:
+        """Returns ``--limit 5``, or ``limit=5``."""
+        if self.python:
+            return f"{'strict' if name == 'strict_fingerprint' else name}={value!r}"
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{option}" if value else f"--no-{option}"
+        return f"--{option} {value}"
+
+    def make(self, config: TrainConfig, cache: CacheName, sources: Sequence[str]) -> str:
+        """Returns the command or the call that makes the labels of a training."""
+        if self.python:
+            return "sskt.cache_teachers(target, sources, cache=...)"
+        command = caching_command(config, sources, None)
+        if is_served(cache):
+            return f"{command} --cache DIR, where DIR is what {cache} serves"
+        return command
 
 
 def choose_label_sets(
-    config: TrainConfig, cache: CacheName, usual: str = ""
+    config: TrainConfig, cache: CacheName, usual: str = "", wording: Wording | None = None
 ) -> tuple[TrainConfig, Chosen]:
     """The label sets that a training reads, and the configuration that follows them.
 
@@ -43,6 +69,7 @@ def choose_label_sets(
         config: The configuration; its ``source`` is not empty.
         cache: Where the label sets are.
         usual: The default policy of the target; found by the target's name if it is empty.
+        wording: How errors name settings; default: as options.
 
     Returns:
         The configuration with these fields filled in, and a label set by source name.
@@ -53,9 +80,9 @@ def choose_label_sets(
         InputError: If several choices are left.
         CorruptStore: If a damaged label set may be one of those wanted.
     """
-    wanted = _wanted(config)
+    wanted, say = _wanted(config), wording or Wording()
     sets = _of_target(config, cache, wanted)
-    fitting = [s for s in sets if not contradictions(config, s)]
+    fitting = [s for s in sets if not contradictions(config, s, say)]
     groups: dict[str, dict[str, list[LabelSet]]] = {}
     for label_set in fitting:
         group = groups.setdefault(_views_of(label_set), {})
@@ -65,10 +92,10 @@ def choose_label_sets(
     names = None if wanted is None else [source.name for source in wanted]
     complete = [g for g in groups.values() if g and all(n in g for n in names or ())]
     if not complete:
-        raise _none_fits(config, cache, sets, fitting, names)
+        raise _none_fits(config, cache, sets, fitting, names, say)
     preferred = [g for g in complete if _is_usual(config, next(iter(g.values()))[0], usual)]
     if len(complete) > 1 and len(preferred) != 1:
-        raise _several_views(config, complete)
+        raise _several_views(config, complete, say)
     (group,) = complete if len(complete) == 1 else preferred
     chosen = {name: only(name, group[name]) for name in names or sorted(group)}
     return _followed(config, next(iter(chosen.values())), chosen), chosen
@@ -106,13 +133,14 @@ def find_labels(
             policy=policy,
             source=[AUTO] if sources is None else list(sources),
         )
+        say = Wording(python=True)
         try:
-            config, sets = choose_label_sets(config, open_cache(place), usual=usual)
+            config, sets = choose_label_sets(config, open_cache(place), usual, say)
         except MissingData as error:
             what = " and ".join(sources) if sources else "any source"
             raise MissingData(
                 f"no labels of {what} over {target.name} {target.split} in {place}; make them "
-                "with sskt.cache_teachers(target, sources, cache=...)"
+                f"with {say.make(config, place, ())}"
             ) from error
         policy = config.policy
     views = open_views(target, parse_policy(usual if policy == AUTO else policy))
@@ -146,21 +174,26 @@ def require_identity(views: Views, chosen: Mapping[str, LabelSet]) -> None:
             )
 
 
-def contradictions(config: TrainConfig, label_set: LabelSet) -> list[Difference]:
-    """Options that were given and that a label set was not made with, as (typed, made)."""
+def contradictions(config: TrainConfig, label_set: LabelSet, say: Wording) -> list[Difference]:
+    """Settings that were given and that a label set was not made with, as (given, made)."""
     spec, made = label_set.spec, label_set.attributes["made"]
     found: list[Difference] = []
     size, whole = spec["target"]["size"], not made.get("limit")
     if config.limit is not None and size != config.limit and not (whole and size < config.limit):
-        found.append((f"--limit {config.limit}", f"--limit {size}" + _all_of(size, whole)))
+        made_with = say("limit", size)
+        if whole:
+            leave_out = "limit" if say.python else "--limit"
+            made_with += f" (all {size:,} samples; leave {leave_out} out)"
+        found.append((say("limit", config.limit), made_with))
     if config.policy != AUTO and not _has_policy(label_set, config.policy):
         policy = parse_policy(config.policy)
-        found.append((f"--policy {policy}", f"--policy {_policy_text(spec['views'])}"))
+        was = say("policy", _policy_text(spec["views"]))
+        found.append((say("policy", str(policy)), was))
     decoder = spec["views"].get("decoder")
     if decoder is not None and config.decoder not in (AUTO, decoder):
-        found.append((f"--decoder {config.decoder}", f"--decoder {decoder}"))
+        found.append((say("decoder", config.decoder), say("decoder", decoder)))
     if config.strict_fingerprint and not spec["target"].get("contents"):
-        found.append(("--strict-fingerprint", "--no-strict-fingerprint"))
+        found.append((say("strict_fingerprint", True), say("strict_fingerprint", False)))
     return found
 
 
@@ -216,7 +249,7 @@ def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSe
 
 def _decoder_text(name: object) -> str:
     """A label set's decoder as an option. Raises ``InputError``."""
-    if name not in FIELDS["decoder"].metadata["choices"]:
+    if name not in CHOICES["decoder"]:
         raise InputError(f"a label set names the decoder {name!r}, which is unknown; update sskt")
     return str(name)
 
@@ -227,21 +260,18 @@ def _policy_text(views: Mapping[str, Any]) -> str:
     return str(parse_policy(f"{views['policy']}:{options}"))
 
 
-def _all_of(size: int, whole: bool) -> str:
-    return f" (all {size:,} samples; leave --limit out)" if whole else ""
-
-
 def _none_fits(
     config: TrainConfig,
     cache: CacheName,
     sets: Sequence[LabelSet],
     fitting: Sequence[LabelSet],
     names: Sequence[str] | None,
+    say: Wording,
 ) -> InputError:
     texts = dict(zip(names or (), config.source, strict=False))
     lacking = [n for n in texts if not any(is_of(s, _parsed(texts[n])) for s in sets)]
     if lacking or not sets:
-        make = _make(config, cache, [texts[n] for n in lacking] or sources_to_cache(config))
+        make = say.make(config, cache, [texts[n] for n in lacking] or sources_to_cache(config))
         what = " or ".join(_described(_parsed(texts[n])) for n in lacking)
         of = f"source {what}" if lacking else "any source"
         return MissingData(
@@ -250,50 +280,46 @@ def _none_fits(
         )
     asked = [s for s in sets if not texts or any(is_of(s, _parsed(t)) for t in texts.values())]
     if not fitting or not any(s in fitting for s in asked):
-        closest = min(asked, key=lambda s: len(contradictions(config, s)))
-        found = contradictions(config, closest)
+        closest = min(asked, key=lambda s: len(contradictions(config, s, say)))
+        found = contradictions(config, closest, say)
         typed, made = (" ".join(side) for side in zip(*found, strict=True))
         return SpecMismatch(
             f"label set {closest.name} was made with {made}, but {typed} was given; leave that "
             f"out to train from it, or make other labels with: "
-            f"{_make(config, cache, list(texts.values()) or sources_to_cache(config))}"
+            f"{say.make(config, cache, list(texts.values()) or sources_to_cache(config))}"
         )
     by_name = {s.spec["source"]["name"]: s for s in asked if s in fitting}
     short = [n for n in texts if n not in by_name]
     views = "; ".join(
-        f"{name}: --policy {_policy_text(s.spec['views'])}, {s.spec['target']['size']:,} samples"
+        f"{name}: {say('policy', _policy_text(s.spec['views']))}, "
+        f"{s.spec['target']['size']:,} samples"
         for name, s in by_name.items()
     )
     return SpecMismatch(
         f"the sources have no label sets over the same views ({views}"
         + (f"; {', '.join(short)}: none that fits the options" if short else "")
         + "); make them with: "
-        + _make(config, cache, list(texts.values()))
+        + say.make(config, cache, list(texts.values()))
     )
 
 
 def _several_views(
-    config: TrainConfig, groups: Sequence[Mapping[str, Sequence[LabelSet]]]
+    config: TrainConfig, groups: Sequence[Mapping[str, Sequence[LabelSet]]], say: Wording
 ) -> InputError:
     choices = []
     for group in groups:
         label_set = next(iter(group.values()))[0]
         made, spec = label_set.attributes["made"], label_set.spec
-        text = f"--policy {_policy_text(spec['views'])}"
-        text += f" --limit {spec['target']['size']}" if made.get("limit") else ""
-        text += f" --decoder {spec['views']['decoder']}" if "decoder" in spec["views"] else ""
+        settings = [say("policy", _policy_text(spec["views"]))]
+        settings += [say("limit", spec["target"]["size"])] if made.get("limit") else []
+        if "decoder" in spec["views"]:
+            settings.append(say("decoder", spec["views"]["decoder"]))
+        text = (", " if say.python else " ").join(settings)
         choices.append(f"{text} ({', '.join(s.digest[:12] for v in group.values() for s in v)})")
     return InputError(
         f"label sets over several views of {config.target} {config.split} fit; choose with "
         f"{' or '.join(sorted(choices))}"
     )
-
-
-def _make(config: TrainConfig, cache: CacheName, sources: Sequence[str]) -> str:
-    command = caching_command(config, sources, None)
-    if is_served(cache):
-        return f"{command} --cache DIR, where DIR is what {cache} serves"
-    return command
 
 
 def _parsed(text: str) -> SourceName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,43 @@ Record = dict[str, Any]
 
 RESTAGED = ("mobilenet_v2", "densenet121")
 """Networks that sskt 0.1.0 divided into other stages, and so had transfer modules elsewhere."""
+
+
+AGREED_EVERY = 50
+"""Steps after which several processes agree whether it is time to save."""
+
+
+class Autosave:
+    """Saves a run within an epoch, every ``--save-minutes``.
+
+    Args:
+        trainer: The run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._minutes, self._ranks = trainer.plan.config.save_minutes, trainer.plan.ranks
+        self._out: Path | None = None
+        self._saved = 0.0
+
+    def start(self, out: Path) -> None:
+        """Starts the clock; until then nothing is saved."""
+        self._out, self._saved = out, time.perf_counter()
+
+    def due(self, steps: int) -> bool:
+        """Returns whether it is time to save; the same in every process."""
+        if not self._minutes:
+            return False
+        due = time.perf_counter() - self._saved > 60 * self._minutes
+        if self._ranks.world == 1:
+            return due
+        return steps % AGREED_EVERY == 0 and self._ranks.agree(due)
+
+    def __call__(self, steps: int) -> None:
+        """Saves after a step if it is time to."""
+        if self._out and self.due(steps):
+            save(self._trainer, self._out)
+            self._saved = time.perf_counter()
 
 
 def identity(plan: Plan) -> Record:
@@ -39,6 +77,7 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
     Every process has to call it; the first one writes. ``best.pt`` comes first: a run that is
     killed between the two trains the epoch again, and would else never write it.
     """
+    trainer.loader.finish_checks()
     plan, progress = trainer.plan, trainer.progress
     place = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
     place["totals"] = progress.summed(plan.ranks, plan.device)
@@ -47,7 +86,7 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
     parts = {name: part.state_dict() for name, part in trainer.stateful().items()}
     state = identity(plan) | parts | {"epoch": trainer.epoch, "progress": place}
     if better:
-        network = trainer.average.network if trainer.average else trainer.network
+        network = trainer.step.tested
         best = {"epoch": trainer.epoch - 1, "model": network.state_dict()}
         best[INPUT_SCALE] = plan.config.input_scale
         records.save_checkpoint(out, best, records.BEST)
@@ -109,7 +148,7 @@ def _require_same_network(trainer: Trainer, state: Record, path: Path) -> None:
             break
     counts = [
         sum(len(group["params"]) for group in groups)
-        for groups in (state["optimizer"]["param_groups"], trainer.optimizer.param_groups)
+        for groups in (state["optimizer"]["param_groups"], trainer.step.optimizer.param_groups)
     ]
     if not difference and counts[0] != counts[1]:
         difference = f"the run trained {counts[0]} parameter tensors, not {counts[1]}"

@@ -7,9 +7,9 @@ from pathlib import Path
 from sskt.teacher_cache.errors import raise_missing
 from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import parse_source
-from sskt.teacher_cache.targets.registry import lacking_data
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
+from sskt.trainer.data.splits import dataset_of
 
 
 def require_present(config: TrainConfig) -> None:
@@ -21,7 +21,7 @@ def require_present(config: TrainConfig) -> None:
     """
     for text in config.source:
         parse_source(text, stored=not config.live)
-    lacking = lacking_data(config.target, config.root, download=config.download)
+    lacking = dataset_of(config, config.split, download=config.download).lacking_data()
     problems = [lacking] if lacking else []
     location = label_location(config.labels or config.cache)
     if config.source and not config.live and _is_empty(location.value):

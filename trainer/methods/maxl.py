@@ -1,4 +1,4 @@
-"""MAXL, the rival of table 9: auxiliary labels from a second network, learnt through the first.
+"""MAXL, the method that table 9 compares with: a second network makes the auxiliary labels.
 
 Liu, Davison and Johns, "Self-Supervised Generalisation with Meta Auxiliary Learning" (NeurIPS
 2019). The multi-task network (theta_1) has a primary head of C classes and an auxiliary head of
@@ -20,7 +20,7 @@ trained with momentum or weight decay; labels are exactly 0 outside the true cla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from torch.func import functional_call
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import TrainConfig
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+from sskt.trainer.data.soft_label_loader import SoftLabelLoader
+from sskt.trainer.distributed import Ranks
 from sskt.trainer.losses import (
     AUXILIARY,
     PRIMARY,
@@ -38,6 +41,9 @@ from sskt.trainer.losses import (
 )
 from sskt.trainer.models.base import TargetNetwork
 from sskt.trainer.models.heads import SSKTNetwork
+
+if TYPE_CHECKING:
+    from sskt.trainer.loop.setup import Plan
 
 SOURCE = "maxl"
 """Name of the auxiliary head, and of its loss in the records."""
@@ -98,11 +104,20 @@ class AuxiliaryLabels(nn.Module):
 
 
 class Maxl:
-    """Both passes of MAXL over ``network`` (theta_1) and ``generator`` (theta_2).
+    """The method object: both passes of MAXL over two networks.
 
-    ``network`` has one head, ``maxl``, of ``generator.classes * psi`` outputs; whoever owns it
-    also owns its optimizer. Raises ``InputError`` for a loss that is neither ce nor focal.
+    Args:
+        config: The training.
+        network: theta_1, which has one auxiliary head, ``maxl``, of ``generator.classes * psi``
+            outputs. Its optimizer is not this object's.
+        generator: theta_2.
+
+    Raises:
+        UnknownName: For an auxiliary loss that is neither ce nor focal.
     """
+
+    temperature = 1.0
+    """The losses of MAXL have no temperature."""
 
     def __init__(
         self, config: TrainConfig, network: SSKTNetwork, generator: AuxiliaryLabels
@@ -116,6 +131,54 @@ class Maxl:
         self.optimizer = torch.optim.SGD(
             generator.parameters(), lr=GENERATOR_LR, weight_decay=GENERATOR_WEIGHT_DECAY
         )
+
+    @classmethod
+    def of_plan(cls, plan: Plan, network: SSKTNetwork) -> Maxl:
+        """Makes the generator for a network that was just built.
+
+        The generator's parameters are drawn after those of the network.
+
+        Args:
+            plan: The training.
+            network: theta_1.
+
+        Returns:
+            The method object.
+
+        Raises:
+            InputError: With several processes, as theta_2's step needs the whole batch.
+        """
+        if plan.ranks.world > 1:
+            raise InputError("--method maxl trains in one process; start it without torchrun")
+        classes, psi = len(plan.views.target.classes), plan.config.psi
+        generator = AuxiliaryLabels(plan.build_target(classes * psi), classes, psi)
+        return cls(plan.config, network, generator.to(plan.device))
+
+    def soft_labels(self, batch: SoftLabelBatch) -> dict[str, Tensor]:
+        """See ``Method``: the generated labels."""
+        return {SOURCE: self.labels(batch.images, batch.labels)}
+
+    def end_epoch(self, epoch: int, lr: float, loader: SoftLabelLoader) -> dict[str, float]:
+        """Pass 2 of an epoch, in another order and under another view seed than pass 1.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            lr: Learning rate of theta_1.
+            loader: The training data.
+
+        Returns:
+            ``meta_loss`` and ``meta_entropy``, means over the samples.
+        """
+        self.start_epoch(epoch)
+        totals: dict[str, Tensor] = {}
+        images = 0
+        for batch in loader.without_labels(self.config.epochs + epoch):
+            Ranks().seed_dropout(self.config.seed, epoch, "meta", batch.position[1] + 1)
+            for name, value in self.meta_step(batch.images, batch.labels, lr).items():
+                scaled = len(batch) * value
+                totals[name] = totals[name] + scaled if name in totals else scaled
+            images += len(batch)
+        return {name: float(total) / images for name, total in totals.items()}
 
     def start_epoch(self, epoch: int) -> None:
         """Sets theta_2's learning rate for ``epoch``, counted from 0."""

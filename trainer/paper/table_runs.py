@@ -94,21 +94,15 @@ def by_name(sources: Iterable[str], given: Mapping[str, str], mark: str) -> list
 
 def _job(wanted: LabelPass, cache: str) -> Job:
     from sskt.teacher_cache.labeling.job import Job
+    from sskt.trainer.data.splits import dataset_of
 
     config = wanted.config
     return Job(
         wanted.sources,
-        config.target,
+        dataset_of(config, config.split, limit=config.limit, download=config.download),
         cache,
-        split=config.split,
-        root=str(config.root) if config.root else None,
         seeds=wanted.seeds,
         policy=config.policy,
-        limit=config.limit,
-        partial=config.partial,
-        decoder=config.used_decoder,
-        strict=config.strict_fingerprint,
-        download=config.download,
         device=config.device,
         workers=config.workers,
         on_error=config.on_error,

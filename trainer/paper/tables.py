@@ -18,7 +18,7 @@ from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.sources.names import source_name
-from sskt.trainer.config import FIELDS, TrainConfig, make_config, read_fields, typed
+from sskt.trainer.config import FIELDS, TrainConfig, checked, make_config, read_fields
 from sskt.trainer.paper.figures import figure_rows
 from sskt.trainer.paper.table_form import require_form
 from sskt.trainer.recipes import Recipe, load_recipe, parse_recipe
@@ -247,9 +247,9 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             value = text
         try:
-            values[name] = typed(name, value, "--set")
+            values |= checked({name: value}, "--set")
         except InputError:
-            values[name] = typed(name, text, "--set")
+            values |= checked({name: text}, "--set")
     return values
 
 

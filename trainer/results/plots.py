@@ -53,18 +53,46 @@ def focus(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """Curves of all groups as PNG: the mean, and one standard deviation as a band."""
-    from matplotlib.ticker import MaxNLocator
+    """Draws the curves of all groups as PNG; of many charts the main metric and the loss.
 
+    Args:
+        comparison: What to draw.
+        path: The file to write.
+
+    Raises:
+        InputError: If the runs have neither test metrics nor losses.
+        OSError: If the file cannot be written.
+    """
     shown = charts(comparison)
     if len(shown) > 2:
         shown = [c for c in shown if c.key == comparison.metric or c.key not in (*METRICS, TRAIN)]
     if not shown:
         raise InputError("nothing to draw: the runs have neither test metrics nor losses")
+    _save(_curves(comparison, shown, len(shown)), path)
+
+
+def curves_svg(comparison: Comparison, shown: Sequence[Chart]) -> bytes:
+    """Draws charts, two in a row, as an SVG document."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        _curves(comparison, shown, 2).savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _curves(comparison: Comparison, shown: Sequence[Chart], columns: int) -> Any:
+    """A figure: the mean of each group, and one standard deviation as a band."""
+    from matplotlib.ticker import MaxNLocator
+
     names = [group.name for group in comparison.groups]
     legend = 0.25 * (len(names) + 1)
-    figure = _figure(5.2 * len(shown), 3.6 + legend)
-    for axes, chart in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    rows = -(-len(shown) // columns)
+    figure = _figure(5.2 * columns, 3.6 * rows + legend)
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in places[len(shown) :]:
+        axes.set_visible(False)
+    for axes, chart in zip(places, shown, strict=False):
         for i, found in enumerate(chart.curves):
             if found is None:
                 continue
@@ -82,7 +110,7 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
         axes.set_ylim(focus([c for c in chart.curves if c is not None]))
         axes.grid(alpha=0.3)
     _legend(figure, columns=1)
-    _save(figure, path)
+    return figure
 
 
 @dataclass(frozen=True)

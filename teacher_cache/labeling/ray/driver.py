@@ -46,7 +46,6 @@ from sskt.teacher_cache.labeling.run import StageReport
 from sskt.teacher_cache.labeling.units import Unit
 from sskt.teacher_cache.sources.names import parse_source
 from sskt.teacher_cache.storage.open import open_cache
-from sskt.teacher_cache.targets.registry import is_own
 from sskt.teacher_cache.views.views import Views
 
 __all__ = ["RayOptions", "cache_with_ray"]
@@ -123,8 +122,7 @@ def _everywhere(job: Job) -> Job:
         job,
         sources=tuple(map(source, job.sources)),
         weights=tuple(map(weights, job.weights)),
-        target=_full(job.target) if is_own(job.target) else job.target,
-        root=job.data_root(),
+        dataset=job.dataset.absolute(),
         frame_sampling=f"{_full(file)}:{function}" if colon else job.frame_sampling,
         cache=job.cache if "://" in job.cache else _full(job.cache),
     )

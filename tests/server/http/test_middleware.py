@@ -1,4 +1,4 @@
-"""The gate and the connections under it, attacked as strangers would: on a real server."""
+"""The middleware and the connections under it, attacked as strangers would: on a real server."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_an_unexpected_error_is_in_the_log_and_nowhere_else(
     with caplog.at_level(logging.INFO, "sskt"):
         shown = served.get("/boom").headers["x-request-id"]
         until(lambda: bool(lines_of(caplog)))
-    (record,) = [r for r in caplog.records if r.name == "sskt.gate"]
+    (record,) = [r for r in caplog.records if r.name == "sskt.middleware"]
     line = json.loads(JsonLines().format(record))
     assert line["level"] == "error" and "hunter2" in line["traceback"]
     assert served.metrics.totals()["errors"]["ValueError"] == before + 1
@@ -139,7 +139,7 @@ def test_an_answer_that_fails_half_way_is_no_whole_answer(
     until(lambda: bool(lines_of(caplog)))
     assert lines_of(caplog)[0]["message"] == "request cut off"
     errors = [r.name for r in caplog.records if r.levelno >= logging.ERROR]
-    assert errors == ["sskt.gate"]
+    assert errors == ["sskt.middleware"]
 
 
 def test_head_has_no_body_and_the_connection_goes_on(served: Served) -> None:
@@ -343,7 +343,7 @@ def test_a_client_that_leaves_stops_the_work(tmp_path: Path) -> None:
             client.sendall(request("/slow"))
             assert server.seen.started.wait(WAIT)
         assert server.seen.cancelled.wait(WAIT)
-        until(lambda: server.gate.admission._total == 0)
+        until(lambda: server.middleware.serving == 0)
         assert server.metrics.totals()["errors"] == {}
 
 
@@ -353,10 +353,10 @@ def test_a_client_that_leaves_in_mid_body_is_forgotten(
     with serving(tmp_path / "run") as server, caplog.at_level(logging.INFO):
         with server.connect() as client:
             client.sendall(request("/echo", "Content-Length: 9", method="POST") + b"1")
-            until(lambda: server.gate.admission._total == 1)
+            until(lambda: server.middleware.serving == 1)
         until(lambda: bool(lines_of(caplog)))
         assert lines_of(caplog)[0]["status"] == 499
-        assert server.gate.admission._total == 0 and server.seen.calls == []
+        assert server.middleware.serving == 0 and server.seen.calls == []
 
 
 def test_a_client_that_takes_nothing_is_cut_off(
@@ -372,7 +372,7 @@ def test_a_client_that_takes_nothing_is_cut_off(
         (line,) = lines_of(caplog)
         assert line["message"] == "request cut off" and line["seconds"] >= SHORT
         assert line["bytes"] < len(BIG) / 2, "the rest waits in no buffer of the server"
-        assert server.gate.admission._total == 0
+        assert server.middleware.serving == 0
         assert len(ends(client)) < len(BIG)
         assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
@@ -407,7 +407,7 @@ def test_more_requests_than_one_client_may(tmp_path: Path) -> None:
         for who in (0, 0, 1):
             waiting.append(stack.enter_context(server.connect()))
             waiting[-1].sendall(request("/slow", bearers[who]))
-            until(lambda: server.gate.admission._total == len(waiting))
+            until(lambda: server.middleware.serving == len(waiting))
         for who, status in ((0, 429), (1, 503), (2, 503)):
             answer = server.get("/small", bearers[who])
             assert answer.status == status and int(answer.headers["retry-after"]) > 0
@@ -416,8 +416,8 @@ def test_more_requests_than_one_client_may(tmp_path: Path) -> None:
         server.seen.go_on.set()
         for client in waiting:
             assert read_answer(client).body == b"at last"
-        until(lambda: server.gate.admission._total == 0)
-        assert not server.gate.admission._each
+        until(lambda: server.middleware.serving == 0)
+        assert not server.middleware.serving_each
         assert server.get("/small", bearers[0]).status == 200
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sskt.cli.token import token as command
+from sskt.cli.serving.token import token as command
 from sskt.server.http import tokens as module
 from sskt.server.http.tokens import FRESH_SECONDS, Tokens, list_tokens, new_token, revoke
 from sskt.teacher_cache.errors import DiskFull, InputError, MissingData, UnknownName
@@ -44,14 +45,14 @@ def test_a_token_opens_and_only_its_hash_is_kept(path: Path) -> None:
     assert secret not in kept and secret[5:] not in kept
     found = Tokens(path).check(secret)
     assert found is not None
-    assert found.name == "lab" and found.scopes == {"read"} and found.expires is None
+    assert found.name == "lab" and found.scopes == ("read",) and found.expires is None
     assert [t.name for t in list_tokens(path)] == ["lab"]
 
 
 def test_compute_brings_read(path: Path) -> None:
     new_token(path, "gpu", ["compute"], 1.5)
     (token,) = list_tokens(path)
-    assert token.scopes == {"read", "compute"}
+    assert token.scopes == ("compute", "read")
     assert token.expires is not None
     assert abs(token.expires - time.time() - 1.5 * 86400) < 60
 
@@ -159,7 +160,7 @@ def test_a_damaged_file_lets_nobody_in_until_it_is_mended(
         with pytest.raises(InputError, match="is damaged") as error:
             tokens.check(secret)
         assert json.loads(whole)["tokens"][0]["hash"] not in str(error.value)
-    assert len([r for r in caplog.records if "nobody is let in" in r.message]) == 1
+    assert len([r for r in caplog.records if "all requests are refused" in r.message]) == 1
     for change in (lambda: new_token(path, "x", ["read"], None), lambda: revoke(path, "lab")):
         with pytest.raises(InputError, match="is damaged"):
             change()
@@ -269,7 +270,7 @@ def test_a_link_to_the_file_stays_a_link(path: Path, tmp_path: Path) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.text(max_size=70).filter(lambda s: not module._NAME.fullmatch(s)))
+@given(name=st.text(max_size=70).filter(lambda s: not re.fullmatch(module._NAME, s)))
 def test_names_that_would_break_a_log_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="a token's name is"):
         new_token(tmp_path / "none.json", name, ["read"], None)
@@ -304,8 +305,8 @@ def test_the_command_prints_the_secret_alone(path: Path) -> None:
     out, err = call("new", "lab", "--scope", "compute", "--days", "30")
     secret = out.removesuffix("\n")
     found = Tokens(path).check(secret)
-    assert found is not None and found.scopes == {"read", "compute"}
-    assert "token lab (compute, read), good until 20" in err and secret not in err
+    assert found is not None and found.scopes == ("compute", "read")
+    assert "token lab (compute, read), valid until 20" in err and secret not in err
     made = json.loads(call("new", "ci", "--json")[0])
     assert Tokens(path).check(made["token"]) and made["scopes"] == ["read"]
     out, _ = call("list")
@@ -319,7 +320,7 @@ def test_the_command_prints_the_secret_alone(path: Path) -> None:
 
 def test_the_command_starts_without_heavy_libraries() -> None:
     code = (
-        "import sys; from sskt.cli.token import token; "
+        "import sys; from sskt.cli.serving.token import token; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'zarr', 'fastapi')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

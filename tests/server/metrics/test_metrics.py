@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sskt.server.metrics.error_log import DETAIL, ErrorLog
-from sskt.server.metrics.last_minute import SECONDS, Minute
-from sskt.server.metrics.metrics import BOUNDS, DIRECTORY, Metrics, quantile
+from sskt.server.metrics.metrics import (
+    BOUNDS,
+    DETAIL,
+    DIRECTORY,
+    ERRORS_KEPT,
+    Metrics,
+    quantile,
+)
 from sskt.teacher_cache.errors import InputError
 
 ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
@@ -86,23 +92,20 @@ REQUESTS = st.lists(
 
 @given(REQUESTS)
 @ANY_FOLDER
-def test_totals_and_the_last_minute_are_the_sums_of_what_was_counted(
+def test_totals_are_the_sums_of_what_was_counted(
     tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[str, float, int]]
 ) -> None:
     metrics = Metrics(tmp_path_factory.mktemp("run"))
     for route, seconds, sent in requests:
         metrics.request(route, "GET", 200, seconds, sent)
-    totals, minute = metrics.totals(), metrics.last_minute()
-    assert totals["requests"] == minute.requests == len(requests)
-    assert totals["sent_bytes"] == minute.bytes == sum(sent for _, _, sent in requests)
+    totals = metrics.totals()
+    assert totals["requests"] == len(requests)
+    assert totals["sent_bytes"] == sum(sent for _, _, sent in requests)
     edges = [0, *BOUNDS, np.inf]
     for route, of in totals["routes"].items():
         mine = [seconds for name, seconds, _ in requests if name == route]
         expected = [sum(a < s <= b or (a == s == 0) for s in mine) for a, b in _pairs(edges)]
         assert list(of["buckets"]) == expected
-    assert list(minute.buckets) == list(
-        np.sum([of["buckets"] for of in totals["routes"].values()] or [np.zeros(16, int)], axis=0)
-    )
 
 
 def _pairs(edges: Sequence[float]) -> list[tuple[float, float]]:
@@ -152,7 +155,6 @@ print(os.getpid(), flush=True)
 sys.stdin.readline()
 if sys.argv[2] == "3":
     print(json.dumps(metrics.totals()))
-    print(metrics.last_minute().requests, metrics.last_minute().labels)
 """
 
 
@@ -176,13 +178,11 @@ def test_numbers_are_those_of_all_processes_and_gauges_of_the_living(tmp_path: P
     workers[0].communicate()
     out, _ = workers[2].communicate("\n")
     workers[1].communicate("\n")
-    totals, minute = out.splitlines()
-    found: dict[str, Any] = json.loads(totals)
+    found: dict[str, Any] = json.loads(out)
     assert (found["requests"], found["labels"], found["sent_bytes"]) == (3, 21, 300)
     assert found["serving"] == 2, "the killed worker serves nothing"
     assert found["waiting"] == 3, "the last one who said so"
     assert found["routes"]["/zarr"]["buckets"][BOUNDS.index(0.005)] == 3
-    assert minute == "3 21"
 
 
 def test_a_variable_set_too_late_is_refused(
@@ -193,75 +193,52 @@ def test_a_variable_set_too_late_is_refused(
         Metrics(tmp_path)
 
 
-STEPS = st.lists(st.tuples(st.floats(0, 40), st.integers(1, 5)), max_size=30)
+def test_recent_errors_are_the_newest_first_and_bounded(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    for i in range(ERRORS_KEPT + 5):
+        metrics.error("kind", f"error {i}", f"id{i}")
+    assert [e["detail"] for e in metrics.recent_errors(3)] == [
+        f"error {ERRORS_KEPT + i}" for i in (4, 3, 2)
+    ]
+    assert len(metrics.recent_errors(2 * ERRORS_KEPT)) == ERRORS_KEPT
+    metrics.error("kind", "x" * 10_000, "")
+    assert len(metrics.recent_errors(1)[0]["detail"]) == DETAIL
 
 
-@given(STEPS)
-@ANY_FOLDER
-def test_the_last_minute_forgets_what_is_older(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[float, int]]
-) -> None:
-    now = [1000.0]
-    minute = Minute(tmp_path_factory.mktemp("minute"), BOUNDS, lambda: now[0])
-    said = []
-    for wait, count in steps:
-        now[0] += wait
-        minute.add("labels", count)
-        said.append((now[0], count))
-    expected = sum(n for at, n in said if int(now[0]) - int(at) < SECONDS)
-    found = minute.last()
-    assert found.labels == expected
-    assert found.uptime == pytest.approx(now[0] - 1000, abs=0.01)
-    now[0] += 2 * SECONDS
-    assert minute.last().labels == 0
-    assert minute.last().seconds == SECONDS
+@pytest.mark.parametrize("fault", ["a folder", "no database", "gone"])
+def test_an_error_that_cannot_be_recorded_is_still_counted(tmp_path: Path, fault: str) -> None:
+    run = tmp_path / "run"
+    metrics = Metrics(run)
+    metrics.error("kind", "first", "id")
+    file = run / "errors.sqlite3"
+    if fault == "gone":  # as a cleaner of temporary folders leaves it
+        shutil.rmtree(run)
+    else:
+        file.unlink()
+        file.mkdir() if fault == "a folder" else file.write_bytes(b"x" * 5000)
+    metrics.error("kind", "second", "id")
+    assert metrics.totals()["errors"] == {"kind": 2}
+    assert len(metrics.recent_errors(5)) == (fault == "gone")
 
 
-def test_recent_errors_are_the_newest_first_and_cut(tmp_path: Path) -> None:
-    log = ErrorLog(tmp_path / "errors.jsonl", limit=2000)
-    for i in range(100):
-        log.add("kind", f"error {i}", f"id{i}")
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * 2100
-    assert [e["detail"] for e in log.last(3)] == ["error 99", "error 98", "error 97"]
-    log.add("kind", "x" * 10_000, "")
-    assert len(log.last(1)[0]["detail"]) == DETAIL
-    with (tmp_path / "errors.jsonl").open("a") as file:
-        file.write('{"time": 1, "ki')  # as a full disk leaves it
-    assert len(log.last(1)[0]["detail"]) == DETAIL
+def _add_many(run: Path, name: str) -> None:
+    metrics = Metrics(run)
+    for i in range(50):
+        metrics.error(name, str(i), "id")
 
 
-def test_an_error_that_cannot_be_written_down_is_still_counted(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "run")
-    (tmp_path / "run" / "errors.jsonl").mkdir()
-    metrics.error("kind", "detail", "id")
-    assert metrics.totals()["errors"] == {"kind": 1}
-    assert metrics.recent_errors(5) == []
-
-
-def _add_many(path: Path, name: str) -> None:
-    log = ErrorLog(path, limit=20_000)
-    for i in range(200):
-        log.add(name, f"{name} {i} " + "x" * 100, "id")
-
-
-def test_writers_do_not_tear_each_others_lines_while_files_are_put_aside(tmp_path: Path) -> None:
-    path = tmp_path / "errors.jsonl"
+def test_processes_and_threads_record_errors_at_once(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=_add_many, args=(path, "process"))
+    process = spawn.Process(target=_add_many, args=(tmp_path, "process"))
     process.start()
-    threads = [threading.Thread(target=_add_many, args=(path, f"thread{i}")) for i in range(2)]
+    names = [f"thread{i}" for i in range(2)]
+    threads = [threading.Thread(target=_add_many, args=(tmp_path, name)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     process.join()
-    lines = [line for each in tmp_path.iterdir() for line in each.read_bytes().splitlines()]
-    entries = [json.loads(line) for line in lines]
-    assert 20_000 <= sum(len(line) + 1 for line in lines) < 41_000
-    for name in {entry["kind"] for entry in entries}:
-        numbers = [
-            int(e["detail"].split()[1])
-            for e in ErrorLog(path).last(1000)[::-1]
-            if e["kind"] == name
-        ]
-        assert numbers == list(range(numbers[0], 200)), "nothing of the newest is lost"
+    recent = Metrics(tmp_path).recent_errors(1000)[::-1]
+    for name in (*names, "process"):
+        numbers = [int(error["detail"]) for error in recent if error["kind"] == name]
+        assert numbers == list(range(50))

@@ -26,8 +26,8 @@ def cache(label_cache: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "cache"
     shutil.copytree(label_cache, folder)
     (label_set,) = list_label_sets(folder)
-    for array in label_set.arrays:
-        label_set.shard_path(array, label_set.shard(1, 2)).unlink()
+    for key in label_set.shard_keys(label_set.shard(1, 2)):
+        (label_set.path / key).unlink()
     (folder / "broken").mkdir()
     (folder / "broken" / "zarr.json").write_text("{}")
     (folder / "broken" / "view_check").mkdir()

@@ -14,20 +14,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
+from support.batches import read_batch
 from support.random_labels import CLASSES, ROWS, SAMPLES, SEEDS, make_labels, write_shard
 
 from sskt.server.app import create_app
 from sskt.server.http.tokens import new_token
 from sskt.server.routes import labels_batch as batch
-from sskt.server.routes.batch_formats import OFFERED, RAW, SAFETENSORS, Budget, chosen, read_answer
+from sskt.server.routes.batch_formats import OFFERED, RAW, SAFETENSORS, Budget, chosen
 from sskt.server.settings import Settings
-from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 ENCODINGS = ("f32", "f16", "u8", "topk-3")
 JSON = "application/json"
+ROW = 4 + 4 * CLASSES
+"""Bytes of a row, f32."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Answer:
     @property
     def arrays(self) -> Encoded:
         assert self.status == 200, self.body
-        return read_answer(self.headers, self.body)
+        return read_batch(self.headers, self.body)
 
 
 class Client:
@@ -219,21 +221,6 @@ def test_what_accept_likes_best(accept: str | None, kind: str | None) -> None:
     assert chosen(accept) == kind
 
 
-def test_an_answer_is_read_only_as_it_is() -> None:
-    headers = {"SSKT-Arrays": "view_check uint32 2; labels float16 2x3"}
-    body = np.arange(2, dtype="<u4").tobytes() + np.arange(6, dtype="<f2").tobytes()
-    arrays = read_answer(headers, body)
-    assert arrays["labels"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    for damaged in (body[:-1], body[:7], body + b"x", b""):
-        with pytest.raises(SsktError, match="bytes, which is not"):
-            read_answer(headers, damaged)
-    for header in ("", "labels", "labels object 2", "labels float16 -2", "labels float16 2x3;"):
-        with pytest.raises(SsktError, match="cannot read the header"):
-            read_answer({"sskt-arrays": header}, body)
-    with pytest.raises(SsktError, match="no header"):
-        read_answer({}, body)
-
-
 # --- refusals ---------------------------------------------------------------------------------
 
 
@@ -302,6 +289,45 @@ def test_refusals(sets: dict[str, LabelSet], client: Client) -> None:
     assert client.raw(name, 0, [0] * 100).status == 200
 
 
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_ids": 5}, ["8 ids", "at most 5"]),
+        ({"max_answer": 5 * ROW + 1}, [f"has {8 * ROW} bytes", f"at most {5 * ROW + 1}"]),
+        ({"max_decoded": 3 * ROWS * ROW}, ["in 5 chunks", f"at most {3 * ROWS * ROW}"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "raw"])
+def test_a_batch_is_bounded_in_ids_bytes_and_work(
+    sets: dict[str, LabelSet],
+    tmp_path: Path,
+    limits: dict[str, int],
+    named: list[str],
+    form: str,
+) -> None:
+    label_set, ids = sets["f32"], [0, 600, 600, 1, 1200, 5, 1201, 7]
+    client = Client(tmp_path / "run", label_set.path.parent, **limits)
+    seeds = [0, 0, 0, 0, 0, 1, 1, 1] if "max_decoded" in limits else 0
+    if form == "raw" and isinstance(seeds, list):
+        seeds, ids = 1, [0, 600, 600, 1, 599, 1200, 3, 1299]
+        client = Client(tmp_path / "run", label_set.path.parent, max_decoded=2 * ROWS * ROW)
+        named = ["in 3 chunks"]
+
+    def ask(count: int) -> Answer:
+        each = seeds[:count] if isinstance(seeds, list) else seeds
+        if form == "raw":
+            return client.raw(label_set.name, each, ids[:count])
+        return client.ask({"set": label_set.name, "seed": each, "ids": ids[:count]})
+
+    told = ask(8).problem
+    assert (told["status"], told["title"], told["max_ids"]) == (413, "too many ids", 5)
+    for part in [*named, "the first 5 ids fit"]:
+        assert part in told["detail"]
+    assert ask(6).status == 413
+    assert ask(5).status == 200
+    assert batch._answers.held == 0
+
+
 def test_missing_labels_are_named(sets: dict[str, LabelSet], client: Client) -> None:
     name = sets["f16"].name
     told = client.raw(name, 1, [0, 600, 5, 700, 600]).problem
@@ -344,18 +370,17 @@ def stored_block(label_set: LabelSet, ids: list[int]) -> Encoded:
 def test_answers_in_memory_are_bounded(
     sets: dict[str, LabelSet], client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = 4 + 4 * CLASSES
-    monkeypatch.setattr(batch, "_answers", budget := Budget(3 * row))
+    monkeypatch.setattr(batch, "_answers", budget := Budget(3 * ROW))
     name = sets["f32"].name
     assert client.raw(name, 0, [0] * 50).status == 200, "one alone may be any size"
     assert budget.held == 0
-    assert budget.take(2 * row)
+    assert budget.take(2 * ROW)
     assert client.raw(name, 0, [0]).status == 200
     answer = client.raw(name, 0, [0, 1])
     assert (answer.problem["status"], answer.headers["retry-after"]) == (503, "1")
     for wrong in (client.raw(sets["f16"].name, 2, [0]), client.raw(name, 0, [0, 1])):
         assert wrong.status in (409, 503)
-    assert budget.held == 2 * row
+    assert budget.held == 2 * ROW
 
 
 # --- computed on demand -----------------------------------------------------------------------
@@ -445,7 +470,7 @@ def test_it_is_described(client: Client) -> None:
     body = described["requestBody"]["content"]
     assert set(body) == {JSON, RAW}
     for example in body[JSON]["examples"].values():
-        batch.Wanted.model_validate(example["value"])
+        batch.BatchRequest.model_validate(example["value"])
     for status in (401, 404, 406, 409, 413, 415, 422, 429, 503, 507):
         assert list(described["responses"][str(status)]["content"]) == ["application/problem+json"]
     assert set(described["responses"]["200"]["content"]) == set(OFFERED)

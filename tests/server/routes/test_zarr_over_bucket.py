@@ -9,13 +9,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from support.batches import read_batch
 from support.object_stores import NEEDED, Server, objects, raw
 from support.random_labels import ROWS, SAMPLES, SEEDS, make_labels
 from support.servers import serving
 
+from sskt.server import rows as server_rows
 from sskt.server import state
-from sskt.server.routes.batch_formats import read_answer
-from sskt.server.rows import shard_files
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.object_store import BucketPlace
@@ -41,7 +41,7 @@ def url(bucket: LabelSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A server that looks at the bucket each time."""
     monkeypatch.setattr(state, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(state, "REST", 0)
-    monkeypatch.setattr(shard_files, "LISTED_SECONDS", 0.0)
+    monkeypatch.setattr(server_rows, "LISTED_SECONDS", 0.0)
     with serving("s3://bucket/lab/labels") as address:
         yield address
 
@@ -65,7 +65,7 @@ def batch(url: str, name: str, seed: int, ids: list[int]) -> tuple[int, dict[str
 
 def test_all_that_is_stored(bucket: LabelSet, url: str) -> None:
     stored = objects("s3://bucket/lab/labels")
-    assert len(stored) == 3 + 2 * (3 * SEEDS - 1)
+    assert len(stored) == 3 + 3 * (3 * SEEDS - 1)
     for key, data in stored.items():
         status, headers, body = get(url, f"/zarr/{key}")
         assert (status, body) == (200, data), key
@@ -94,7 +94,7 @@ def test_batches(bucket: LabelSet, url: str) -> None:
     ids = [SAMPLES - 1, 3, ROWS, 3]
     status, headers, body = batch(url, bucket.name, 2, ids)
     assert status == 200, body
-    rows = read_answer(headers, body)
+    rows = read_batch(headers, body)
     assert (rows["labels"] == bucket.read(2, 0, SAMPLES)["labels"][ids]).all()
     assert (rows["view_check"] == bucket.read_checks(2, 0, SAMPLES)[ids]).all()
     status, _, body = batch(url, bucket.name, 1, [0, ROWS])
@@ -107,7 +107,7 @@ def test_a_shard_that_is_removed_is_missing_and_no_damage(bucket: LabelSet, url:
 
     assert batch(url, bucket.name, 0, [0])[0] == 200
     place = bucket.place
-    keys = [bucket.shard_key(array, bucket.shard(0, 0)) for array in bucket.arrays]
+    keys = bucket.shard_keys(bucket.shard(0, 0))
     kept = {key: place.read(key) for key in keys}
     store = raw("s3://bucket/lab/labels")
     obstore.delete(store, [f"{bucket.name}/{key}" for key in keys])

@@ -18,7 +18,9 @@ from PIL import Image
 from support import independent_reader, make_golden
 from support.helpers import TINY, tree
 from support.independent_reader import FormatError, compare, load_factory, open_folder, open_set
+from support.random_labels import make_labels
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
 from sskt.teacher_cache.format.encodings import as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.format.spec import canonical_json, digest_of
@@ -27,7 +29,6 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.reopen import reopen_policy
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, check_of
@@ -240,6 +241,29 @@ def test_a_missing_shard_is_never_fill_values(tmp_path: Path, encoding: str, arr
     else:
         assert reader.missing() == [(1, 0)]
         assert [(s.seed, s.block) for s in label_set.missing(range(2))] == [(1, 0)]
+
+
+@pytest.mark.parametrize("encoding", ["f32", "f16", "u8", "topk-3"])
+def test_an_independent_reader_finds_exchanged_shards(tmp_path: Path, encoding: str) -> None:
+    """By the records alone; shards here have three chunks of 512 rows, the last block fewer."""
+    label_set = make_labels(tmp_path, encoding, rows=1536, samples=2500)
+    reader = open_set(label_set.path)
+    for shard in label_set.shards(range(label_set.seeds)):
+        reader.require_bound(shard.seed, shard.block)
+    array = label_set.arrays[-1]
+    first, second = (reader.shard_file(array, seed, 1) for seed in (0, 1))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    for seed in (0, 1):
+        reader.require_bound(seed, 0)
+        with pytest.raises(FormatError, match="its place and files say"):
+            reader.label(seed, 2000)
+        with pytest.raises(CorruptStore, match="that the shard's record names"):
+            open_label_set(label_set.path).read(seed, 2000, 2001)
+    first.write_bytes(one)
+    (label_set.path / "view_check" / "c" / "1" / "1.json").unlink()
+    assert reader.missing() == [(1, 1)]
 
 
 # --- identity -------------------------------------------------------------------------------

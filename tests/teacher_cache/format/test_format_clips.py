@@ -29,12 +29,12 @@ from support.independent_reader import (
     words_of,
 )
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.media.video import read_frames
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import open_views

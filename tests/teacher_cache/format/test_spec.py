@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import SpecMismatch
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.format.spec import (
@@ -26,7 +27,6 @@ from sskt.teacher_cache.format.spec import (
 )
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from support.helpers import TINY
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.find import choose_sets, find_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.registry import parse_source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.export import export_label_set
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views

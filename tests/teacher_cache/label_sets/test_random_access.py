@@ -14,6 +14,7 @@ from support.independent_reader import open_set
 from support.random_labels import CLASSES, SAMPLES, SEEDS, make_labels
 from support.servers import serving
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, ViewMismatch
 from sskt.teacher_cache.format.encodings import as_tensors, parse_encoding, soft_labels
 from sskt.teacher_cache.label_sets import random_access
@@ -22,7 +23,6 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.open import open_cache
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 

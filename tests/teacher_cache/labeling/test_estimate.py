@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_view
 from sskt.teacher_cache.labeling.run import close_sets, open_sets
 from sskt.teacher_cache.labeling.units import units
 from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 
@@ -117,7 +119,7 @@ def test_decodings_and_hours_are_those_of_the_units(
 ) -> None:
     job = Job(
         (SOURCE,),
-        kind,
+        DatasetSpec(kind),
         seeds=seeds,
         policy="clip-corner-crop-flip:frames=2,size=20" if kind == "clips" else "auto",
         workers=0,
@@ -128,7 +130,7 @@ def test_decodings_and_hours_are_those_of_the_units(
     if kind == "memory":
         views = open_views(in_memory(10), parse_policy("pad-crop-flip"))
     else:
-        job = Job(**{**vars(job), "target": str(request.getfixturevalue(kind))})
+        job = replace(job, dataset=DatasetSpec(str(request.getfixturevalue(kind))))
         views = open_job_views(job)
     machines = (1, 2, 3, 7, 100)
     found = plan_run(job, views, [tiny], epochs=10, machines=machines, seconds=SECONDS)
@@ -247,13 +249,15 @@ def in_ram(n: int) -> Views:
 
 def planned(views: Views, sources: list[Source], **job: Any) -> RunPlan:
     texts = tuple(source.name for source in sources)
-    return plan_run(Job(texts, "made", workers=0, **job), views, sources, epochs=1, seconds=SECONDS)
+    return plan_run(
+        Job(texts, DatasetSpec("made"), workers=0, **job), views, sources, epochs=1, seconds=SECONDS
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 5])
 def test_sources_are_measured_at_the_batch_size(jpegs: Path, seeds: int) -> None:
     source, sizes = recording("rec", 4)
-    job = Job((SOURCE,), str(jpegs), policy="random-resized-crop-flip:size=20")
+    job = Job((SOURCE,), DatasetSpec(str(jpegs)), policy="random-resized-crop-flip:size=20")
     planned(open_job_views(job), [source], batch_size=8, seeds=seeds)
     assert sizes and max(sizes) == 8 and sum(size == 8 for size in sizes) >= len(sizes) / 2
 
@@ -318,7 +322,8 @@ def test_mixed_sizes_and_a_gone_file_are_named(sskt: Sskt, jpegs: Path, tmp_path
     ask = ("--source", SOURCE, "--target", jpegs, "--probe", SECONDS, "--workers", 0)
     status, _, err = sskt("plan", "--cache", "labels", *ask, "--policy", "pad-crop-flip")
     assert status == 2 and "differ in size" in one_line(err)
-    job = Job((SOURCE,), str(shutil.copytree(jpegs, tmp_path / "jpegs")), workers=0)
+    dataset = DatasetSpec(str(shutil.copytree(jpegs, tmp_path / "jpegs")))
+    job = Job((SOURCE,), dataset, workers=0)
     views = open_job_views(job)
     shutil.rmtree(tmp_path / "jpegs")
     sources = [one.source for one in open_job_sources(job)]
@@ -368,7 +373,7 @@ def test_a_command_line_of_cache_teachers_can_be_planned(
         (("--encoding", "f8"), "unknown encoding 'f8'"),
         (("--policy", "crop"), "unknown policy 'crop'"),
         (("--split", "val"), "no folder"),
-        (("--f-s", "first"), "is of pictures, which have no frames"),
+        (("--f-s", "first"), "is of images, which have no frames"),
     ],
 )
 def test_what_it_refuses_in_one_line(

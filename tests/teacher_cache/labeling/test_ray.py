@@ -30,6 +30,7 @@ from sskt.teacher_cache.labeling.ray import driver as ray_engine
 from sskt.teacher_cache.labeling.ray.cluster import RayOptions, slots_of, task_gpus_of
 from sskt.teacher_cache.labeling.ray.driver import cache_with_ray
 from sskt.teacher_cache.labeling.ray.tasks import Failure, gpu_number
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 Sskt = Callable[..., tuple[int, str, str]]
 
@@ -40,24 +41,24 @@ LIMIT = 90.0
 on_cluster = pytest.mark.slow
 
 
-def job_over_shapes(cache: Path, **more: Any) -> Job:
+def job_over_shapes(cache: Path, limit: int = 1000, **more: Any) -> Job:
     """30 shards of 100 samples."""
     fixed: dict[str, Any] = {
-        "limit": 1000,
         "seeds": 3,
         "shard_rows": 100,
         "policy": "pad-crop-flip",
     }
-    return Job((f"tiny={TINY}:build",), "shapes", str(cache), **(fixed | more))
+    dataset = DatasetSpec("shapes", limit=limit)
+    return Job((f"tiny={TINY}:build",), dataset, str(cache), **(fixed | more))
 
 
 def arguments_of(job: Job) -> list[str]:
     """The same job as a command line."""
     options = {
         "--source": job.sources[0],
-        "--target": job.target,
+        "--target": job.dataset.target,
         "--cache": job.cache,
-        "--limit": job.limit,
+        "--limit": job.dataset.limit,
         "--seeds": job.seeds,
         "--shard-rows": job.shard_rows,
         "--policy": job.policy,
@@ -525,9 +526,8 @@ def test_a_job_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.Mon
     here = str(Path.cwd())
     job = Job(
         ("a=./n.py/n.py:build@74", "imagenet:resnet50", "b=m/b.pt2@64", "c=package.module:f"),
-        "./pictures",
+        DatasetSpec("./images", root="data"),
         "labels",
-        root="data",
         weights=("imagenet=w.pt", "c=x=y.pt"),
         frame_sampling="f.py:pick",
     )
@@ -539,12 +539,14 @@ def test_a_job_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.Mon
         "c=package.module:f",
     )
     assert found.weights == (f"imagenet={here}/w.pt", f"c={here}/x=y.pt")
-    assert (found.target, found.cache) == (f"{here}/pictures", f"{here}/labels")
-    assert (found.root, found.frame_sampling) == (f"{here}/data", f"{here}/f.py:pick")
+    assert found.dataset == DatasetSpec(f"{here}/images", root=f"{here}/data")
+    assert (found.cache, found.frame_sampling) == (f"{here}/labels", f"{here}/f.py:pick")
     assert ray_engine._everywhere(found) == found
-    known = replace(job, target="cifar10", cache="s3://bucket/x", frame_sampling="center")
+    dataset = DatasetSpec("cifar10")
+    known = replace(job, dataset=dataset, cache="s3://bucket/x", frame_sampling="center")
     found = ray_engine._everywhere(known)
-    assert (found.target, found.cache) == ("cifar10", "s3://bucket/x")
+    assert found.dataset == DatasetSpec("cifar10", root=f"{here}/data")
+    assert found.cache == "s3://bucket/x"
     assert found.frame_sampling == "center"
 
 

@@ -30,6 +30,7 @@ from support.helpers import TINY, one_line, tree, write_images
 from support.small_targets import APART, SOURCE, TOGETHER, clips, in_memory, jpegs
 from torch import Tensor, nn
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import DiskFull, InputError
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.format.spec import digest_of
@@ -49,7 +50,6 @@ from sskt.teacher_cache.labeling.writer import QUEUED, Writer
 from sskt.teacher_cache.media import images, video
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.tools.verify import verify
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy

@@ -49,14 +49,14 @@ def numbered(number: int) -> UInt8:
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def number_in(picture: UInt8) -> int:
-    bars = picture.reshape(picture.shape[0], 8, -1).mean((0, 2)) > 120
+def number_in(image: UInt8) -> int:
+    bars = image.reshape(image.shape[0], 8, -1).mean((0, 2)) > 120
     return sum(1 << bit for bit in range(8) if bars[bit])
 
 
 def write_clip(
     path: Path,
-    pictures: Iterable[Any],
+    images: Iterable[Any],
     codec: str,
     shape: tuple[int, int] = (H, W),
     *,
@@ -78,8 +78,8 @@ def write_clip(
         stream.codec_context.max_b_frames = b_frames
         if rotation:
             stream.set_display_rotation(rotation)
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format=pixels)))
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format=pixels)))
         container.mux(stream.encode())
     return path
 
@@ -331,7 +331,7 @@ def test_frames_that_an_edit_list_cuts_away_do_not_count(tmp_path: Path) -> None
     assert number_in(read_frames(path, [4])[4]) == 19
 
 
-def test_a_picture_too_large_to_be_honest_is_damage(
+def test_an_image_too_large_to_be_honest_is_damage(
     made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(video, "_MOST_PIXELS", H * W - 1)
@@ -537,11 +537,11 @@ def test_no_frame_made_from_a_damaged_one_is_given(
 
 def test_files_that_are_no_clips(made: Callable[[str], Path], tmp_path: Path) -> None:
     clip = made("mpeg2video.ts")
-    Image.fromarray(numbered(3)).save(tmp_path / "picture.jpg")
+    Image.fromarray(numbered(3)).save(tmp_path / "image.jpg")
     contents = {
         "empty": b"",
         "text": b"no clip at all\n" * 100,
-        "picture": (tmp_path / "picture.jpg").read_bytes(),
+        "image": (tmp_path / "image.jpg").read_bytes(),
         "header": made("mpeg4.avi").read_bytes()[:2000],
         "zeros": bytes(100_000),
         "list": f"ffconcat version 1.0\nfile {clip}\n".encode(),

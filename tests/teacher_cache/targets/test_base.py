@@ -103,7 +103,7 @@ def test_files_are_paths_under_a_folder() -> None:
 # --- Target -------------------------------------------------------------------------------------
 
 
-def pictures(n: int = 7) -> Target:
+def images(n: int = 7) -> Target:
     return Target(
         "made",
         "train",
@@ -133,8 +133,8 @@ def clips(frames: Sequence[int] = (40, 16, 5, 0, 33), **more: Any) -> Target:
 
 @given(rows=st.lists(st.integers(0, 6), max_size=10))
 @settings(deadline=None)
-def test_chosen_pictures_keep_what_is_theirs(rows: list[int]) -> None:
-    whole, some = pictures(), pictures().chosen(np.array(rows, np.int64))
+def test_chosen_images_keep_what_is_theirs(rows: list[int]) -> None:
+    whole, some = images(), images().chosen(np.array(rows, np.int64))
     assert len(some) == len(rows)
     assert list(some.ids) == [whole.ids[row] for row in rows]
     assert some.labels.tolist() == [whole.labels[row] for row in rows]
@@ -166,7 +166,7 @@ def test_chosen_clips_keep_what_is_theirs(kind: type, rows: list[int]) -> None:
 @given(total=st.integers(1, 40), limit=st.integers(1, 60))
 @settings(deadline=None)
 def test_a_limit_is_the_rule_of_the_format(total: int, limit: int) -> None:
-    whole = pictures(total)
+    whole = images(total)
     some = whole.limited(limit)
     if limit >= total:
         assert some is whole
@@ -177,14 +177,14 @@ def test_a_limit_is_the_rule_of_the_format(total: int, limit: int) -> None:
 
 
 def test_a_limit_takes_all_classes_alike_also_where_they_take_turns() -> None:
-    from sskt.teacher_cache.targets.registry import open_target
+    from sskt.teacher_cache.api import open_target
 
     some = open_target("shapes", limit=200)
     assert np.bincount(some.labels).tolist() == [20] * 10
 
 
 def test_limits_that_are_none_and_that_are_refused() -> None:
-    whole = pictures()
+    whole = images()
     assert whole.limited(None) is whole
     for limit in (0, -3):
         with pytest.raises(InputError, match=f"--limit must be at least 1, found {limit}"):
@@ -251,7 +251,7 @@ def test_a_damaged_clip_says_so_when_read() -> None:
 
 
 def test_label_text() -> None:
-    one = pictures(3)
+    one = images(3)
     assert [one.label_text(i) for i in range(3)] == ["a", "b", "a"]
     assert replace(one, labels=ints(1, -1, 0)).label_text(1) is None
     several = replace(
@@ -267,7 +267,7 @@ def test_label_text() -> None:
 
 
 def test_the_fingerprint_is_the_rule_of_the_format() -> None:
-    memory, files = pictures(2), clips((9, 9))
+    memory, files = images(2), clips((9, 9))
     text = b"0.png\x000\n1.png\x000\n(2, 2, 2, 3)" + bytes(range(24))
     assert memory.fingerprint == f"sha256:{hashlib.sha256(text).hexdigest()}"
     text = b"c/0.avi\x00100\nc/1.avi\x00101\n"
@@ -296,10 +296,10 @@ def test_the_fingerprint_changes_with(change: dict[str, Any]) -> None:
 
 
 def test_the_fingerprint_of_a_selection_is_its_own() -> None:
-    whole = pictures()
+    whole = images()
     assert whole.fingerprint  # kept from now on; a selection must not take it over
     some = whole.chosen(ints(0, 1))
-    assert some.fingerprint == pictures(2).fingerprint != whole.fingerprint
+    assert some.fingerprint == images(2).fingerprint != whole.fingerprint
 
 
 def test_identity_has_contents_only_if_they_were_asked_for() -> None:
@@ -317,7 +317,7 @@ def test_identity_has_contents_only_if_they_were_asked_for() -> None:
 
 
 def test_targets_travel_to_another_process() -> None:
-    for target in (pictures(), clips(damaged={3: "cut"}).windows(16)):
+    for target in (images(), clips(damaged={3: "cut"}).windows(16)):
         expected = target.fingerprint
         again = pickle.loads(pickle.dumps(target))
         assert again.fingerprint == expected

@@ -33,8 +33,8 @@ def write_clip(path: Path, frames: int) -> None:
         stream = file.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for _ in range(frames):
-            picture = rng.integers(0, 256, (32, 48, 3), np.uint8)
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            image = rng.integers(0, 256, (32, 48, 3), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         file.mux(stream.encode(None))
 
 
@@ -502,7 +502,7 @@ def test_frames_are_hashed_in_order_by_name(tmp_path: Path) -> None:
     assert hash_contents(target) != before
 
 
-def test_pictures_are_hashed_too(images: Path) -> None:
+def test_images_are_hashed_too(images: Path) -> None:
     found = {hash_contents(of(images / split / "bear", decoder="")) for split in ("train", "test")}
     assert len(found) == 2
     gone = of(images / "train" / "bear", decoder="")

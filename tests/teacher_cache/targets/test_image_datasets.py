@@ -24,20 +24,21 @@ from support.layouts import (
     VOC_OBJECTS,
     WNIDS,
     annotation,
+    write_image,
     write_imagenet,
     write_list,
-    write_picture,
     write_places365,
     write_voc,
 )
 from torchvision import datasets
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.sources.registry import imagenet_classes
-from sskt.teacher_cache.targets import image_datasets as pictures
+from sskt.teacher_cache.targets import image_datasets as images
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import TARGETS, open_target
-from sskt.teacher_cache.targets.voc_labels import VOC_CLASSES, voc_labels
+from sskt.teacher_cache.targets.registry import TARGETS
+from sskt.teacher_cache.targets.voc import VOC_CLASSES, voc_labels
 
 FILES = ("imagenet", "places365", "places365-small", "voc2007", "voc2012")
 
@@ -144,20 +145,20 @@ def test_nothing_there_names_the_layout(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 1,000 classes with one and the same picture."""
+    """All 1,000 classes with one and the same image."""
     root = tmp_path_factory.mktemp("imagenet")
-    write_picture(root / "picture.jpg", 1)
+    write_image(root / "image.jpg", 1)
     for split in ("train", "val"):
         for wnid in WNIDS:
             (root / split / wnid).mkdir(parents=True)
-            os.link(root / "picture.jpg", root / split / wnid / f"{wnid}_1.JPEG")
+            os.link(root / "image.jpg", root / split / wnid / f"{wnid}_1.JPEG")
     return root
 
 
 @pytest.fixture
 def small_imagenet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if one picture a class was all that was published."""
-    monkeypatch.setattr(pictures, "IMAGENET_FILES", {"train": 1000, "val": 1000})
+    """As if one image a class was all that was published."""
+    monkeypatch.setattr(images, "IMAGENET_FILES", {"train": 1000, "val": 1000})
 
 
 def test_wnids_are_torchvisions_categories(data: Path) -> None:
@@ -172,7 +173,7 @@ def test_wnids_are_torchvisions_categories(data: Path) -> None:
     assert found == 100
 
 
-def test_real_imagenet_pictures_in_class_folders(data: Path, tmp_path: Path) -> None:
+def test_real_imagenet_images_in_class_folders(data: Path, tmp_path: Path) -> None:
     files = sorted((data / "imagenet").glob("n*.JPEG"))
     for path in files:
         folder = tmp_path / "val" / path.name.partition("_")[0]
@@ -211,11 +212,11 @@ def test_kaggles_folders_give_the_same_target(whole: Path, tmp_path: Path) -> No
 def test_an_incomplete_imagenet_is_refused_unless_partial(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(MissingData, match=r"holds 1,000 pictures, expected 1,281,167; .*--partial"):
+    with pytest.raises(MissingData, match=r"holds 1,000 images, expected 1,281,167; .*--partial"):
         open_target("imagenet", root=whole)
-    with pytest.raises(MissingData, match="holds 1,000 pictures, expected 50,000"):
+    with pytest.raises(MissingData, match="holds 1,000 images, expected 50,000"):
         open_target("imagenet", "val", root=whole)
-    monkeypatch.setattr(pictures, "IMAGENET_FILES", {"train": 1000})
+    monkeypatch.setattr(images, "IMAGENET_FILES", {"train": 1000})
     shutil.copytree(whole / "train", tmp_path / "train", copy_function=os.link)
     for wnid in WNIDS[7::10]:
         (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").unlink()
@@ -233,12 +234,12 @@ def test_what_is_not_imagenet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / "goldfish").mkdir()
     with pytest.raises(InputError, match=r"train/goldfish is no class of ImageNet-1k .*n01440764"):
         open_target("imagenet", root=tmp_path, partial=True)
-    write_picture(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
-    with pytest.raises(InputError, match=r"class folders and a loose picture \(ILSVRC2012_val"):
+    write_image(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", 0)
+    with pytest.raises(InputError, match=r"class folders and a loose image \(ILSVRC2012_val"):
         open_target("imagenet", "val", root=tmp_path, partial=True)
 
 
-# Picture n of the flat folder is of this class, and of this number in the devkit.
+# Image n of the flat folder is of this class, and of this number in the devkit.
 FLAT = [3, 999, 3, 0, 512, 77]
 DEVKIT_ID = np.random.default_rng(0).permutation(1000) + 1
 
@@ -259,7 +260,7 @@ def write_devkit(folder: Path) -> None:
 
 def write_flat(folder: Path, rows: Sequence[int] = range(len(FLAT))) -> None:
     for i in rows:
-        write_picture(folder / f"ILSVRC2012_val_{i + 1:08d}.JPEG", i)
+        write_image(folder / f"ILSVRC2012_val_{i + 1:08d}.JPEG", i)
 
 
 def test_flat_val_with_the_devkit(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_flat_val_with_the_devkit(tmp_path: Path) -> None:
     partial = open_target("imagenet", "val", root=tmp_path, partial=True)
     assert partial.labels.tolist() == [FLAT[0], *FLAT[2:]]
 
-    write_picture(tmp_path / "val" / "ILSVRC2012_val_00000007.JPEG", 0)
+    write_image(tmp_path / "val" / "ILSVRC2012_val_00000007.JPEG", 0)
     with pytest.raises(InputError, match=r"00000007.JPEG is not one of the 6 of .*data"):
         open_target("imagenet", "val", root=tmp_path, partial=True)
 
@@ -352,7 +353,7 @@ def test_flat_val_with_kaggles_solution(tmp_path: Path) -> None:
     assert target.labels.tolist() == FLAT
     assert list(target.ids) == sorted(path.name for path in (base / "val").iterdir())
     write_list(solution, ["ImageId,PredictionString", rows[0], "ILSVRC2012_val_00000002,goldfish"])
-    with pytest.raises(InputError, match=r"LOC_val_solution.csv, line 3: expected PICTURE,WNID"):
+    with pytest.raises(InputError, match=r"LOC_val_solution.csv, line 3: expected IMAGE,WNID"):
         open_target("imagenet", "val", root=tmp_path)
 
 
@@ -368,7 +369,7 @@ def test_the_real_categories_are_ours(data: Path, tmp_path: Path) -> None:
     assert {"airfield", "apartment_building/outdoor"} <= set(SCENES)
 
 
-def test_real_pictures_by_a_list(data: Path, tmp_path: Path) -> None:
+def test_real_images_by_a_list(data: Path, tmp_path: Path) -> None:
     """MiniPlaces has Places365's folders: a list makes the small version of it."""
     source = data / "miniplaces" / "images" / "train"
     files = [p.relative_to(source) for p in sorted(source.glob("[ab]/*/*.jpg"))]
@@ -415,11 +416,11 @@ def test_the_archives_own_folder_name_will_do(tmp_path: Path) -> None:
         open_target("places365", root=tmp_path)
 
 
-def test_missing_pictures_and_lists_of_places365(tmp_path: Path) -> None:
+def test_missing_images_and_lists_of_places365(tmp_path: Path) -> None:
     write_places365(tmp_path)
-    picture = tmp_path / "data_large_standard" / "a" / "airfield" / "00000002.jpg"
-    picture.unlink()
-    picture.mkdir()
+    image = tmp_path / "data_large_standard" / "a" / "airfield" / "00000002.jpg"
+    image.unlink()
+    image.mkdir()
     shutil.rmtree(tmp_path / "val_large")
     (tmp_path / "val_large").mkdir()
     expected = r"1 of 9 files of .*standard.txt are missing, first a/airfield/00000002.jpg; get"
@@ -440,10 +441,10 @@ def test_missing_pictures_and_lists_of_places365(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("val_1.jpg 365", "line 2: expected a picture and a class from 0 to 364, found 'val_1.jpg"),
-        ("val_1.jpg -1", "line 2: expected a picture and a class"),
-        ("val_1.jpg", "line 2: expected a picture and a class"),
-        ("val_1.jpg airfield", "line 2: expected a picture and a class"),
+        ("val_1.jpg 365", "line 2: expected an image and a class from 0 to 364, found 'val_1.jpg"),
+        ("val_1.jpg -1", "line 2: expected an image and a class"),
+        ("val_1.jpg", "line 2: expected an image and a class"),
+        ("val_1.jpg airfield", "line 2: expected an image and a class"),
         ("Places365_val_00000001.jpg 3", "has 'Places365_val_00000001.jpg' twice"),
     ],
 )
@@ -558,7 +559,7 @@ def test_another_years_folder_is_not_taken(tmp_path: Path) -> None:
         open_target("voc2007", root=tmp_path / "VOC2012")
 
 
-def test_missing_pictures_and_annotations_of_voc(tmp_path: Path) -> None:
+def test_missing_images_and_annotations_of_voc(tmp_path: Path) -> None:
     base = tmp_path / "VOC2007"
     write_voc(base, ["train"])
     (base / "Annotations" / "000012.xml").unlink()

@@ -14,18 +14,21 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.layouts import SCENES, write_frames, write_picture
+from support.layouts import SCENES, write_frames, write_image
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.targets.manifest import open_manifest
-from sskt.teacher_cache.targets.registry import default_policy, evaluation_split, open_target
+from sskt.teacher_cache.targets.open import evaluation_split
+from sskt.teacher_cache.targets.registry import default_policy
+from sskt.teacher_cache.targets.spec import DatasetSpec
 
 KINDS = ("csv", "parquet")
 
 
-def write_pictures(folder: Path, count: int = 6) -> None:
+def write_images(folder: Path, count: int = 6) -> None:
     for i in range(count):
-        write_picture(folder / f"{i}.jpg", i)
+        write_image(folder / f"{i}.jpg", i)
 
 
 def write_manifest(file: Path, /, **columns: Sequence[Any]) -> Path:
@@ -49,7 +52,7 @@ def names(count: int) -> list[str]:
     return [f"{i}.jpg" for i in range(count)]
 
 
-# --- real pictures ----------------------------------------------------------------------------
+# --- real images ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +74,7 @@ def test_miniplaces_with_its_nested_folders(kind: str, data: Path, tmp_path: Pat
         tmp_path / f"miniplaces.{kind}", path=paths, label=labels, split=splits
     )
     train = open_target(str(manifest), root=images)
-    val = open_target(str(manifest), evaluation_split(str(manifest)), root=images)
+    val = open_target(str(manifest), evaluation_split(DatasetSpec(str(manifest))), root=images)
     assert (len(train), len(val)) == (2000, 500)
     assert train.name == "miniplaces"
     assert train.classes == val.classes == tuple(sorted(set(labels), key=str.encode))
@@ -105,7 +108,7 @@ def test_real_clips_by_a_manifest(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names(kind: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     labels = ["b", "ä", "B", None, "b", "10"]
     target = open_target(
         str(write_manifest(tmp_path / f"m.{kind}", path=names(6), label=labels, note=[0] * 6))
@@ -120,7 +123,7 @@ def test_names(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("empty", [None, -1])
 def test_numbers(kind: str, empty: int | None, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 4)
+    write_images(tmp_path, 4)
     manifest = write_manifest(tmp_path / f"m.{kind}", path=names(4), label=[3, 0, empty, 10])
     target = open_target(str(manifest))
     assert target.classes == tuple(str(i) for i in range(11))
@@ -129,7 +132,7 @@ def test_numbers(kind: str, empty: int | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_with_names(kind: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 4)
+    write_images(tmp_path, 4)
     labels, words = [2, 0, 2, 0], ["cat", "dog", "", "dog"]
     file = tmp_path / f"m.{kind}"
     target = open_target(str(write_manifest(file, path=names(4), label=labels, class_name=words)))
@@ -144,7 +147,7 @@ def test_numbers_with_names(kind: str, tmp_path: Path) -> None:
 
 
 def test_numbers_as_pandas_writes_them_beside_empty_cells(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     as_text = write_manifest(tmp_path / "a.csv", path=names(3), label=["1.0", None, "0.0"])
     as_floats = write_manifest(
         tmp_path / "b.parquet", path=names(3), label=[1.0, float("nan"), 0.0]
@@ -157,7 +160,7 @@ def test_numbers_as_pandas_writes_them_beside_empty_cells(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_labels(kind: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 4)
+    write_images(tmp_path, 4)
     rows = [["sky", "sea"], ["sea"], [], ["tree", "sky"]]
     target = open_target(str(write_manifest(tmp_path / f"m.{kind}", path=names(4), labels=rows)))
     assert target.multi_label
@@ -173,7 +176,7 @@ def test_several_labels(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_classes_are_those_of_all_splits(kind: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 4)
+    write_images(tmp_path, 4)
     manifest = write_manifest(
         tmp_path / f"m.{kind}",
         path=names(4),
@@ -185,26 +188,26 @@ def test_classes_are_those_of_all_splits(kind: str, tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 2]
     assert test.labels.tolist() == [2, 1]
     assert list(test.ids) == ["1.jpg", "2.jpg"]
-    assert evaluation_split(str(manifest)) == "test"
+    assert evaluation_split(DatasetSpec(str(manifest))) == "test"
     with pytest.raises(UnknownName, match=r"split of .* 'val'; known: train, test"):
         open_target(str(manifest), "val")
 
 
 def test_without_a_split_column_all_is_train(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     manifest = write_manifest(tmp_path / "m.csv", path=names(2), label=["a", "b"])
     assert len(open_target(str(manifest))) == 2
     with pytest.raises(UnknownName, match=r"split of .* 'test'; known: train"):
         open_target(str(manifest), "test")
     with pytest.raises(MissingData, match="--test-split none"):
-        evaluation_split(str(manifest))
+        evaluation_split(DatasetSpec(str(manifest)))
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
 def test_paths_are_relative_to_root_or_to_the_manifest(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "data", 3)
+    write_images(tmp_path / "data", 3)
     columns: dict[str, list[str]] = {"path": names(3), "label": ["a", "b", "a"]}
     beside = write_manifest(tmp_path / "data" / "m.csv", **columns)
     apart = write_manifest(tmp_path / "lists" / "m.csv", **columns)
@@ -229,7 +232,7 @@ def test_the_fingerprint_changes_with_order_membership_and_size(kind: str, tmp_p
         manifest = write_manifest(folder / f"m.{kind}", path=listed, label=["a"] * len(listed))
         return open_target(str(manifest)).fingerprint
 
-    write_pictures(tmp_path / "one")
+    write_images(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "other")
     before = fingerprint(tmp_path / "one", names(4))
     for path in (tmp_path / "other").iterdir():
@@ -250,7 +253,7 @@ def test_clips_and_folders_of_frames(kind: str, tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path / f"m.{kind}", path=["jump/v 1.5", "run.MP4"], label=["jump", "run"]
     )
-    target = open_manifest(manifest, "train", None, "decord")
+    target = open_manifest(DatasetSpec(str(manifest), decoder="decord"))
     assert target.decoder == "decord"
     assert target.sizes is not None
     frames = (tmp_path / "jump" / "v 1.5").iterdir()
@@ -258,7 +261,7 @@ def test_clips_and_folders_of_frames(kind: str, tmp_path: Path) -> None:
 
 
 def test_missing_files_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     manifest = write_manifest(
         tmp_path / "m.csv", path=["0.jpg", "gone.jpg", "1.jpg", "a\0b.jpg"], label=["a"] * 4
     )
@@ -273,16 +276,16 @@ def test_missing_files_are_counted_and_the_first_is_named(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["0.jpg", "x/y.avi"], "line 2 is a picture and .*line 3 a clip; expected one kind"),
-        (["0.jpg", "notes.txt"], r"line 3: notes.txt is no picture \(.*no clip \(.*and no folder"),
-        (["0.jpg", "x"], "line 3: x is no picture"),
-        (["0.jpg", "folder.jpg"], "line 3: folder.jpg is no picture"),
+        (["0.jpg", "x/y.avi"], "line 2 is an image and .*line 3 a clip; expected one kind"),
+        (["0.jpg", "notes.txt"], r"line 3: notes.txt is no image \(.*no clip \(.*and no folder"),
+        (["0.jpg", "x"], "line 3: x is no image"),
+        (["0.jpg", "folder.jpg"], "line 3: folder.jpg is no image"),
         (["0.jpg", "1.jpg", "0.jpg"], "line 4: 0.jpg came in line 2; a sample may come once"),
         (["0.jpg", ""], "line 3: path: expected a file's path, found ''"),
     ],
 )
 def test_files_of_the_wrong_kind(paths: list[str], message: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     (tmp_path / "x").mkdir()
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "x" / "y.avi").touch()
@@ -293,7 +296,7 @@ def test_files_of_the_wrong_kind(paths: list[str], message: str, tmp_path: Path)
 
 
 def test_one_file_may_be_in_two_splits(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     columns = {
         "path": ["0.jpg", "1.jpg", "0.jpg"],
         "label": "aba",
@@ -308,8 +311,8 @@ def test_one_file_may_be_in_two_splits(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_windows_line_ends_blanks_and_quotes(tmp_path: Path) -> None:
-    write_picture(tmp_path / 'a, "b".jpg', 1)
-    write_picture(tmp_path / "ü.jpg", 2)
+    write_image(tmp_path / 'a, "b".jpg', 1)
+    write_image(tmp_path / "ü.jpg", 2)
     text = 'path , label,more\r\n"a, ""b"".jpg", cat ,1\r\n\r\nü.jpg,dog,"two\r\nlines"\r\n\r\n'
     (tmp_path / "m.CSV").write_bytes(b"\xef\xbb\xbf" + text.encode())
     target = open_target(str(tmp_path / "m.CSV"))
@@ -318,7 +321,7 @@ def test_a_byte_order_mark_windows_line_ends_blanks_and_quotes(tmp_path: Path) -
 
 
 def test_a_name_that_is_no_utf8_is_kept_in_csv(tmp_path: Path) -> None:
-    write_picture(tmp_path / os.fsdecode(b"\xff.jpg"), 1)
+    write_image(tmp_path / os.fsdecode(b"\xff.jpg"), 1)
     (tmp_path / "m.csv").write_bytes(b"path,label\n\xff.jpg,a\n")
     target = open_target(str(tmp_path / "m.csv"))
     assert os.fsencode(target.ids[0]) == b"\xff.jpg"
@@ -350,7 +353,7 @@ def test_a_name_that_is_no_utf8_is_kept_in_csv(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_csv_is_named(text: str, message: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(InputError, match=rf"m\.csv,? {message}") as caught:
         open_target(str(tmp_path / "m.csv"))
@@ -377,7 +380,7 @@ def test_parquet_types(tmp_path: Path) -> None:
     """Dictionaries, large strings, ``a|b`` in one string, lists of numbers."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs sskt[parquet]")
     pyarrow = pytest.importorskip("pyarrow")
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     path = pyarrow.array(names(3), pyarrow.large_string())
     for labels in (
         pyarrow.array(["a|b", "b", None]),
@@ -406,14 +409,14 @@ def test_parquet_types(tmp_path: Path) -> None:
 def test_a_malformed_parquet_is_named(
     columns: dict[str, list[Any]], message: str, tmp_path: Path
 ) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     manifest = write_manifest(tmp_path / "m.parquet", **columns)
     with pytest.raises(InputError, match=rf"m\.parquet.*{message}"):
         open_target(str(manifest))
 
 
 def test_a_damaged_parquet_is_named(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     manifest = write_manifest(tmp_path / "m.parquet", path=names(2), label=["a", "b"])
     content = manifest.read_bytes()
     for damaged in (b"", b"path,label\n", content[:-10], content[:40], b"PAR1" * 20):
@@ -444,7 +447,7 @@ TEXT = st.text(LETTERS, min_size=1, max_size=5)
 @given(rows=st.lists(st.lists(TEXT, max_size=3, unique=True), min_size=1, max_size=8))
 def test_csv_and_parquet_give_the_same_target(rows: list[list[str]], tmp_path: Path) -> None:
     if not (tmp_path / "0.jpg").exists():
-        write_pictures(tmp_path, 8)
+        write_images(tmp_path, 8)
     listed = names(len(rows))
     several = [
         open_target(str(write_manifest(tmp_path / f"m.{kind}", path=listed, labels=rows)))

@@ -19,26 +19,24 @@ from support.layouts import (
     VOC_OBJECTS,
     write_frames,
     write_hmdb51,
+    write_image,
     write_imagenet,
     write_list,
-    write_picture,
     write_places365,
     write_ucf101,
     write_voc,
 )
 from torchvision import datasets
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.targets import scan as listing
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.folder import open_folder
-from sskt.teacher_cache.targets.registry import (
-    TARGETS,
-    default_policy,
-    evaluation_split,
-    open_target,
-)
+from sskt.teacher_cache.targets.open import evaluation_split
+from sskt.teacher_cache.targets.registry import TARGETS, default_policy
+from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.policies import parse_policy
 
 CIFAR_EACH, STL_EACH = 8, 12
@@ -54,11 +52,11 @@ def write_cifar(
     """Pickled batches: ``data`` is [n, 3072], all red, then all green, then all blue."""
     folder.mkdir(parents=True)
     for number, name in enumerate(files):
-        pictures = noise(number, CIFAR_EACH, 32, 32, 3)
+        images = noise(number, CIFAR_EACH, 32, 32, 3)
         batch = {
             "batch_label": name,
             label_key: [(number + i) % len(classes) for i in range(CIFAR_EACH)],
-            "data": pictures.transpose(0, 3, 1, 2).reshape(CIFAR_EACH, -1),
+            "data": images.transpose(0, 3, 1, 2).reshape(CIFAR_EACH, -1),
             "filenames": [f"{i}.png" for i in range(CIFAR_EACH)],
         }
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
@@ -66,11 +64,11 @@ def write_cifar(
 
 
 def write_stl10(folder: Path) -> None:
-    """uint8 pictures [n, 3, 96, 96] stored column by column, labels from 1, no unlabeled y."""
+    """uint8 images [n, 3, 96, 96] stored column by column, labels from 1, no unlabeled y."""
     folder.mkdir(parents=True)
     for number, split in enumerate(("train", "test", "unlabeled")):
-        pictures = noise(100 + number, STL_EACH, 96, 96, 3)
-        pictures.transpose(0, 3, 2, 1).tofile(folder / f"{split}_X.bin")
+        images = noise(100 + number, STL_EACH, 96, 96, 3)
+        images.transpose(0, 3, 2, 1).tofile(folder / f"{split}_X.bin")
         if split != "unlabeled":
             labels = np.arange(STL_EACH, dtype=np.uint8) % 10 + 1
             labels.tofile(folder / f"{split}_y.bin")
@@ -80,10 +78,10 @@ def write_stl10(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """scenes.csv: 6 train and 4 test pictures of three classes, one of them unknown."""
+    """scenes.csv: 6 train and 4 test images of three classes, one of them unknown."""
     lines = ["path,label,split"]
     for i in range(10):
-        write_picture(folder / f"{i}.jpg", i)
+        write_image(folder / f"{i}.jpg", i)
         label = "" if i == 4 else f"scene {i % 3}"
         lines.append(f"{i}.jpg,{label},{'train' if i % 5 < 3 else 'test'}")
     write_list(folder / "scenes.csv", lines)
@@ -176,7 +174,7 @@ def opened(case: str, roots: Path, images: Path) -> Target:
 
 
 def look(target: Target, sample: int) -> UInt8:
-    """The sample's picture, or its first frame."""
+    """The sample's image, or its first frame."""
     return target.read_frames(sample, [0])[0] if target.clips else target.read(sample)
 
 
@@ -221,12 +219,12 @@ def test_every_target_conforms(case: str, target: Target) -> None:
         assert target.frames.min() >= 1
         assert not target.damaged
     for sample in (0, n // 2, n - 1):
-        picture = look(target, sample)
-        assert picture.dtype == np.uint8
-        assert picture.ndim == 3
-        assert picture.shape[2] == 3
-        assert picture.flags.c_contiguous
-        np.testing.assert_array_equal(picture, look(target, sample))
+        image = look(target, sample)
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+        assert image.flags.c_contiguous
+        np.testing.assert_array_equal(image, look(target, sample))
     assert not np.array_equal(look(target, 0), look(target, n - 1))
 
     identity = target.identity()
@@ -290,7 +288,7 @@ def test_a_limit_keeps_the_order_and_takes_all_classes_alike(target: Target) -> 
 def test_every_row_names_a_real_split_and_policy() -> None:
     for name, info in TARGETS.items():
         assert info.evaluation in info.splits
-        assert evaluation_split(name) == info.evaluation
+        assert evaluation_split(DatasetSpec(name)) == info.evaluation
         assert default_policy(name) == parse_policy(info.policy).name
         assert info.splits[0] == "train"
 
@@ -298,7 +296,7 @@ def test_every_row_names_a_real_split_and_policy() -> None:
 # --- what the loaders read --------------------------------------------------------------------
 
 
-def test_cifar_pictures_and_labels_are_the_files(roots: Path) -> None:
+def test_cifar_images_and_labels_are_the_files(roots: Path) -> None:
     for name, key in (("cifar10", "kind"), ("cifar100", "fine")):
         target = open_target(name, "train", root=roots)
         assert target.images is not None
@@ -311,7 +309,7 @@ def test_cifar_pictures_and_labels_are_the_files(roots: Path) -> None:
     assert len(open_target("cifar100", "test", root=roots).classes) == 100
 
 
-def test_stl10_pictures_are_upright_and_labels_start_at_zero(roots: Path) -> None:
+def test_stl10_images_are_upright_and_labels_start_at_zero(roots: Path) -> None:
     target = open_target("stl10", "test", root=roots)
     assert target.images is not None
     np.testing.assert_array_equal(target.images, noise(101, STL_EACH, 96, 96, 3))
@@ -319,20 +317,20 @@ def test_stl10_pictures_are_upright_and_labels_start_at_zero(roots: Path) -> Non
     assert target.classes[0] == "airplane"
 
 
-def test_real_stl10_pictures_through_its_binary_files(
+def test_real_stl10_images_through_its_binary_files(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = sorted((data / "stl10" / "labeled_examples").glob("original_*_*.png"))
-    pictures = np.stack([read_image(file) for file in files])
+    images = np.stack([read_image(file) for file in files])
     write_stl10(tmp_path / "stl10_binary")
-    pictures.transpose(0, 3, 2, 1).tofile(tmp_path / "stl10_binary" / "train_X.bin")
+    images.transpose(0, 3, 2, 1).tofile(tmp_path / "stl10_binary" / "train_X.bin")
     np.arange(1, 11, dtype=np.uint8).tofile(tmp_path / "stl10_binary" / "train_y.bin")
     unchecked = [(name, None) for name, _ in datasets.STL10.train_list]
     monkeypatch.setattr(datasets.STL10, "train_list", unchecked)
     target = open_target("stl10", root=tmp_path)
     assert [target.label_text(i) for i in range(10)] == [f.name.split("_")[1] for f in files]
     assert target.images is not None
-    np.testing.assert_array_equal(target.images, pictures)
+    np.testing.assert_array_equal(target.images, images)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
@@ -399,7 +397,7 @@ def test_unknown_names_list_the_known_ones(roots: Path) -> None:
 
 
 def write_files(folder: Path, *names: str) -> None:
-    """A tiny picture under each name."""
+    """A tiny image under each name."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,7 +425,7 @@ def test_bytes_and_not_characters_are_compared(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_utf8_is_kept(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "a/x.png")
+    write_files(tmp_path / "train", "a/x.png", "b/x.png")
     folder = tmp_path / "train" / "a"
     shutil.copy(folder / "x.png", folder / os.fsdecode(b"\xff.png"))
     target = open_target(str(tmp_path))
@@ -436,13 +434,97 @@ def test_a_name_that_is_no_utf8_is_kept(tmp_path: Path) -> None:
     assert target.fingerprint != target.limited(1).fingerprint
 
 
-def test_hidden_files_and_other_files_are_ignored(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "a/x.PNG", "a/.hidden.png", "a/.dir/y.png", ".c/x.png")
-    (tmp_path / "train" / "a" / "notes.txt").write_text("no picture")
-    (tmp_path / "train" / "README").write_text("no folder")
+def test_what_is_left_out_is_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = tmp_path / "train"
+    write_files(train, "a/x.PNG", "a/.hidden.png", "a/.dir/y.png", ".c/x.png", "b/x.png")
     target = open_target(str(tmp_path))
-    assert target.classes == ("a",)
-    assert list(target.ids) == ["a/x.PNG"]
+    assert (target.classes, list(target.ids)) == (("a", "b"), ["a/x.PNG", "b/x.png"])
+    assert not caplog.records
+    write_files(train, "@eaDir/x/y.png", "a/@eaDir/x.PNG/SYNOPHOTO_THUMB.png", "loose.png")
+    write_files(train, "a/one", "b/deep/two", "b/three.svg", "b/Thumbs.db")
+    (train / "a" / "notes.txt").write_text("no image")
+    (train / "README").write_text("no folder")
+    assert open_target(str(tmp_path)).identity() == target.identity()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"left out of {train}: 3 without an ending, 2 @eaDir folders, 1 beside the class "
+        "folders, 1 .txt, 1 .svg; images and clips are known by their endings, a manifest "
+        "can name others"
+    )
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "avif"])
+def test_uncommon_endings_are_samples(ending: str, tmp_path: Path) -> None:
+    write_files(tmp_path, "a/x.png", "b/x.png")
+    (tmp_path / "b" / "x.png").rename(tmp_path / "b" / f"x.{ending}")
+    assert list(open_target(str(tmp_path)).ids) == ["a/x.png", f"b/x.{ending}"]
+
+
+SPLITS_IN_WORDS = [
+    ("Train", "Test"),
+    ("TRAIN", "VAL"),
+    ("Training", "Testing"),
+    ("training", "validation"),
+    ("seg_train", "seg_test"),
+    ("seg_train/seg_train", "seg_test/seg_test"),
+    ("train", "valid"),
+]
+
+
+@pytest.mark.parametrize(("train", "test"), SPLITS_IN_WORDS)
+def test_splits_are_found_in_any_case_and_by_their_usual_names(
+    train: str, test: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path / train, "a/x.png", "b/y.png", "b/z.png")
+    write_files(tmp_path / test, "a/x.png", "b/y.png")
+    target = open_target(str(tmp_path))
+    assert (target.split, target.classes, len(target)) == ("train", ("a", "b"), 3)
+    split = evaluation_split(DatasetSpec(str(tmp_path)))
+    assert split in ("test", "val", "validation")
+    assert len(open_target(str(tmp_path), split)) == 2
+    with pytest.raises(MissingData, match="no folder"):
+        open_target(str(tmp_path), "val" if split == "test" else "test")
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (["images/a/x.png", "images/b/x.png"], r"one class folder, images; .*--target .*/images$"),
+        (["photos/x.png"], r"one class folder, photos; .*of images without labels.*--target"),
+        (["x.png", "masks/x.png"], r"one class folder, masks; .*1 images .* move masks away"),
+        (["Training/a/x.png", "train_2/x.png", "Train/b/x.png"], "folders Train, Training, each"),
+        (["test/a/x.png", "a/x.png"], "has a folder test but no folder train; .*--split"),
+        (["Val/x.png", "a/x.png"], "has a folder Val but no folder train; .*rename"),
+        (["train/train/x.png", "train/test/x.png"], "a folder test, which is the name of a split"),
+        (["train/x.png", "car/x.png"], r"If train is a class like car .*/train/CLASS"),
+    ],
+)
+def test_what_is_no_set_of_classes_is_refused_with_the_likely_cause(
+    files: list[str], what: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path, *files)
+    with pytest.raises(MissingData, match=what) as caught:
+        open_target(str(tmp_path))
+    assert "expected DIR[/SPLIT]/CLASS/FILE" in str(caught.value) or "rename" in str(caught.value)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    write_files(tmp_path / "one", "train/car/x.png", "train/plane/x.png", "train/train/x.png")
+    assert open_target(str(tmp_path / "one")).classes == ("car", "plane", "train")
+    write_files(tmp_path / "two", "car/x.png", "plane/x.png", "Train/x.png")
+    assert open_target(str(tmp_path / "two")).classes == ("Train", "car", "plane")
+
+
+@pytest.mark.parametrize("split", ["", "train", "Test"])
+def test_a_folder_without_class_folders_has_no_labels(split: str, tmp_path: Path) -> None:
+    write_files(tmp_path / split, "b.png", "a.jpg")
+    target = open_target(str(tmp_path), split.casefold() or "train")
+    assert list(target.ids) == ["a.jpg", "b.png"]
+    assert (target.classes, target.labels.tolist()) == ((), [-1, -1])
+    assert target.label_text(0) is None
+    assert target.read(1).shape == (4, 5, 3)
 
 
 def test_nested_files_belong_to_the_outer_class(tmp_path: Path) -> None:
@@ -487,9 +569,11 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_folders_without_classes_or_at_all_name_the_layout(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "x.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "x.txt").touch()
     layout = re.escape("expected DIR[/SPLIT]/CLASS/FILE")
-    with pytest.raises(MissingData, match=f"no class folders in .*train; {layout}"):
+    expected = rf"no class folders in .*train.*left out: \.txt; {layout}"
+    with pytest.raises(MissingData, match=expected):
         open_target(str(tmp_path))
     with pytest.raises(MissingData, match=f"no folder .*nowhere; {layout}"):
         open_target(str(tmp_path / "nowhere"))
@@ -498,7 +582,7 @@ def test_folders_without_classes_or_at_all_name_the_layout(tmp_path: Path) -> No
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    file = tmp_path / "pictures.zip"
+    file = tmp_path / "images.zip"
     file.touch()
     with pytest.raises(MissingData, match=re.escape(f"{file} is a file; expected DIR")):
         open_target(str(file))
@@ -541,8 +625,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
-    """A pipe that is named like a picture would hang its reader for ever."""
-    write_files(tmp_path, "a/x.png")
+    """A pipe that is named like an image would hang its reader for ever."""
+    write_files(tmp_path, "a/x.png", "b/x.png")
     os.mkfifo(tmp_path / "a" / "y.png")
     with pytest.raises(MissingData, match=r"a/y\.png is no file that can be read"):
         open_target(str(tmp_path))
@@ -586,7 +670,7 @@ def test_a_folder_of_clips(tmp_path: Path) -> None:
     write_frames(tmp_path / "train" / "run" / "a (1)", 5, 4)
     (tmp_path / "train" / "run" / "a (1)" / "n_frames").write_text("4")
     (tmp_path / "train" / "run" / "notes.txt").write_text("no clip")
-    target = open_folder(tmp_path, "train", "decord")
+    target = open_folder(DatasetSpec(str(tmp_path), decoder="decord"))
     assert target.clips
     assert target.decoder == "decord"
     assert target.classes == ("jump", "run")
@@ -600,18 +684,18 @@ def test_a_folder_of_clips(tmp_path: Path) -> None:
     before = target.fingerprint
     with (frames / "image_00002.jpg").open("ab") as file:
         file.write(b"!")
-    assert open_folder(tmp_path, "train").fingerprint != before
+    assert open_folder(DatasetSpec(str(tmp_path))).fingerprint != before
 
 
-def test_pictures_beside_clips_are_refused(tmp_path: Path) -> None:
+def test_images_beside_clips_are_refused(tmp_path: Path) -> None:
     write_files(tmp_path, "a/x.png", "b/x.png")
     (tmp_path / "b" / "y.avi").write_bytes(b"clip")
-    expected = r"holds pictures \(a/x.png\) and clips \(b/y.avi\); expected one kind"
+    expected = r"holds images \(a/x.png\) and clips \(b/y.avi\); expected one kind"
     with pytest.raises(MissingData, match=expected):
         open_target(str(tmp_path))
     (tmp_path / "b" / "y.avi").unlink()
     write_frames(tmp_path / "b" / "frames", 1)
-    with pytest.raises(MissingData, match=r"pictures \(a/x.png\) and clips \(b/frames\)"):
+    with pytest.raises(MissingData, match=r"images \(a/x.png\) and clips \(b/frames\)"):
         open_target(str(tmp_path))
 
 
@@ -641,11 +725,11 @@ def test_a_slow_file_system_gives_the_same_sizes(
 
 def test_the_evaluation_split_of_a_folder_is_the_one_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"no test or val folder in .*--test-split none"):
-        evaluation_split(str(tmp_path))
+        evaluation_split(DatasetSpec(str(tmp_path)))
     (tmp_path / "val").mkdir()
-    assert evaluation_split(str(tmp_path)) == "val"
+    assert evaluation_split(DatasetSpec(str(tmp_path))) == "val"
     (tmp_path / "test").mkdir()
-    assert evaluation_split(str(tmp_path)) == "test"
+    assert evaluation_split(DatasetSpec(str(tmp_path))) == "test"
     assert default_policy(str(tmp_path)) == "random-resized-crop-flip"
 
 

@@ -1,4 +1,4 @@
-"""The rendered target: the same pictures on every machine, forever."""
+"""The rendered target: the same images on every machine, forever."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PINNED = {
 
 
 @functools.cache
-def pictures(split: str) -> UInt8:
+def images(split: str) -> UInt8:
     return render(split)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_pictures_are_pinned(split: str) -> None:
-    found = pictures(split)
+def test_the_images_are_pinned(split: str) -> None:
+    found = images(split)
     assert found.shape == (SPLITS[split], SIZE, SIZE, 3)
     assert found.dtype == np.uint8
     assert hashlib.sha256(found.tobytes()).hexdigest() == PINNED[split]
@@ -39,21 +39,21 @@ def test_classes_are_equally_many(split: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [37, 500])
-def test_pictures_do_not_depend_on_how_many_are_drawn_at_a_time(
+def test_images_do_not_depend_on_how_many_are_drawn_at_a_time(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pictures("test")
+    expected = images("test")
     monkeypatch.setattr(shapes, "CHUNK", chunk)
     np.testing.assert_array_equal(render("test"), expected)
 
 
-def test_no_picture_occurs_twice_in_or_across_the_splits() -> None:
-    both = np.concatenate([pictures("train"), pictures("test")])
-    assert len({picture.tobytes() for picture in both}) == len(both)
+def test_no_image_occurs_twice_in_or_across_the_splits() -> None:
+    both = np.concatenate([images("train"), images("test")])
+    assert len({image.tobytes() for image in both}) == len(both)
 
 
-def test_pictures_are_neither_flat_nor_clipped() -> None:
-    found = pictures("test").reshape(SPLITS["test"], -1).astype(np.float64)
+def test_images_are_neither_flat_nor_clipped() -> None:
+    found = images("test").reshape(SPLITS["test"], -1).astype(np.float64)
     assert found.std(axis=1).min() > 5
     assert 80 < found.mean() < 170
     assert ((found == 0) | (found == 255)).mean() < 0.1
@@ -73,7 +73,7 @@ def test_the_ten_kinds_are_ten_outlines() -> None:
 
 
 def test_another_size_shows_the_same_scene() -> None:
-    small, large = pictures("test")[:50].astype(float), render("test", 96)[:50].astype(float)
+    small, large = images("test")[:50].astype(float), render("test", 96)[:50].astype(float)
     thumbnails = [
         some.reshape(50, 12, side, 12, side, 3).mean(axis=(2, 4)).ravel()
         for some, side in ((small, 4), (large, 8))

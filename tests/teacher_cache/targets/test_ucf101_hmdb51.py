@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData
-from sskt.teacher_cache.targets.base import Asked, Target
-from sskt.teacher_cache.targets.registry import TARGETS, open_target
-from sskt.teacher_cache.targets.ucf101_hmdb51 import HMDB51_CLASSES
+from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.spec import DatasetSpec
+from sskt.teacher_cache.targets.ucf101_hmdb51 import HMDB51_CLASSES, hmdb51, ucf101
 
+_LOADERS = {"ucf101": ucf101, "hmdb51": hmdb51}
 CLASSES = ("ApplyEyeMakeup", "HandstandPushups", "YoYo")
 TRAIN = ("HandstandPushups/v_HandStandPushups_g08_c01", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c02")
 TEST = ("YoYo/v_YoYo_g01_c01", "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01")
@@ -24,7 +26,7 @@ ODD = ("#1_Ca(n)'t!_wave_f_goo_0", "300+_Yards!!!_wave_f_nm_1", "a b_wave_2", "Ã
 
 
 def load(root: Path, split: str, name: str = "ucf101", *, partial: bool = False) -> Target:
-    return TARGETS[name].load(Asked(name, split, root, partial=partial))
+    return _LOADERS[name](DatasetSpec(name, split, root, partial=partial))
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -321,8 +323,8 @@ def test_nothing_there_names_the_layout_and_where_to_get_it(tmp_path: Path, ucf:
 
 @pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
 def test_download_says_how_to_get_it(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=rf"cannot download {name}.*\.rar.*unpack.*--download"):
-        TARGETS[name].load(Asked(name, "train", tmp_path, download=True))
+    with pytest.raises(InputError, match=rf"cannot download {name}.*\.rar.*--download.*unpack"):
+        _LOADERS[name](DatasetSpec(name, "train", tmp_path, download=True))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_missing_classes_and_an_empty_list(ucf: Path) -> None:
     with pytest.raises(InputError, match=r"testlist01\.txt lists no video of test"):
         load(ucf, "test")
     (ucf / "ucfTrainTestlist" / "classInd.txt").unlink()
-    with pytest.raises(MissingData, match=r"no .*classInd\.txt; expected UCF-101/"):
+    with pytest.raises(MissingData, match=r"no .*classInd\.txt\); expected UCF-101/"):
         load(ucf, "train")
 
 

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -14,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from support.helpers import write_images
 from torchvision.transforms import RandomResizedCrop, v2
 
-from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.api import open_target
+from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
 from sskt.teacher_cache.rng import draw
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import (
     POLICIES,
     Policy,
@@ -37,13 +38,13 @@ from sskt.teacher_cache.views.views import Views, check_of, checks_of
 
 Int64 = NDArray[np.int64]
 
-PICTURES = [name for name, info in POLICIES.items() if info.per_sample]
+IMAGES = [name for name, info in POLICIES.items() if info.per_sample]
 DRAWS = 4000
 FAR = 2**32 + 7
 
 
 def pattern(n: int, height: int, width: int) -> UInt8:
-    """Pictures from arithmetic: uint8 ``[n, height, width, 3]``."""
+    """Images from arithmetic: uint8 ``[n, height, width, 3]``."""
     i = np.arange(n * height * width * 3, dtype=np.int64)
     return ((i * i * 7 + i // 5 * 13) % 251).astype(np.uint8).reshape(n, height, width, 3)
 
@@ -100,7 +101,7 @@ def test_batched_and_per_sample_views_are_equal(name: str, data: st.DataObject) 
     np.testing.assert_array_equal(batched, np.stack(alone))
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_batch_is_indexing_one_by_one_in_any_order(name: str) -> None:
     views = views_of(name)
     samples = numbers(4, 0, 5, 0)
@@ -111,7 +112,7 @@ def test_batch_is_indexing_one_by_one_in_any_order(name: str) -> None:
 
 def test_files_and_arrays_of_the_same_pixels_have_the_same_views(tmp_path: Path) -> None:
     images = pattern(4, 20, 26)
-    write_images(tmp_path / "train" / "a", images)
+    write_images(tmp_path, images)
     policy = parse_policy("pad-crop-flip")
     in_files = Views(open_target(str(tmp_path)), policy)
     in_memory = Views(target_of(images), policy)
@@ -147,7 +148,7 @@ PLACES = ((0, 0), (1, 0), (0, 1), (12345, 9), (FAR, 2**31))
 
 
 def test_every_policy_has_golden_views() -> None:
-    assert {text.partition(":")[0] for text in GOLDEN_VIEWS} == set(PICTURES)
+    assert {text.partition(":")[0] for text in GOLDEN_VIEWS} == set(IMAGES)
 
 
 @pytest.mark.parametrize("text", GOLDEN_VIEWS)
@@ -159,7 +160,7 @@ def test_view_bytes_are_pinned(text: str) -> None:
 
 
 def test_policy_keys_are_pinned() -> None:
-    assert {name: parse_policy(name).key for name in PICTURES} == {
+    assert {name: parse_policy(name).key for name in IMAGES} == {
         "none": 2484658524,
         "pad-crop-flip": 1854016548,
         "random-resized-crop-flip": 2215168660,
@@ -176,13 +177,13 @@ def test_the_key_is_the_crc32_of_the_canonical_identity() -> None:
 
 
 def where(size: int) -> UInt8:
-    """A picture that tells each pixel's row and column, counted from 1 so that padding is 0."""
+    """An image that tells each pixel's row and column, counted from 1 so that padding is 0."""
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     return np.stack([y + 1, x + 1, y * 0], axis=-1).astype(np.uint8)
 
 
 def crop_of(view: UInt8, padding: int) -> tuple[int, int, bool]:
-    """Top and left in the padded picture, and flip, read off a view of ``where``."""
+    """Top and left in the padded image, and flip, read off a view of ``where``."""
     centre = len(view) // 2
     flip = bool(view[centre, centre, 1] < view[centre, centre - 1, 1])
     row, column, _ = (view[:, ::-1] if flip else view)[centre, centre].tolist()
@@ -253,8 +254,8 @@ def test_half_are_flipped_and_seeds_are_independent(name: str) -> None:
     ids = np.arange(DRAWS)
     if name == "pad-crop-flip":
         views = views_of("pad-crop-flip:padding=0")
-        pictures = np.broadcast_to(where(3), (DRAWS, 3, 3, 3))
-        flips = [views.of_images(pictures, ids, s)[:, 0, 0, 1] == 3 for s in (0, 1)]
+        images = np.broadcast_to(where(3), (DRAWS, 3, 3, 3))
+        flips = [views.of_images(images, ids, s)[:, 0, 0, 1] == 3 for s in (0, 1)]
     else:
         square = np.full(DRAWS, 64)
         flips = [crop_boxes(policy, ids, s, square, square)[1] for s in (0, 1)]
@@ -282,7 +283,7 @@ def test_random_resized_crop_is_the_box_resized_and_flipped() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (128, 128), (500, 200)])
-def test_crop_boxes_stay_in_the_picture_and_in_bounds(height: int, width: int) -> None:
+def test_crop_boxes_stay_in_the_image_and_in_bounds(height: int, width: int) -> None:
     n = 2000
     policy = parse_policy("random-resized-crop-flip:scale_min=0.2,scale_max=0.6")
     boxes, _ = crop_boxes(policy, np.arange(n), 0, np.full(n, height), np.full(n, width))
@@ -328,7 +329,7 @@ def test_crop_boxes_are_distributed_like_torchvision(height: int, width: int) ->
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 400), (301, 7), (10, 33)])
-def test_a_picture_too_narrow_for_any_try_gives_torchvisions_centre_box(
+def test_an_image_too_narrow_for_any_try_gives_torchvisions_centre_box(
     height: int, width: int
 ) -> None:
     policy = parse_policy("random-resized-crop-flip:scale_min=1.0")
@@ -357,9 +358,9 @@ def jpeg(height: int, width: int) -> bytes:
     ],
 )
 def test_resize_center_crop_is_torchvisions(height: int, width: int) -> None:
-    picture = Image.open(io.BytesIO(jpeg(height, width)))
-    expected = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(picture)
-    found = views_of("resize-center-crop").of_image(np.asarray(picture.convert("RGB")), 0, 0)
+    image = Image.open(io.BytesIO(jpeg(height, width)))
+    expected = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image)
+    found = views_of("resize-center-crop").of_image(np.asarray(image.convert("RGB")), 0, 0)
     assert found.shape == (224, 224, 3)
     # Pillow 13 rounds after the height first where that is less work, which is one level.
     np.testing.assert_allclose(found, np.asarray(expected, np.int64), atol=1, rtol=0)
@@ -368,8 +369,8 @@ def test_resize_center_crop_is_torchvisions(height: int, width: int) -> None:
 def test_resize_center_crop_of_real_photographs_is_torchvisions(data: Path) -> None:
     transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
     for path in sorted((data / "imagenet").glob("*.JPEG"))[:5]:
-        with Image.open(path) as picture:
-            expected = np.asarray(transform(picture.convert("RGB")))
+        with Image.open(path) as image:
+            expected = np.asarray(transform(image.convert("RGB")))
         found = views_of("resize-center-crop").of_image(read_image(path), 0, 0)
         np.testing.assert_array_equal(found, expected, path.name)
 
@@ -382,6 +383,70 @@ def test_policies_without_chance_ignore_sample_and_seed() -> None:
             views.of_image(image, 0, 0), views.of_image(image, 9, 3), text
         )
     np.testing.assert_array_equal(views_of("none").of_image(image, 0, 0), image)
+
+
+# --- tiny and narrow images -------------------------------------------------------------------
+
+sides = st.integers(1, 5) | st.sampled_from([8000, 65500])
+anyhow = (
+    "none",
+    "pad-crop-flip",
+    "random-resized-crop-flip:size=9",
+    "random-resized-crop-flip:size=3,ratio_min=0.01,ratio_max=0.02",
+    "random-resized-crop-flip:size=3,ratio_min=50,ratio_max=99",
+    "resize-center-crop:resize=10,size=9",
+    "resize-center-crop",
+    "clip-corner-crop-flip:frames=2,size=9",
+    "clip-center-crop:frames=2,size=9",
+)
+
+
+@pytest.mark.parametrize("text", anyhow)
+@given(height=sides, width=sides, sample=sample_ids, seed=st.integers(0, 9))
+@example(height=1, width=1, sample=0, seed=0)
+@example(height=1, width=8000, sample=0, seed=0)
+@example(height=8000, width=1, sample=0, seed=0)
+@settings(deadline=None, max_examples=25)
+def test_an_image_of_any_shape_has_a_view_or_is_refused(
+    text: str, height: int, width: int, sample: int, seed: int
+) -> None:
+    assume(height * width < 1_000_000)
+    policy, image = parse_policy(text), np.full((height, width, 3), 7, np.uint8)
+    info, p = POLICIES[policy.name], policy.parameters
+    long = max(height, width) / min(height, width) * float(p.get("resize", p.get("size", 0)))
+    resized = "center" in text and long * float(p.get("resize", p.get("size", 0))) > 1.7e8
+    shape = tuple(map(int, (p["size"], p["size"], 3))) if "size" in p else (height, width, 3)
+    try:
+        if info.per_clip is None:
+            view = views_of(text, image[None]).of_image(image, sample, seed)
+        else:
+            view, shape = info.per_clip(policy, [image, image], sample, seed), (2, *shape)
+    except BadImage as error:
+        assert resized, (height, width)
+        assert re.fullmatch(r"\d+x\d+ pixels are resized to \d+x\d+ pixels, more .*", str(error))
+        return
+    assert view.shape == shape
+    assert view.dtype == np.uint8
+    if text != "pad-crop-flip":
+        assert (view == 7).all()
+
+
+def test_an_image_too_long_to_be_resized_is_skipped_by_name(tmp_path: Path) -> None:
+    write_images(tmp_path, pattern(2, 20, 26))
+    Image.new("RGB", (8000, 1)).save(tmp_path / "long.png")
+    views = Views(open_target(str(tmp_path)), parse_policy("resize-center-crop"))
+    seen = views.seen(np.arange(3), [0, 1])
+    assert seen.rows.tolist() == [0, 1]
+    assert {seed: made.shape for seed, made in seen.views.items()} == dict.fromkeys(
+        (0, 1), (2, 224, 224, 3)
+    )
+    ((sample, why),) = seen.bad
+    assert sample == 2
+    expected = "long.png: 8000x1 pixels are resized to 2048000x256 pixels, more than 178,956,970"
+    assert expected in why
+    assert "--on-error skip" in why
+    with pytest.raises(BadImage, match=r"long\.png: 8000x1"):
+        views[2, 0]
 
 
 # --- whose memory -----------------------------------------------------------------------------
@@ -465,7 +530,7 @@ def test_evaluation_policy(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["none", "pad-crop-flip"])
-def test_pictures_of_several_sizes_are_refused_by_name(text: str, tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_refused_by_name(text: str, tmp_path: Path) -> None:
     for i, size in enumerate([(8, 8), (8, 8), (8, 9)]):
         write_images(tmp_path / "train" / f"class{i}", pattern(1, *size))
     views = Views(open_target(str(tmp_path)), parse_policy(text))

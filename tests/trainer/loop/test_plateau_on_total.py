@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, ViewMismatch
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig, make_config

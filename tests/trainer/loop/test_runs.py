@@ -20,18 +20,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import TINY, batch_of, write_frames
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.rng import permutation
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig, make_config
 from sskt.trainer.data.gpu_loader import resident_feed
 from sskt.trainer.distributed import Ranks, batch_count, batches_of
+from sskt.trainer.loop.checkpoint import Autosave
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import Plan, make_plan
 from sskt.trainer.loop.trainer import Trainer
+from sskt.trainer.methods.maxl import Maxl
 from sskt.trainer.models.normalization import NORMALISATIONS
 from sskt.trainer.results import records
 
@@ -180,8 +182,8 @@ def test_fewer_samples_than_processes() -> None:
 
 SAVING = """
 import sys
-from sskt.trainer.loop import trainer as loop
-loop.Trainer._time_to_save = lambda self, saved: bool(self._out)
+from sskt.trainer.loop.checkpoint import Autosave
+Autosave.due = lambda self, steps: True
 from sskt.cli.main import main
 main(sys.argv[1:])
 """
@@ -298,7 +300,7 @@ def test_a_run_cut_within_its_first_epoch_is_neither_overwritten_nor_continued_o
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Trainer, "_time_to_save", lambda trainer, saved: True)
+        patch.setattr(Autosave, "due", lambda autosave, steps: True)
         run_training(dataclasses.replace(config, seeds=2), Hooks(step=stop))
     with pytest.raises(InputError, match="already holds a run"):
         Trainer(make_plan(config)).run(tmp_path / "run")
@@ -435,8 +437,8 @@ def test_maxl_trains_both_networks_and_resumes_exactly(config: TrainConfig, tmp_
     whole = run_training(config)
     assert {"loss_maxl", "meta_loss", "meta_entropy", "test_top1"} <= whole[-1].keys()
     start = Trainer(make_plan(config))
-    assert start.maxl is not None
-    first = start.maxl.generator.state_dict()
+    assert isinstance(start.method, Maxl)
+    first = start.method.generator.state_dict()
     last = torch.load(tmp_path / "whole/last.pt", weights_only=True)
     moved = [n for n, v in last["maxl"]["generator"].items() if not torch.equal(v, first[n])]
     assert len(moved) > 50

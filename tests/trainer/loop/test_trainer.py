@@ -19,6 +19,7 @@ from support.independent_reader import open_set
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import (
     BadImage,
     CorruptStore,
@@ -34,14 +35,14 @@ from sskt.teacher_cache.label_sets.create import create_label_set, list_label_se
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.loader import in_memory
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_labels import StoredLabels, Window, epoch_windows
 from sskt.trainer.distributed import Ranks
+from sskt.trainer.loop.checkpoint import Autosave
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
@@ -66,7 +67,7 @@ def compare_with_live(config: TrainConfig, sources: list[Source], samples: Any) 
     live = Trainer(make_plan(dataclasses.replace(config, live=True), sources))
     labels = StoredLabels(stored.plan.label_sets, stored.plan.device)
     window = labels.enter(Window(1, ((0, len(stored.views.target)),)), None)
-    assert window.check(samples, stored.views.batch(samples, 1)) > 0
+    assert window.check(samples, checks_of(stored.views.batch(samples, 1))) == len(samples)
     labels.close()
     loss, grads = gradients(stored, samples, 1)
     live_loss, live_grads = gradients(live, samples, 1)
@@ -369,7 +370,7 @@ def test_recipe_below_options(sskt: Call, images: Path, label_cache: Path, tmp_p
         ("alfa = 0.1", "unknown key in recipe"),
         ("alpha = 'x'", "alpha must be float, found 'x'"),
         ("epochs = 0", "epochs must be at least 1, found 0"),
-        ("precision = 'int8'", "unknown precision 'int8'; known: float32, bfloat16"),
+        ("precision = 'int8'", "r.toml 'int8'; known: float32, bfloat16"),
         ("alpha =", "is not TOML"),
         ("tm = 1", "tm must be bool, found 1"),
     ],
@@ -501,13 +502,18 @@ def test_divergence_is_said(config: TrainConfig) -> None:
         (["--live"], "name them with --source"),
         (["--tm"], "no label sets in labels (default); make them with: sskt cache-teachers"),
         (["--weights", "x"], "--weights goes with --live"),
-        (["--momentum", "-1"], "momentum must be in 0 .. 1"),
-        (["--dampening", "1.1"], "dampening must be in 0 .. 1, found 1.1"),
+        (["--momentum", "-1"], "momentum must be at least 0, found -1.0"),
+        (["--dampening", "1.1"], "dampening must be at most 1, found 1.1"),
         (
             ["--dampening", "0.9", "--optimizer", "adamw"],
             "--dampening is a setting of SGD; leave it out with --optimizer adamw",
         ),
-        (["--memory", "inf"], "memory must be finite"),
+        (["--memory", "inf"], "memory must be finite, found inf"),
+        (
+            ["--lr", "0", "--epochs", "-1", "--ema", "1"],
+            "3 settings cannot be used: (1) epochs must be at least 1, found -1; (2) lr must be "
+            "above 0, found 0.0; (3) ema must be below 1, found 1.0",
+        ),
         (["--device", "cuda:77"], "device cuda:77 cannot be used"),
         (["--model", "resnet21"], "unknown model 'resnet21'; known: resnet20"),
     ],
@@ -689,7 +695,7 @@ def orders(config: TrainConfig, epochs: int) -> list[list[int]]:
         found[-1] += batch.samples.tolist()
         return step(batch)
 
-    trainer.step = recorded  # type: ignore[method-assign]
+    trainer.step = recorded  # type: ignore[assignment]
     for trainer.epoch in range(epochs):
         found.append([])
         trainer.train_epoch()
@@ -716,20 +722,24 @@ def test_the_samples_of_a_window_have_an_order_of_their_own(config: TrainConfig)
 
 
 def test_dropout_depends_on_the_run_the_epoch_the_step_and_the_process(config: TrainConfig) -> None:
-    plan = make_plan(config)
-    trainer = Trainer(plan)
+    def mask() -> tuple[bool, ...]:
+        return tuple(bool(kept) for kept in F.dropout(torch.ones(64), 0.5))
 
-    def mask(seed: int = 0, epoch: int = 0, batch: int = 0, rank: int = 0) -> list[bool]:
-        ranks = Ranks(rank, 2)
-        made = dataclasses.replace(config, seed=seed)
-        trainer.plan = dataclasses.replace(plan, config=made, ranks=ranks)
-        trainer.epoch = epoch
-        trainer.seed_step(0, batch)
-        return [bool(kept) for kept in F.dropout(torch.ones(64), 0.5)]
+    def masks(seed: int) -> list[tuple[bool, ...]]:
+        trainer = Trainer(make_plan(dataclasses.replace(config, seed=seed, source=[], tm=False)))
+        found: list[tuple[bool, ...]] = []
+        step = trainer.step
+        trainer.network.register_forward_pre_hook(lambda module, x: found.append(mask()))
+        for trainer.epoch in range(2):
+            trainer.train_epoch(2)
+        assert trainer.step is step
+        return found
 
-    masks = [mask(), mask(seed=1), mask(epoch=1), mask(epoch=2), mask(batch=1), mask(rank=1)]
-    assert len({tuple(m) for m in masks}) == len(masks)
-    assert mask(epoch=1) == masks[2]
+    first = masks(0)
+    assert len(set(first + masks(1))) == 8  # two epochs of two steps, of two seeds
+    assert masks(0) == first
+    Ranks(1, 2).seed_dropout(0, 0, 0, 0)
+    assert mask() != first[0]
 
 
 def test_a_plateau_is_one_of_the_test_loss(config: TrainConfig, tmp_path: Path) -> None:
@@ -796,7 +806,7 @@ def test_a_run_cut_within_an_epoch_ends_in_the_same_state(
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Trainer, "_time_to_save", lambda trainer, saved: True)
+        patch.setattr(Autosave, "due", lambda autosave, steps: True)
         Trainer(make_plan(config), Hooks(step=stop)).run(tmp_path / "cut")
     state = torch.load(tmp_path / "cut/last.pt", weights_only=True)
     assert (state["epoch"], state["progress"]["steps"]) == (1, 2)
@@ -818,7 +828,7 @@ def test_an_epoch_s_loss_is_the_mean_over_its_images(config: TrainConfig) -> Non
         found.append((len(batch), {k: float(v) for k, v in parts.items()}))
         return parts
 
-    trainer.step = recorded  # type: ignore[method-assign]
+    trainer.step = recorded  # type: ignore[assignment]
     record = trainer.train_epoch()
     assert [n for n, _ in found] == [44, 16]
     for name in ("loss", "loss_primary", "loss_tiny"):
@@ -933,4 +943,38 @@ def test_empty_labels_of_a_view_that_was_seen_are_refused(
     opened.write(shard, encoded, opened.read_checks(0, shard.start, shard.stop))
     opened.close()
     with pytest.raises(CorruptStore, match="empty though their views were seen; run sskt verify"):
+        Trainer(make_plan(config)).train_epoch()
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+    "a sum of 12,000": ("f32", lambda rows: rows["labels"].__iadd__(np.float32(9.4))),
+    "a NaN": ("f16", lambda rows: rows["labels"].__setitem__((3, 5), np.nan)),
+    "a positive logarithm": ("f16", lambda rows: rows["labels"].__setitem__((3, 5), 0.5)),
+    "u8 without 255": ("u8", lambda rows: np.minimum(rows["labels"], 254, out=rows["labels"])),
+    "an index beyond the classes": (
+        "topk-3",
+        lambda rows: rows["index"].__setitem__((3, 1), 12),
+    ),
+    "top-k of more than 1": ("topk-3", lambda rows: rows["value"].__setitem__((3, 1), 1.0)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_labels_that_are_no_distribution_are_refused(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path, fault: str
+) -> None:
+    name, change = FAULTS[fault]
+    views = Views(open_target(str(images)), parse_policy("none"))
+    how = StageOptions(workers=0, shard_rows=16)
+    cache_teachers(views, [tiny], parse_encoding(name), 1, tmp_path, how)
+    config = dataclasses.replace(config, cache=tmp_path, policy="none")
+    (found,) = make_plan(config).label_sets.values()
+    assert Trainer(make_plan(config)).train_epoch()["views_checked"] == 60
+    opened = create_label_set(tmp_path, found.spec, found.classes, 1)
+    shard = opened.shard(0, 1)
+    encoded = opened.read(0, shard.start, shard.stop)
+    change(encoded)
+    opened.write(shard, encoded, opened.read_checks(0, shard.start, shard.stop))
+    opened.close()
+    with pytest.raises(CorruptStore, match=r"of sample (16|19) .* is no probability distribution"):
         Trainer(make_plan(config)).train_epoch()

@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from support.helpers import TINY, batch_of, write_frames
 from torch import Tensor, nn
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
-from sskt.teacher_cache.targets.registry import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import open_views
-from sskt.trainer.config import AUTO, FIELDS, TrainConfig, read_config
+from sskt.trainer.config import AUTO, CHOICES, TrainConfig, read_config
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
+from sskt.trainer.methods.maxl import Maxl
 from sskt.trainer.models.normalization import NORMALISATIONS
 from sskt.trainer.models.pretrained import input_scale_of, load_initial
 from sskt.trainer.models.registry import build_network
@@ -73,7 +74,7 @@ def test_rows_of_pixels_have_the_bits_of_the_plain_formula(scale: str) -> None:
 
 
 def test_every_choice_of_the_option_has_a_normalisation() -> None:
-    assert FIELDS["input_scale"].metadata["choices"] == (AUTO, *NORMALISATIONS)
+    assert CHOICES["input_scale"] == (AUTO, *NORMALISATIONS)
 
 
 # --- the network of a run sees that, wherever it runs -------------------------------------------
@@ -150,7 +151,7 @@ def test_a_step_without_readable_samples_sees_black_at_that_scale(
 ) -> None:
     trainer = Trainer(make_plan(plain(images, clips, "clips", input_scale=scale)))
     with seen_by(trainer.network) as inputs:
-        trainer._idle_step()
+        trainer.step.without_samples((4, 16, 16, 3))
     black = np.zeros((1, 4, 16, 16, 3), np.uint8)
     require_same_rows(inputs, by_rule(black, scale))
 
@@ -161,10 +162,10 @@ def test_both_networks_of_maxl_see_the_scale_of_the_run(
 ) -> None:
     config = plain(images, clips, "images", input_scale=scale, method="maxl", psi=2)
     trainer = Trainer(make_plan(config))
-    assert trainer.maxl is not None
+    assert isinstance(trainer.method, Maxl)
     views = by_rule(trainer.views.batch(np.arange(12), 0), scale)
     meta = by_rule(trainer.views.batch(np.arange(12), 1), scale)
-    with seen_by(trainer.maxl.generator) as inputs:
+    with seen_by(trainer.method.generator) as inputs:
         trainer.train_epoch()
     require_same_rows(inputs, np.concatenate([views, meta]))
 

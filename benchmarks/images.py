@@ -1,0 +1,130 @@
+"""Images a second that reach the network, against torchvision's reference way, in turn.
+
+The reference: PIL pictures, torchvision's transforms one sample at a time, a DataLoader with as
+many workers as ours. Pictures in RAM (real CIFAR-10, crop and flip) and JPEG files (real ImageNet
+pictures, random resized crop to 224).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import cifar_folder, data_folder, interleaved, paired_ratio, report
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from sskt.teacher_cache.api import open_target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
+from sskt.trainer.data.gpu_loader import resident_feed
+from sskt.trainer.data.loader import Feed, in_memory
+from sskt.trainer.distributed import batches_of
+from sskt.trainer.models.normalization import NORMALISATIONS
+
+WORKERS, BATCH, ROUNDS = 2, 128, 5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Images = Dataset[tuple[Tensor, int]]
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    cifar = cifar_folder(500)
+    imagenet = imagenet_folder()
+    crop = transforms.Compose(
+        [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+         transforms.Normalize(MEAN, STD)]
+    )  # fmt: skip
+    resized = transforms.Compose(
+        [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
+         transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    )  # fmt: skip
+    for name, folder, policy, transform, held, size in (
+        ("CIFAR-10 in RAM", cifar, "pad-crop-flip", crop, True, BATCH),
+        ("ImageNet JPEGs", imagenet, "random-resized-crop-flip", resized, False, 25),
+    ):
+        views = Views(open_target(str(folder)), parse_policy(policy))
+        if held:
+            views = Views(in_memory(views.target, 2**31), views.policy)
+        count = len(views.target)
+        ours = by_us(views, device, size)
+        theirs = by_torchvision(ImageFolder(str(folder / "train"), transform), held, device, size)
+        seconds = interleaved({"ours": ours, "torchvision": theirs}, ROUNDS)
+        for way, taken in seconds.items():
+            rows.append((f"{name}: {way}", count / float(np.median(taken)), "images/s"))
+        ratio = paired_ratio(seconds["torchvision"], seconds["ours"])
+        rows.append((f"{name}: ours / torchvision", ratio, "x"))
+    report(f"views for the network, {WORKERS} workers", rows, {"batch": BATCH})
+    shutil.rmtree(cifar.parent)
+    shutil.rmtree(imagenet)
+
+
+def imagenet_folder() -> Path:
+    """The real ImageNet pictures, each a few times, as class folders."""
+    folder = Path(tempfile.mkdtemp(prefix="sskt-bench-"))
+    for i, path in enumerate(sorted((data_folder() / "imagenet").rglob("*.JPEG"))):
+        (folder / "train" / f"class{i % 10}").mkdir(parents=True, exist_ok=True)
+        for copy in range(3):
+            (folder / "train" / f"class{i % 10}" / f"{copy}-{path.name}").symlink_to(path)
+    return folder
+
+
+def by_us(views: Views, device: torch.device, size: int) -> Callable[[], None]:
+    there = resident_feed(views, device) if device.type == "cuda" else None
+    feed = there or Feed(views, WORKERS, pin=device.type == "cuda")
+    order = np.random.default_rng(0).permutation(len(views.target))
+
+    def run() -> None:
+        for batch in feed(batches_of(order, size), 0):
+            touch(NORMALISATIONS["imagenet"](batch.views.to(device, non_blocking=True)))
+
+    return run
+
+
+def by_torchvision(
+    images: ImageFolder, held: bool, device: torch.device, size: int
+) -> Callable[[], None]:
+    dataset: Images = InRam(images) if held else images
+    pin = device.type == "cuda"
+    loader: Iterable[tuple[Tensor, Tensor]] = DataLoader(
+        dataset, size, shuffle=True, num_workers=WORKERS, pin_memory=pin
+    )
+
+    def run() -> None:
+        for x, _ in loader:
+            touch(x.to(device, non_blocking=True))
+
+    return run
+
+
+class InRam(Dataset[tuple[Tensor, int]]):
+    """As torchvision's CIFAR10: decoded arrays, made PIL pictures for the transforms."""
+
+    def __init__(self, images: ImageFolder) -> None:
+        self._transform = images.transform
+        self._held = [(np.asarray(images.loader(path)), label) for path, label in images.samples]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        picture, label = self._held[index]
+        return self._transform(Image.fromarray(picture)), label
+
+
+def touch(x: Tensor) -> None:
+    """The batch is there, as the first layer would need it."""
+    x[0, 0, 0, 0].item()
+
+
+if __name__ == "__main__":
+    main()

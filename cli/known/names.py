@@ -1,0 +1,92 @@
+"""``sskt policies``, ``models``, ``encodings`` and ``recipes``: what is known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from sskt.cli.help import GroupedCommand
+from sskt.cli.output import as_json, print_json, print_table
+
+
+@click.command("policies", cls=GroupedCommand, examples=("sskt policies", "sskt policies --json"))
+@as_json
+def policies(as_json: bool) -> None:
+    """List the view policies, with their parameters and defaults."""
+    from sskt.teacher_cache.views.policies import POLICIES
+
+    _show(
+        ("name", "parameters and defaults", "view"),
+        [
+            [
+                name,
+                ", ".join(f"{k}={v:.4g}" for k, v in known.defaults.items()) or "-",
+                known.about,
+            ]
+            for name, known in POLICIES.items()
+        ],
+        as_json,
+    )
+
+
+@click.command("models", cls=GroupedCommand, examples=("sskt models", "sskt models --json"))
+@as_json
+def models(as_json: bool) -> None:
+    """List the target networks. torchvision's other classifiers and FILE.py:factory work, too."""
+    from sskt.trainer.models.registry import NETWORKS
+
+    _show(("name", "for"), [[name, about] for name, about in NETWORKS.items()], as_json)
+
+
+@click.command(
+    "encodings", cls=GroupedCommand, examples=("sskt encodings", "sskt encodings --json")
+)
+@as_json
+def encodings(as_json: bool) -> None:
+    """List the encodings of soft labels, with the size of a label of 1,000 classes."""
+    from sskt.teacher_cache.format.encodings import parse_encoding
+
+    about = {
+        "f16": "float16 log-probabilities (default)",
+        "u8": "8 bits for each class",
+        "topk-16": "the K largest probabilities, here K = 16; for T = 1 only",
+        "f32": "float32 log-probabilities",
+    }
+    _show(
+        ("name", "stores", "bytes a label, before compression"),
+        [
+            [
+                name.replace("topk-16", "topk-K"),
+                text,
+                str(parse_encoding(name).bytes_per_label(1000)),
+            ]
+            for name, text in about.items()
+        ],
+        as_json,
+    )
+
+
+@click.command("recipes", cls=GroupedCommand, examples=("sskt recipes", "sskt recipes --json"))
+@as_json
+def recipes(as_json: bool) -> None:
+    """List the recipes that ship with sskt, with the command that reads each."""
+    from sskt.trainer.recipes import COMMANDS, shipped
+
+    kinds = {command: kind for kind, command in reversed(COMMANDS.items())}
+    _show(
+        ("name", "command"),
+        [
+            [name, f"sskt {command} {name}"]
+            for command, kind in kinds.items()
+            for name in shipped(kind)
+        ],
+        as_json,
+    )
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]], as_json: bool) -> None:
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        print_table(columns, rows)

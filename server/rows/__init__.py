@@ -1,1 +1,0 @@
-"""Random access to rows of label sets."""

@@ -1,0 +1,76 @@
+"""How a training gets its auxiliary labels: the protocol, and the method of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sskt.trainer.data.soft_label_batch import SoftLabelBatch
+from sskt.trainer.data.soft_label_loader import SoftLabelLoader
+
+
+class Method(Protocol):
+    """Where the auxiliary labels of a training come from.
+
+    Attributes:
+        temperature: T of the soft labels and of the auxiliary losses.
+    """
+
+    temperature: float
+
+    def soft_labels(self, batch: SoftLabelBatch) -> dict[str, Tensor]:
+        """Gives the auxiliary labels of a batch.
+
+        Args:
+            batch: Views and true classes of n samples.
+
+        Returns:
+            Probabilities by auxiliary head: float32 ``[n, C_m]``, without a gradient.
+        """
+
+    def end_epoch(self, epoch: int, lr: float, loader: SoftLabelLoader) -> dict[str, float]:
+        """Does what follows the steps of the target network in an epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            lr: Learning rate of the target network.
+            loader: The training data.
+
+        Returns:
+            What is added to the record of the epoch.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed training needs; empty if there is nothing."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned."""
+
+
+class Transfer:
+    """SSKT: the auxiliary labels are the soft labels of frozen sources (equation 1 of the paper).
+
+    Args:
+        sources: Names of the sources.
+        temperature: T of the soft labels softmax(z_s / T).
+    """
+
+    def __init__(self, sources: Sequence[str], temperature: float) -> None:
+        self._sources, self.temperature = sources, temperature
+
+    def soft_labels(self, batch: SoftLabelBatch) -> dict[str, Tensor]:
+        """See ``Method``."""
+        return {name: batch.soft(name, self.temperature) for name in self._sources}
+
+    def end_epoch(self, epoch: int, lr: float, loader: SoftLabelLoader) -> dict[str, float]:
+        """See ``Method``: frozen sources learn nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Method``: there is no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Method``: there is no state."""
