@@ -11,6 +11,7 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
     device_option,
     frame_sampling_option,
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 @click.command(
     "inspect",
     cls=GroupedCommand,
+    groups={
+        "Labels": ("cache", "sample", "seed"),
+        "Images": ("png", "clip"),
+        "What the labels were made from": (*REOPENED, "live"),
+    },
     examples=(
         "sskt inspect stl10 --sample 3 --seed 1 --png view.png",
         "sskt inspect b900af --sample 17",

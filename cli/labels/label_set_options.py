@@ -22,6 +22,9 @@ target_option = click.option(
     "returns what sskt.open_target returned, as own datasets need it.",
 )
 
+REOPENED = ("target", "root", "sources", "weights", "frame_sampling", "device")
+"""The options that say what the labels were made from."""
+
 source_option = click.option(
     "--source",
     "sources",

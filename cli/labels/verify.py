@@ -11,6 +11,7 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
     device_option,
     frame_sampling_option,
@@ -26,9 +27,13 @@ from sskt.cli.output import as_json, print_json, progress
 @click.command(
     "verify",
     cls=GroupedCommand,
+    groups={
+        "Checks": ("cache", "count", "tolerance", "bind"),
+        "What the labels were made from": REOPENED,
+    },
     examples=(
-        "sskt verify",
         "sskt verify stl10 --recompute 64",
+        "sskt verify --recompute 64 --source tiny=tiny.py:build",
     ),
 )
 @cache_option
