@@ -11,22 +11,29 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
     device_option,
+    frame_sampling_option,
     root_option,
     sets_argument,
+    source_option,
     target_option,
+    weights_option,
 )
 from sskt.cli.output import as_json, print_json, progress
-from sskt.teacher_cache.errors import InputError
 
 
 @click.command(
     "verify",
     cls=GroupedCommand,
+    groups={
+        "Checks": ("cache", "count", "tolerance", "bind"),
+        "What the labels were made from": REOPENED,
+    },
     examples=(
-        "sskt verify",
         "sskt verify stl10 --recompute 64",
+        "sskt verify --recompute 64 --source tiny=tiny.py:build",
     ),
 )
 @cache_option
@@ -49,12 +56,11 @@ from sskt.teacher_cache.errors import InputError
     is_flag=True,
     help="Bind the shards of sets of older versions to their places, after the check.",
 )
-@click.option("--source", help="Source to open instead of the recorded one (one set only).")
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Its weights, if not the recorded file."
-)
+@source_option
+@weights_option
 @root_option
 @target_option
+@frame_sampling_option
 @device_option
 @as_json
 def verify(
@@ -63,10 +69,11 @@ def verify(
     count: int,
     tolerance: float | None,
     bind: bool,
-    source: str | None,
+    sources: tuple[str, ...],
     weights: Path | None,
     root: Path | None,
     target: str | None,
+    frame_sampling: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -80,11 +87,11 @@ def verify(
     """
     from sskt.teacher_cache.label_sets.find import choose_all
     from sskt.teacher_cache.tools import verify as checks
+    from sskt.teacher_cache.tools.reopen import Reopen, require_named_sources
 
     chosen, damaged = choose_all(cache, sets)
-    if source and len(chosen) > 1:
-        raise InputError(f"--source goes with one label set, found {len(chosen)}; name it")
-    instead = checks.Reopen(target, root, source, weights, device)
+    instead = Reopen(target, root, sources, weights, frame_sampling, device)
+    require_named_sources(instead, chosen)
     reports = []
     with progress() as bar:
         for label_set in chosen:

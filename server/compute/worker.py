@@ -31,7 +31,7 @@ from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache
-from sskt.teacher_cache.tools.verify import Reopen, reopen
+from sskt.teacher_cache.tools.reopen import Reopen, reopen
 from sskt.teacher_cache.views.views import Views
 
 POLL_SECONDS = 0.1

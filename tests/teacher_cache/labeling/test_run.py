@@ -867,7 +867,9 @@ def test_batch_mode_on_the_command_line(jpegs: Path, sskt: Sskt, tmp_path: Path)
     assert status == 0, err
     (label_set,) = list_label_sets(tmp_path)
     assert label_set.spec["source"]["batchnorm"] == "batch-6"
-    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 30, "--json")
+    status, out, err = sskt(
+        "verify", "--cache", tmp_path, "--recompute", 30, "--json", "--source", SOURCE
+    )
     (report,) = json.loads(out)
     assert status == 0 and report["problems"] == [] and report["recomputed"] == 30, err
     assert report["worst_distance"] < 1e-3
