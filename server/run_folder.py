@@ -35,7 +35,7 @@ def run_folder() -> Iterator[Path]:
         for other in folder.parent.glob(f"{PREFIX}*"):
             if other != folder and other.lstat().st_uid == os.getuid():
                 _remove_unlocked(other)
-        for name in ("slabs", "prometheus", "queue"):
+        for name in ("prometheus", "queue"):
             (folder / name).mkdir()
         threading.Thread(target=_touch, args=(folder, stopped), daemon=True).start()
         yield folder
