@@ -78,6 +78,23 @@ _OPTIONS = (
     ),
     click.option("--download", is_flag=True, help="Let torchvision download the target."),
     click.option(
+        "--columns",
+        default="",
+        metavar="path=COLUMN,...",
+        help="Manifests: the columns that are not named path, label or labels, split, class_name.",
+    ),
+    click.option(
+        "--label-separator",
+        default="",
+        help="Manifests: what separates several labels of a sample; none: a label is one name.  "
+        "[default: | in a column labels]",
+    ),
+    click.option(
+        "--allow-outside-root",
+        is_flag=True,
+        help="Manifests: files may lie outside of --root, or else of the manifest's folder.",
+    ),
+    click.option(
         "--weights",
         multiple=True,
         metavar="[NAME=]FILE",

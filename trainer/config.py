@@ -70,6 +70,10 @@ class TrainConfig:
         partial: Accept a target of which a part is stored, where an official list names more.
         decoder: Decoder of clips. auto: that of the label sets, else pyav.
         strict_fingerprint: Compare files by contents, not by name and size only.
+        columns: Manifests only: the columns that have another name, as path=COLUMN,label=COLUMN.
+        label_separator: Manifests only: what separates several labels of a sample. none: a label
+            is one name. Default: | in a column labels.
+        allow_outside_root: Manifests only: files may lie outside of the folder of the data.
         eval_every: Epochs between two evaluations. The last epoch is always followed by one.
         policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
             default.
@@ -153,6 +157,9 @@ class TrainConfig:
     partial: bool = False
     decoder: Annotated[str, OneOf((AUTO, "pyav", "decord"))] = AUTO
     strict_fingerprint: bool = False
+    columns: str = ""
+    label_separator: str = ""
+    allow_outside_root: bool = False
     eval_every: Count = 1
     policy: str = AUTO
     frame_sampling: str = ""

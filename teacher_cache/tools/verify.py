@@ -229,6 +229,9 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
             partial=made.get("partial", False),
             decoder=spec["views"].get("decoder", "pyav"),
             strict=made.get("strict", False),
+            columns=made.get("columns", ""),
+            label_separator=made.get("label_separator", ""),
+            allow_outside_root=made.get("allow_outside_root", False),
         )
     )
     target = open_views(target, reopen_policy(label_set)).target
