@@ -1,4 +1,4 @@
-"""What a label server is told; handed to its worker processes through the environment."""
+"""The settings of a label server; its worker processes get them through the environment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ class Settings:
 
     cache: folder or URL of the label sets. run: temporary folder shared by this server's
     processes. memory: GiB of decoded labels for batches, an equal part for each worker. queue:
-    shards that may wait to be computed. wait_seconds: how long a request waits for one. max_ids,
+    shards that may wait to be computed. wait_seconds: how long a request waits for one.
+    max_seeds: to which a request may let a label set grow. max_ids,
     max_body (bytes), max_answer (bytes), max_decoded (bytes of the chunks that its rows are in): of
     one batch. max_requests, max_requests_each: at once, of a worker and of one client
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
     request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
     for so long is cut off.
-    log: json or text. root: where targets lie now, for the sample browser and for computing.
+    log: json or text. root: where the targets are now, for the sample browser and for computing.
+    started: by the machine's monotonic clock.
     """
 
     cache: str
@@ -37,6 +39,7 @@ class Settings:
     root: str | None = None
     log: str = "json"
     queue: int = 64
+    max_seeds: int = 1024
     wait_seconds: float = 20
     memory: float = 2.0
     max_ids: int = 65536
