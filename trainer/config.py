@@ -76,10 +76,11 @@ class TrainConfig:
         partial: Accept a target of which a part is stored, where an official list names more.
         decoder: Decoder of clips. auto: that of the label sets, else pyav.
         strict_fingerprint: Compare files by contents, not by name and size only.
-        columns: Manifests only: the columns that have another name, as path=COLUMN,label=COLUMN.
-        label_separator: Manifests only: what separates several labels of a sample. none: a label
-            is one name. Default: | in a column labels.
-        allow_outside_root: Manifests only: files may lie outside of the folder of the data.
+        columns: Names of the columns of a manifest that are not called path, label or labels,
+            split, class_name, as path=COLUMN,label=COLUMN.
+        label_separator: Separator of several labels of a sample in a manifest; none: a label is
+            always one name. Default: | in a column labels.
+        allow_outside_root: Accept files of a manifest outside of the folder of the data.
         eval_every: Epochs between two evaluations. The last epoch is always followed by one.
         policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
             default.

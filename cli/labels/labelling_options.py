@@ -19,6 +19,7 @@ Command = Callable[..., Any]
 
 GROUPS = {
     "Data": ("target", "root", "split", "limit", "partial", "strict", "download", "decoder"),
+    "Manifests": ("columns", "label_separator", "allow_outside_root"),
     "Sources": (
         "sources",
         "weights",
@@ -108,18 +109,18 @@ _OPTIONS = (
         "--columns",
         default="",
         metavar="path=COLUMN,...",
-        help="Manifests: the columns that are not named path, label or labels, split, class_name.",
+        help="Names of the columns that are not called path, label or labels, split, class_name.",
     ),
     click.option(
         "--label-separator",
         default="",
-        help="Manifests: what separates several labels of a sample; none: a label is one name.  "
-        "[default: | in a column labels]",
+        help="Separator of several labels of a sample; none: a label is always one name. Default: "
+        "| in a column labels.",
     ),
     click.option(
         "--allow-outside-root",
         is_flag=True,
-        help="Manifests: files may lie outside of --root, or else of the manifest's folder.",
+        help="Accept files outside of --root, or else of the folder of the manifest.",
     ),
     click.option(
         "--weights",
