@@ -13,13 +13,8 @@ from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
     REOPENED,
     cache_option,
-    device_option,
-    frame_sampling_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    source_option,
-    target_option,
-    weights_option,
 )
 from sskt.cli.output import as_json, print_json, print_table, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
@@ -59,12 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--live/--no-live", default=True, show_default=True, help="Recompute the label with its source."
 )
-@source_option
-@weights_option
-@root_option
-@target_option
-@frame_sampling_option
-@device_option
+@reopen_options
 @as_json
 def inspect(
     cache: str,
@@ -74,13 +64,8 @@ def inspect(
     png: Path | None,
     clip: Path | None,
     live: bool,
-    sources: tuple[str, ...],
-    weights: Path | None,
-    root: Path | None,
-    target: str | None,
-    frame_sampling: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Look at one sample under one seed: its view, each source's top-5, the spec.
 
@@ -105,7 +90,7 @@ def inspect(
             raise IncompleteLabels(
                 f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"
             )
-    instead = Reopen(target, root, sources, weights, frame_sampling, device)
+    instead = Reopen(**given)
     require_named_sources(instead, chosen)
     shown: dict[str, Any] = {
         "sample": sample,
