@@ -163,6 +163,7 @@ class RowCache:
         wanted = {chunk: (rows, to) for chunk, rows, to in part.chunks(size)}
         for _ in range(_ATTEMPTS):
             key = self._stored(label_set, shard)
+            label_set.shard_record(shard, fresh=True)
             for first, last in _runs(lacking, most):
                 start = shard.start + first * size
                 piece = _read(
