@@ -1,4 +1,4 @@
-"""What a label server is told; handed to its worker processes through the environment."""
+"""The settings of a label server; its worker processes get them through the environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Settings:
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
     request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
     for so long is cut off.
-    log: json or text. root: where targets lie now, for the sample browser and for computing.
+    log: json or text. root: where the targets are now, for the sample browser and for computing.
+    started: by the machine's monotonic clock.
     """
 
     cache: str

@@ -81,9 +81,9 @@ class Metrics:
         )
         self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
         self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
-        self._hits = Counter("sskt_slab_hits", "Batches from a slab in memory.", registry=on)
+        self._hits = Counter("sskt_slab_hits", "Batches whose labels were decoded already.", registry=on)
         self._misses = Counter(
-            "sskt_slab_misses", "Batches that had to decode a slab.", registry=on
+            "sskt_slab_misses", "Batches that had to decode labels.", registry=on
         )
         computed = Counter("sskt_computed_shards", "Shards computed.", ["result"], registry=on)
         self._computed = {ok: computed.labels("ok" if ok else "failed") for ok in (True, False)}
@@ -152,7 +152,7 @@ class Metrics:
         _kept(self._sets, self._labels, set_name).inc(count)
 
     def slab(self, hit: bool) -> None:
-        """Counts a batch: its slab was in memory, or had to be decoded."""
+        """Counts a batch: its labels were decoded already, or had to be."""
         (self._hits if hit else self._misses).inc()
 
     def computed(self, seconds: float, ok: bool) -> None:

@@ -1,7 +1,7 @@
 """HTML pages: templates, static files, and problems as a browser's user reads them.
 
-Nothing is loaded from elsewhere, and nothing in a page is script or style, so that the policy
-sent with it can forbid both. Whatever comes from a store or a client is escaped.
+Nothing is loaded from other servers, and no page contains scripts or styles, so that the policy
+sent with it can forbid both. Text that comes from a store or a client is escaped.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def static_url(name: str) -> str:
 
 @static.get("/static/{name}")
 async def static_file(name: str, v: str = "") -> Response:
-    """A style sheet, script or picture of the pages."""
+    """A style sheet, script or image of the pages."""
     if name not in _STATIC:
         raise Problem(404, "not found", f"no static file {name}")
     data, digest = _STATIC[name]

@@ -1,4 +1,4 @@
-"""The status page at ``/``: what the cache holds, and how the server is doing."""
+"""The status page at ``/``: what the cache holds, and what the server does."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from starlette.responses import Response
 from sskt.server.http.problems import Problem
 from sskt.server.metrics.metrics import BOUNDS, quantile
 from sskt.server.pages import pages, samples
-from sskt.server.pages.label_set_cards import cards_of
+from sskt.server.pages.coverage import CoverageCache
 from sskt.server.pages.pages import answer_problem, page
-from sskt.server.pages.survey import Surveys
+from sskt.server.pages.summaries import summaries_of
 from sskt.server.state import state_of
 from sskt.teacher_cache.errors import SsktError
 
@@ -35,7 +35,7 @@ router.include_router(samples.router)
 
 def mount_static(app: FastAPI) -> None:
     """Adds the pages' static files, and what the pages keep between requests."""
-    app.state.surveys = Surveys()
+    app.state.coverages = CoverageCache()
     app.state.recent = Recent(app.state.sskt.settings.started)
     app.state.opened = samples.Opened()
     app.include_router(pages.static)
@@ -136,7 +136,7 @@ def _live(request: Request, q: str) -> dict[str, Any]:
         "now": now,
         "q": q,
         "count": len(sets),
-        "cards": cards_of(request, wanted),
+        "summaries": summaries_of(request, wanted),
         "damaged": sorted(state.sets.damaged.items()),
         "queue": state.on_demand.state() if state.on_demand else None,
         "queue_limit": state.settings.queue,

@@ -1,7 +1,7 @@
 """Shards computed when somebody asks for them: waiting for one, asking for many, the queue.
 
 A web worker never writes into the cache: it puts shards into the queue (``compute/queue.py``), and
-the owner of the accelerator (``compute/worker.py``) stores them before anyone is answered.
+the compute worker (``compute/worker.py``) stores them before a client is answered.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def no_such_seed(state: State, label_set: LabelSet, seed: int) -> Problem:
 
 
 def _ask_all(queue: Queue, label_set: LabelSet, seeds: list[int]) -> dict[str, Any]:
-    """Asks block by block: the owner reads a block's samples once for all its waiting seeds."""
+    """Asks block by block: a block's samples are read once for all its waiting seeds."""
     missing = label_set.missing(seeds)
     states = dict.fromkeys((QUEUED, COMPUTING, FAILED), 0)
     message, full = "", False
@@ -246,7 +246,7 @@ def may_compute(request: Request) -> bool:
 def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
     """The shard's entry in the queue, asked for where there is none; None: it is stored.
 
-    A bucket is asked only when the owner has done with the shard, not at every look.
+    An object store is asked only when the compute worker is done with the shard.
     """
     entry = queue.get(label_set.name, shard.seed, shard.block)
     over = entry is None or entry.state == FAILED

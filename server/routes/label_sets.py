@@ -12,7 +12,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
 
 from sskt.server.http.openapi import problems
-from sskt.server.pages.survey import survey
+from sskt.server.pages.coverage import coverage_of
 from sskt.server.routes.compute import why_not
 from sskt.server.routes.zarr import metadata_keys, shard_of
 from sskt.server.state import State, inside, state_of
@@ -101,7 +101,7 @@ async def show_coverage(name: SetName, request: Request) -> Response:
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
-        stored = [np.flatnonzero(blocks).tolist() for blocks in survey(label_set).stored]
+        stored = [np.flatnonzero(blocks).tolist() for blocks in coverage_of(label_set).stored]
         return {
             "seeds": label_set.seeds,
             "samples": label_set.samples,
@@ -236,7 +236,7 @@ def _served(state: State, label_set: LabelSet, inner: str) -> bool:
 
 
 def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
-    found = survey(label_set)
+    found = coverage_of(label_set)
     computed = state.on_demand is not None and not why_not(label_set)
     return summary(label_set, (found.shares.tolist(), found.bytes)) | {"on_demand": computed}
 

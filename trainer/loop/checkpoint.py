@@ -77,6 +77,7 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
     Every process has to call it; the first one writes. ``best.pt`` comes first: a run that is
     killed between the two trains the epoch again, and would else never write it.
     """
+    trainer.loader.finish_checks()
     plan, progress = trainer.plan, trainer.progress
     place = {f.name: getattr(progress, f.name) for f in dataclasses.fields(progress)}
     place["totals"] = progress.summed(plan.ranks, plan.device)

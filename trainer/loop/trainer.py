@@ -13,6 +13,7 @@ from sskt.teacher_cache.errors import Diverged
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import config_json, read_config, require_same
+from sskt.trainer.data.loader import naming_dead_workers
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop import checkpoint as checkpoints
@@ -135,9 +136,11 @@ class Trainer:
             BadCheckpoint: If its checkpoint cannot be resumed.
             ViewMismatch: If a view is not the one that the sources saw.
             Diverged: If a loss or a metric is no finite number.
+            SsktError: If a loader process was killed, or sends nothing.
         """
         mine = self.plan.ranks.first
-        with records.held_folder(out, resume=resume) if mine else nullcontext():
+        held = records.held_folder(out, resume=resume) if mine else nullcontext()
+        with held, naming_dead_workers():
             return self._run(out, resume)
 
     def _run(self, out: Path, resume: bool) -> list[Record]:

@@ -306,7 +306,7 @@ def test_the_command_prints_the_secret_alone(path: Path) -> None:
     secret = out.removesuffix("\n")
     found = Tokens(path).check(secret)
     assert found is not None and found.scopes == ("compute", "read")
-    assert "token lab (compute, read), good until 20" in err and secret not in err
+    assert "token lab (compute, read), valid until 20" in err and secret not in err
     made = json.loads(call("new", "ci", "--json")[0])
     assert Tokens(path).check(made["token"]) and made["scopes"] == ["read"]
     out, _ = call("list")

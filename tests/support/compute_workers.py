@@ -1,4 +1,4 @@
-"""Owner processes for the tests of computing on demand, with faults that a file switches on."""
+"""Compute workers for the tests of computing on demand, with faults that a file switches on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sskt.server.compute.queue import COMPUTING, Queue
-from sskt.server.compute.worker import own
+from sskt.server.compute.worker import run_compute_worker
 from sskt.server.settings import Settings
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.source import Source
@@ -25,9 +25,9 @@ _context.set_forkserver_preload(["sskt.server.compute.worker"])
 
 
 @contextlib.contextmanager
-def owner(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BaseProcess]:
-    """An owner while it is needed; ``status``: how it ends."""
-    process = _context.Process(target=_own, args=(settings,), name="owner")
+def compute_worker(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BaseProcess]:
+    """A compute worker while it is needed; ``status``: how it ends."""
+    process = _context.Process(target=_own, args=(settings,), name="compute")
     process.start()
     try:
         yield process
@@ -39,7 +39,7 @@ def owner(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BasePro
 
 
 def start_grandchild(settings: Settings, pids: Any) -> None:
-    """Starts an owner and waits to be killed."""
+    """Starts a compute worker and waits to be killed."""
     process = multiprocessing.get_context("fork").Process(target=_own, args=(settings,))
     process.start()
     pids.send(process.pid)
@@ -47,21 +47,21 @@ def start_grandchild(settings: Settings, pids: Any) -> None:
 
 
 def grandparent(settings: Settings, pids: Any) -> BaseProcess:
-    """A process whose child is an owner."""
+    """A process whose child is a compute worker."""
     process = _context.Process(target=start_grandchild, args=(settings, pids))
     process.start()
     return process
 
 
 def written(settings: Settings) -> int:
-    """Shards that owners have come to write."""
+    """Shards that compute workers have come to write."""
     path = Path(settings.run) / "written"
     return len(path.read_text()) if path.exists() else 0
 
 
 def _own(settings: Settings) -> None:
     _inject(Path(settings.run))
-    own(settings)
+    run_compute_worker(settings)
 
 
 def _inject(run: Path) -> None:
