@@ -165,6 +165,15 @@ def test_a_chunk_is_decoded_once(
     for ids in ([0, 600, 1200, 5], [1, 2], [700, 1299]):
         check(served, label_set, 0, *ids)
     assert decoded == [(0, 0, ROWS), (0, ROWS, 2 * ROWS), (0, 2 * ROWS, SAMPLES)]
+    threads = [
+        threading.Thread(target=served.rows, args=(label_set, 1, np.array([number])))
+        for number in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert decoded[3:] == [(1, 0, ROWS)]
 
 
 @pytest.mark.parametrize("budget", [2 * CHUNK + CHUNK // 2, 0])
