@@ -14,36 +14,42 @@ from sskt.teacher_cache.extras import missing_extra
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Labels": {
-        "cache-teachers": ("cache_teachers", "Label a target with frozen sources, once."),
-        "plan": ("plan", "Predict what labelling costs, and when the cache pays."),
-        "ls": ("ls", "List the label sets of a cache."),
-        "inspect": ("inspect", "Show one sample: its view, stored and recomputed labels."),
-        "verify": ("verify", "Check label sets: checksums, rows, coverage."),
-        "copy": ("copy", "Copy label sets between folders and object stores."),
-        "rm": ("rm", "Delete label sets, or some of their view seeds."),
-        "export": ("export", "Store a label set in another encoding."),
+        "cache-teachers": (
+            "sskt.cli.labels.cache_teachers",
+            "Label a target with frozen sources, once.",
+        ),
+        "plan": ("sskt.cli.labels.plan", "Predict what labelling costs, and when the cache pays."),
+        "ls": ("sskt.cli.labels.ls", "List the label sets of a cache."),
+        "inspect": (
+            "sskt.cli.labels.inspect",
+            "Show one sample: its view, stored and recomputed labels.",
+        ),
+        "verify": ("sskt.cli.labels.verify", "Check label sets: checksums, rows, coverage."),
+        "copy": ("sskt.cli.labels.copy", "Copy label sets between folders and object stores."),
+        "rm": ("sskt.cli.labels.rm", "Delete label sets, or some of their view seeds."),
+        "export": ("sskt.cli.labels.export", "Store a label set in another encoding."),
     },
     "Training": {
-        "train": ("train", "Train a network from soft labels, or from scratch."),
-        "compare": ("compare", "Compare runs: table, curves, significance."),
-        "sweep": ("sweep", "Train over temperatures and alphas."),
-        "reproduce": ("reproduce", "Reproduce a table or figure of the paper."),
-        "demo": ("demo", "Cache, train and compare on a rendered target."),
+        "train": ("sskt.cli.training.train", "Train a network from soft labels, or from scratch."),
+        "compare": ("sskt.cli.training.compare", "Compare runs: table, curves, significance."),
+        "sweep": ("sskt.cli.training.sweep", "Train over temperatures and alphas."),
+        "reproduce": ("sskt.cli.training.reproduce", "Reproduce a table or figure of the paper."),
+        "demo": ("sskt.cli.training.demo", "Cache, train and compare on a rendered target."),
     },
     "Label server": {
-        "serve": ("serve", "Serve the label sets of a cache over HTTP."),
-        "token": ("token", "Create, list and revoke tokens."),
+        "serve": ("sskt.cli.serving.serve", "Serve the label sets of a cache over HTTP."),
+        "token": ("sskt.cli.serving.token", "Create, list and revoke tokens."),
     },
     "What is known by name": {
-        "datasets": ("datasets", "List the known targets and their layouts."),
-        "sources": ("sources", "List the known sources."),
-        "policies": ("known", "List the view policies and their parameters."),
-        "models": ("known", "List the target networks."),
-        "encodings": ("known", "List the encodings of soft labels."),
-        "recipes": ("known", "List the recipes that ship with sskt."),
+        "datasets": ("sskt.cli.known.datasets", "List the known targets and their layouts."),
+        "sources": ("sskt.cli.known.sources", "List the known sources."),
+        "policies": ("sskt.cli.known.names", "List the view policies and their parameters."),
+        "models": ("sskt.cli.known.names", "List the target networks."),
+        "encodings": ("sskt.cli.known.names", "List the encodings of soft labels."),
+        "recipes": ("sskt.cli.known.names", "List the recipes that ship with sskt."),
     },
 }
-"""The commands: module below ``sskt.cli`` and one line of help, by section of ``sskt --help``."""
+"""The commands: module and one line of help, by section of ``sskt --help``."""
 COMMANDS = {name: found for section in SECTIONS.values() for name, found in section.items()}
 INTERRUPTED = 130
 
@@ -57,7 +63,7 @@ class Lazy(SuggestingGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"sskt.cli.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
     "teacher_cache.errors",
+    "teacher_cache.extras",
     "teacher_cache.rng",
     "teacher_cache.locations",
     "teacher_cache.format",
@@ -53,7 +54,14 @@ ORDER = (
     "server.routes",
     "server.app",
     "server.run",
-    "cli",
+    "cli.help",
+    "cli.output",
+    "cli.locations",
+    "cli.known",
+    "cli.labels",
+    "cli.training",
+    "cli.serving",
+    "cli.main",
 )
 """Folders and modules beside them; each may import from those before it."""
 

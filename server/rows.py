@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.server.metrics.metrics import Metrics
-from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, SsktError
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -31,7 +31,7 @@ Int64 = NDArray[np.int64]
 Version = tuple[tuple[object, ...] | None, ...]
 """For each file of a shard something that changes with its content; None if it is missing."""
 
-PIECE = 16 * 2**20
+PIECE = 4 * 2**20
 """Bytes of rows that are decoded at once."""
 LISTED_SECONDS = 10.0
 """Lifetime of a listing of a bucket; a tenth of it if a file is missing from the listing."""
@@ -134,8 +134,8 @@ class RowCache:
         return {name: np.empty((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
 
     def _key(self, label_set: LabelSet, shard: Shard) -> _Key:
-        """The shard as its files are now."""
-        keys = tuple([label_set.shard_key(name, shard) for name in label_set.arrays])
+        """The shard as its files are now, the record that binds it to its place included."""
+        keys = tuple(label_set.shard_keys(shard))
         version = self._versions.of(label_set.place, keys)
         return label_set.name, label_set.digest, shard, version
 
@@ -185,7 +185,7 @@ class RowCache:
     def _stored(self, label_set: LabelSet, shard: Shard) -> _Key:
         """Raises ``IncompleteLabels``, ``CorruptStore`` if a file of the shard is missing."""
         key = self._key(label_set, shard)
-        if None in key[3]:
+        if None in key[3][: None if label_set.bound else -1]:  # old sets may lack the record
             self._versions.forget()
             label_set.place.refresh()
             _read(label_set, shard.seed, shard.start, shard.start + 1)
@@ -321,10 +321,23 @@ def _size(arrays: Encoded) -> int:
 
 
 def _read(label_set: LabelSet, seed: int, start: int, stop: int) -> Encoded:
-    """Rows with their view checks. Raises as ``LabelSet.read``."""
+    """Rows with their view checks.
+
+    Raises:
+        IncompleteLabels: If they are not stored.
+        CorruptStore: If a checksum fails, if a file is not the one that the shard's record names,
+            or if a row cannot be a probability distribution.
+    """
     if not label_set.has(label_set.shard(seed, start // label_set.shard_rows)):
         label_set.place.refresh()  # a bucket's listing may be older than the shard
     labels = label_set.read(seed, start, stop)
+    faulty = np.flatnonzero(label_set.encoding.faulty(labels, len(label_set.classes)))
+    if len(faulty):
+        raise CorruptStore(
+            f"label set {label_set.name}: the row of sample {start + faulty[0]} in seed {seed} is "
+            "no probability distribution; run sskt verify, remove the shard that it names and "
+            "cache it again"
+        )
     return {"view_check": label_set.read_checks(seed, start, stop)} | labels
 
 

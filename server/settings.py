@@ -17,7 +17,8 @@ class Settings:
 
     cache: folder or URL of the label sets. run: temporary folder shared by this server's
     processes. memory: GiB of decoded labels for batches, an equal part for each worker. queue:
-    shards that may wait to be computed. wait_seconds: how long a request waits for one. max_ids,
+    shards that may wait to be computed. wait_seconds: how long a request waits for one.
+    max_seeds: to which a request may let a label set grow. max_ids,
     max_body (bytes), max_answer (bytes), max_decoded (bytes of the chunks that its rows are in): of
     one batch. max_requests, max_requests_each: at once, of a worker and of one client
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
@@ -41,6 +42,7 @@ class Settings:
     root: str | None = None
     log: str = "json"
     queue: int = 64
+    max_seeds: int = 1024
     wait_seconds: float = 20
     memory: float = 2.0
     max_ids: int = 65536

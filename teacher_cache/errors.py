@@ -7,13 +7,45 @@ any other ``SsktError`` is a failure of the run itself (exit status 1).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Makes text from elsewhere safe for a terminal and a log.
+
+    Names, class names and metadata of label sets, and messages of servers, can hold sequences that
+    move the cursor, rename the window or reverse the order of what follows.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text in one line. Line breaks and tabulators are blanks, and other control characters,
+        controls of the writing direction and lone surrogates are escaped (``\\x1b``).
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if found[0].isspace():
+        return " "
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class SsktError(Exception):
-    """Base of all errors that sskt raises on purpose."""
+    """Base of all errors that sskt raises on purpose. Their messages are ``printable``."""
 
     exit_code = 1
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in arguments))
 
 
 class InputError(SsktError):

@@ -17,7 +17,6 @@ import secrets
 import stat
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -25,7 +24,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
-from sskt.teacher_cache.storage.atomic import naming_full_disk, sync_folder
+from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
 
 SCOPES = ("read", "compute")
@@ -262,21 +261,12 @@ def _replace(path: Path, data: bytes) -> None:
 
     An administrator who adds a token must not take the file away from the server's user.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with naming_full_disk(path):
-        try:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                with contextlib.suppress(FileNotFoundError):
-                    old = path.stat()
-                    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                        os.fchown(handle, old.st_uid, old.st_gid)
-                    os.fchmod(handle, stat.S_IMODE(old.st_mode) & ~_OPEN_TO_OTHERS)
-                file.write(data)
-                file.flush()
-                os.fsync(handle)
-            partial.replace(path)
-            sync_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+
+    def keep_owner(handle: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            old = path.stat()
+            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(handle, old.st_uid, old.st_gid)
+            os.fchmod(handle, stat.S_IMODE(old.st_mode) & ~_OPEN_TO_OTHERS)
+
+    durable_write(path, data, prepare=keep_owner)

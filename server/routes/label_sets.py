@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from sskt.server.http.openapi import problems
 from sskt.server.pages.coverage import coverage_of
 from sskt.server.routes.compute import why_not
-from sskt.server.state import State, state_of
+from sskt.server.routes.zarr import metadata_keys, shard_of
+from sskt.server.state import State, inside, state_of
 from sskt.teacher_cache.label_sets.create import summary
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
@@ -155,8 +156,9 @@ async def list_files(
     state = state_of(request)
 
     def found() -> dict[str, Any]:
-        sizes = state.sets.get(name).place.sizes(under)
-        return {"files": {k: n for k, n in sizes.items() if not k.endswith(".partial")}}
+        label_set = state.sets.get(name)
+        sizes = label_set.place.sizes(under)
+        return {"files": {k: sizes[k] for k in sizes if _served(state, label_set, k)}}
 
     return await _told(found)
 
@@ -224,6 +226,13 @@ def arrays_of(label_set: LabelSet) -> dict[str, Any]:
     }
     found["view_check"] = {"shape": shape, "dtype": "uint32"}
     return {k: v | {"path": f"/zarr/{label_set.name}/{k}"} for k, v in found.items()}
+
+
+def _served(state: State, label_set: LabelSet, inner: str) -> bool:
+    """True if ``/zarr`` serves a key of a label set."""
+    shard = shard_of(label_set, inner)
+    known = shard.seed < label_set.seeds if shard else inner in metadata_keys(label_set)
+    return known and inside(state.home, f"{label_set.name}/{inner}")
 
 
 def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sskt.server.routes.compute import may_compute, wait_for, why_not
 from sskt.server.rows import Int64, chunk_numbers, chunk_rows
 from sskt.server.settings import Settings
 from sskt.server.state import State, state_of
-from sskt.teacher_cache.errors import IncompleteLabels
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 
@@ -139,7 +139,12 @@ async def batch(
         raise Problem(503, "too many answers at once", detail, {"Retry-After": "1"})
     answer = None
     try:
-        rows = await _rows(request, state, label_set, seeds, ids, inline=count <= INLINE)
+        try:
+            rows = await _rows(request, state, label_set, seeds, ids, inline=count <= INLINE)
+        except CorruptStore:
+            if await asyncio.to_thread(state.sets.get, name) is not label_set:
+                raise _changed(label_set) from None
+            raise
         headers = {DIGEST: label_set.digest, "Cache-Control": "no-store"}
         if kind == RAW:
             headers[formats.ARRAYS] = formats.described(rows)
@@ -261,7 +266,12 @@ async def _rows(
     try:
         return await _in_thread(read)
     except IncompleteLabels:
-        raise problem or Problem(503, "changed", "the label set changed; ask again") from None
+        raise problem or _changed(label_set) from None
+
+
+def _changed(label_set: LabelSet) -> Problem:
+    detail = f"label set {label_set.name} changed while it was read; ask again"
+    return Problem(503, "changed", detail, {"Retry-After": "1"})
 
 
 def _missing(

@@ -7,6 +7,7 @@ CRC-32C, and an index of their positions, which ends with its own.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ ReadPart = Callable[[int | None, int | None], bytes]
 RECORD_ENDING = ".json"
 """How the names of records end, which lie beside the shards of ``view_check``."""
 
-_CHECKSUM = 4
+_CHECKSUM, _BLOSC_OVERHEAD = 4, 16
 _ABSENT = 2**64 - 1
 _CODECS = ["bytes", "blosc", "crc32c"]
 _INDEX_CODECS = ["bytes", "crc32c"]
@@ -181,6 +182,12 @@ class ShardLayout:
     def chunks(self) -> int:
         """Number of chunks in a shard."""
         return -(-self.rows // self.chunk_rows)
+
+    @property
+    def largest(self) -> int:
+        """Largest size of a file in bytes: no chunk is compressed, each has Blosc's header."""
+        chunk = self.chunk_rows * math.prod(self.shape) * self.dtype.itemsize
+        return self.chunks * (chunk + _BLOSC_OVERHEAD + _CHECKSUM + 16) + _CHECKSUM
 
     def read(self, part: ReadPart, first: int, stop: int, recorded: str = "") -> NDArray[Any]:
         """Reads and decodes rows of a shard file.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import SpecMismatch
 from sskt.teacher_cache.format.encodings import Encoding
+from sskt.teacher_cache.format.names import LONGEST_NAME
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.sources.source import Source
@@ -62,7 +63,11 @@ def name_of(spec: Mapping[str, Any]) -> str:
     target, source = spec["target"], spec["source"]
     parts = (f"{target['name']}-{target['split']}", f"{source['name']}-{source['arch']}")
     safe = [re.sub(r"[^A-Za-z0-9_-]+", "-", part) for part in parts]
-    return ".".join([*safe, digest_of(spec)[:12]])
+    name = ".".join([*safe, digest_of(spec)[:12]])
+    if len(name) <= LONGEST_NAME:
+        return name
+    cut = (LONGEST_NAME - 14) // 2
+    return ".".join([*(part[:cut] for part in safe), digest_of(spec)[:12]])
 
 
 def first_difference(

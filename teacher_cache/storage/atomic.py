@@ -6,27 +6,50 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sskt.teacher_cache.errors import DiskFull
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
-def durable_write(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file that is there whole or not at all: temporary, fsync, rename, fsync of folder.
 
-    Raises ``DiskFull`` (the temporary file is removed) when there is no room.
+def durable_write(
+    path: Path,
+    data: bytes | memoryview,
+    *,
+    synced: bool = True,
+    prepare: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a file so that readers see the old content or the new one, and no part of it.
+
+    A temporary file beside it is written and renamed.
+
+    Args:
+        path: The file. Folders above it are created.
+        data: Its content.
+        synced: Whether the file must survive a power cut; then it and its folder are synchronised.
+        prepare: Called with the handle of the temporary file before anything is written to it,
+            for its owner and permissions; the file is then private until ``prepare`` changes that.
+
+    Raises:
+        DiskFull: If there is no room; the temporary file is removed.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with naming_full_disk(path):
         try:
             _make_folders(path.parent)
-            with partial.open("wb") as file:
+            handle = os.open(partial, _NEW_FILE, 0o666 if prepare is None else 0o600)
+            with os.fdopen(handle, "wb") as file:
+                if prepare is not None:
+                    prepare(handle)
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(handle)
             partial.replace(path)
-            sync_folder(path.parent)
+            if synced:
+                sync_folder(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

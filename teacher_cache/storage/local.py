@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.names import is_set_name, set_name, set_names
 from sskt.teacher_cache.locations import require_folder
 from sskt.teacher_cache.storage.atomic import durable_write, sync_folder
 from sskt.teacher_cache.storage.base import METADATA
@@ -39,7 +41,7 @@ class LocalPlace:
         return self.path.name
 
     def below(self, name: str) -> LocalPlace:
-        return LocalPlace(self.path / name)
+        return LocalPlace(self.path / set_name(name))
 
     def where(self, key: str) -> str:
         return str(self.path / key)
@@ -50,9 +52,10 @@ class LocalPlace:
     def folders(self) -> list[str]:
         """See ``Place``. Raises ``MissingData`` if there is no such folder."""
         require_folder(self.path)
-        return sorted(
-            p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir()
-        )
+        folders = [path for path in self.path.iterdir() if path.is_dir()]
+        ours = [path.name for path in folders if is_set_name(path.name)]
+        others = [path.name for path in folders if (path / GROUP).exists()]
+        return set_names([*ours, *others], str(self))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ SHARDS_TWICE = (
     "several processes may label the same shards (give each its part with --share); what they "
     "store is right all the same"
 )
+
+FIRST_POLL, LONGEST_POLL = 0.002, 0.1
+"""Seconds between two tries of a lock."""
 
 ABANDONED_SECONDS = 24 * 3600.0
 """Age of a temporary file whose writer is taken for dead where there are no locks to tell."""
@@ -75,14 +78,26 @@ def unlock_file(handle: int) -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, which is made if there is none; waits for it.
+def file_lock(
+    path: Path, pause: Callable[[float], None] | None = None, *, mode: int = 0o600
+) -> Iterator[None]:
+    """Holds the lock of a file; waits for it.
 
     Each holder opens the file anew, so that threads exclude each other too.
+
+    Args:
+        path: The file, which is created if it does not exist.
+        pause: Called with seconds to sleep while the lock is not free, so that waiting can be
+            reported and ended by an exception; without it the kernel waits.
+        mode: Permissions of a new file, less the umask.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
     try:
-        lock_file(handle)
+        seconds = FIRST_POLL
+        while not lock_file(handle, wait=pause is None):
+            assert pause is not None
+            pause(seconds)
+            seconds = min(2 * seconds, LONGEST_POLL)
         try:
             yield
         finally:

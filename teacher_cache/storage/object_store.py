@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.format.names import is_set_name, set_name
 
 _CONFLICTS = 100
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
@@ -75,7 +76,7 @@ class BucketPlace:
         return self.path.rpartition("/")[2]
 
     def below(self, name: str) -> BucketPlace:
-        return BucketPlace(self.bucket, self.root, self.key(name))
+        return BucketPlace(self.bucket, self.root, self.key(set_name(name)))
 
     def key(self, key: str) -> str:
         """A key as the bucket knows it."""
@@ -96,8 +97,8 @@ class BucketPlace:
 
         with plainly(str(self)):
             found = obstore.list_with_delimiter(self.bucket, self.path or None)
-        names = {prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]}
-        return sorted(name for name in names if not name.startswith("."))
+        names = [prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
+        return [name for name in sorted(names) if is_set_name(name)]
 
     def _list(self, under: str) -> dict[str, _Object]:
         import obstore

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.folder import open_folder
+from sskt.teacher_cache.targets.folder import find_split, open_folder
 from sskt.teacher_cache.targets.manifest import manifest_splits, open_manifest
 from sskt.teacher_cache.targets.registry import TARGETS, default_policy, is_manifest, is_own
 from sskt.teacher_cache.targets.spec import DatasetSpec
@@ -86,6 +86,7 @@ def evaluation_split(spec: DatasetSpec) -> str:
         found = [s for s in ("test", "val", "validation") if s in splits]
     else:
         found = [s for s in ("test", "val", "validation") if (Path(name) / s).is_dir()]
+        found += [s for s in ("test", "val") if find_split(Path(name), s)]
     if found:
         return found[0]
     raise MissingData(

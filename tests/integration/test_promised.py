@@ -17,7 +17,7 @@ import torch
 from torchvision import datasets
 from torchvision.models import resnet50
 
-from sskt.cli.training_output import EpochLines
+from sskt.cli.training.training_output import EpochLines
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.media.images import read_image
 from sskt.teacher_cache.sources import known_networks

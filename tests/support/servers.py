@@ -161,6 +161,40 @@ def _shut(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
 
 
+@contextlib.contextmanager
+def raw_server(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
+    """A server that answers each connection as a function does: its URL.
+
+    The function is called with the socket and the beginning of the request, in a thread. A
+    connection is closed when it returns; leaving the context closes all.
+    """
+    listener, ends, threads = socket.create_server(("127.0.0.1", 0)), [], []
+
+    def serve(end: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            answer(end, end.recv(65536))
+        _shut(end)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends.append(listener.accept()[0])
+                threads.append(threading.Thread(target=serve, args=(ends[-1],)))
+                threads[-1].start()
+
+    threads.append(threading.Thread(target=accept))
+    threads[0].start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        for end in [listener, *ends]:
+            _shut(end)
+        for thread in threads:
+            thread.join()
+        for end in [listener, *ends]:
+            end.close()
+
+
 def without_times(out: Path) -> list[dict[str, Any]]:
     """The numbers of a run's metrics.jsonl that do not depend on the clock."""
     lines = (out / "metrics.jsonl").read_text().splitlines()

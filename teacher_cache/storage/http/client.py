@@ -1,310 +1,347 @@
-"""A label server as this process talks to it: kept connections, patience, plain refusals.
+"""Requests to a label server, repeated while the server is away.
 
-``http.client`` and not httpx: shards are read straight from the socket into one buffer. Proxies of
-the environment (``http_proxy``) are not used: the server is the lab's own.
+Each request has a connection of its own: beside a shard of about 11 MB its cost does not show, and
+no answer can be taken for another one, also where a process forks. ``http.client`` is used as it
+leaves the socket to us, which the deadlines in ``answers.py`` need. Proxies of the environment
+(``http_proxy``) are not used, and redirects are not followed: the token goes to no other server.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import logging
 import os
 import random
 import re
-import socket
 import ssl
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError, SsktError
 from sskt.teacher_cache.storage.http.answers import (
+    DOCUMENT_BYTES,
     Answer,
     Computing,
+    Deadline,
     Gone,
+    TimedResponse,
     Unavailable,
     network,
-    pause_of,
+    retry_after,
 )
 
 TOKEN = "SSKT_TOKEN"
-"""Environment variable with the token. It stands in no URL and no file: both end up in logs."""
+"""Environment variable with the token. URLs and files hold no token, as both end up in logs."""
+
 FIRST_SECONDS = 5.0
-"""How long a server is tried that has not answered this process yet: the address may be wrong."""
+"""How long a command tries to reach a server that has not answered it yet. The URL may be wrong."""
+
 WAIT_MINUTES = 60.0
+"""How long a server that is away is waited for."""
+
 CONNECT_SECONDS = 5.0
-READ_SECONDS = 75.0
-"""Longer than the server waits for anything itself."""
+
 PAUSES = (0.25, 10.0)
-"""The first pause between two tries, doubled from try to try, and the longest, in seconds."""
+"""Seconds between two tries: the first pause, which doubles from try to try, and the longest."""
+
 LONGEST_PAUSE, COMPUTING_SECONDS = 300.0, 5.0
-"""Of those that a server asks for: any, and between two looks at what it computes."""
+"""Longest pause that a server may ask for, and the one between two requests for a shard that it is
+computing."""
+
 DAMAGED = "label set damaged"
-"""Title of the problem that tells a damaged label set."""
+"""Title of the problem by which a server reports a damaged label set."""
 
 _BUSY = frozenset((429, 502, 503, 504))
-_MET: set[str] = set()
-"""URLs of servers that have answered this process: one that is away now will be back."""
+_LONGEST = 500
 _T = TypeVar("_T")
 _log = logging.getLogger("sskt")
 
 
 class Server:
-    """One label server. Threads may share it; a forked child begins with new connections.
+    """A label server. Threads and forked processes may share it.
 
-    Raises ``InputError`` for what is no address of a server.
+    Args:
+        url: ``http://HOST:PORT`` or ``https://HOST/PREFIX``.
+        wait_minutes: How long the server is waited for when it is away.
+        patient: Whether it is waited for so long also before it has answered for the first time.
+
+    Raises:
+        InputError: If the URL is not one of a server.
     """
 
-    def __init__(self, url: str, wait_minutes: float = WAIT_MINUTES) -> None:
+    def __init__(
+        self, url: str, wait_minutes: float = WAIT_MINUTES, *, patient: bool = False
+    ) -> None:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
             (host or "").encode("idna")
         except ValueError as error:
-            raise InputError(f"{url} is no address of a label server ({error})") from error
-        odd = parts.query or parts.fragment or re.search(r"\s", url) or not parts.path.isascii()
+            raise InputError(f"{url} is not the URL of a label server ({error})") from error
+        odd = parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url)
         if parts.scheme not in ("http", "https") or not host or odd:
             raise InputError(
-                f"{url} is no address of a label server; expected http://HOST:PORT or https://..."
+                f"{url} is not the URL of a label server; expected http://HOST:PORT or https://..."
             )
         if parts.username is not None or parts.password is not None:
             raise InputError(
-                f"no passwords in a URL; put the token for {host} into the environment variable "
-                f"{TOKEN}"
+                f"the URL of a label server must not hold a password; put the token for {host} "
+                f"into the environment variable {TOKEN}"
             )
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.host, self._port = host, port
         self.prefix = parts.path.rstrip("/")
         self.url = f"{parts.scheme}://{parts.netloc}{self.prefix}"
-        self.wait_minutes = wait_minutes
+        self.wait_minutes, self._answered = wait_minutes, patient
         self._waiting = False
         self._guard = threading.Lock()
-        self._stopped = threading.Event()
-        self._process = os.getpid()
-        self._idle: list[http.client.HTTPConnection] = []
-        self._busy: set[http.client.HTTPConnection] = set()
-        weakref.finalize(self, _close_all, self._idle)
+        self._closed = threading.Event()
 
     def __str__(self) -> str:
         return self.url
 
-    @property
-    def met(self) -> bool:
-        """Whether this process has had an answer of the label server."""
-        return self.url in _MET
-
     def close(self) -> None:
-        """Ends all waiting, in every thread: what is under way raises ``InputError``."""
-        self._stopped.set()
-        with self._guard:
-            for connection in self._busy:
-                sock = connection.sock  # its thread may be closing it
-                if sock is not None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)
-            _close_all(self._idle)
+        """Ends all requests and all waiting, in every thread; they raise ``InputError``."""
+        self._closed.set()
 
     def pause(self, seconds: float) -> None:
-        """Sleeps. Raises ``InputError`` if ``close`` was called."""
-        if self._stopped.wait(seconds):
+        """Sleeps. Raises ``InputError`` if ``close`` has been called."""
+        if self._closed.wait(seconds):
             raise InputError(f"stopped while waiting for {self}")
 
-    def json(self, path: str) -> Any:
-        """A JSON answer."""
+    def json(self, path: str, shape: Callable[[Any], _T]) -> _T:
+        """Requests a JSON document.
 
-        def attempt() -> bytes:
-            with self.exchange("GET", path) as answer:
-                self.require(answer, (HTTPStatus.OK,))
-                return answer.read()
+        Args:
+            path: Path below the server's URL, quoted.
+            shape: Takes the document and returns what is needed of it; raises ``ValueError``,
+                ``KeyError``, ``TypeError`` or ``AttributeError`` if it is not as expected.
 
+        Returns:
+            What ``shape`` returns.
+
+        Raises:
+            InputError: If the answer is not such a document; and as ``ask``.
+        """
+        data = self.ask(path, lambda answer: answer.read(DOCUMENT_BYTES))
         try:
-            return json.loads(self.patiently(attempt))
-        except ValueError:
+            return shape(json.loads(data))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{self} answers, but not as a label server; expected the address that sskt serve "
-                "prints"
-            ) from None
+                f"{self} answers, but {unquote(path)} is not as a label server sends it; check "
+                "the URL, which sskt serve prints, and that both sides have the same version"
+            ) from error
 
-    def patiently(self, attempt: Callable[[], _T]) -> _T:
-        """What ``attempt`` gives, tried again while it raises ``Unavailable``.
+    def ask(
+        self,
+        path: str,
+        use: Callable[[Answer], _T],
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        wanted: Collection[int] = (HTTPStatus.OK,),
+    ) -> _T:
+        """Sends a request, again and again while the server is away.
 
-        For a few seconds as long as the server has not answered at all, then for
-        ``wait_minutes``. Raises ``InputError`` when that is over.
+        Args:
+            path: Path below the server's URL, quoted.
+            use: Reads the answer; what it raises as ``Unavailable`` is tried again.
+            method: HTTP method.
+            headers: Further headers.
+            body: Body of the request.
+            wanted: The statuses that ``use`` takes.
+
+        Returns:
+            What ``use`` returns.
+
+        Raises:
+            Gone: For status 404.
+            InputError: If the server does not answer in time or refuses the request.
+            SsktError: As ``require``.
+        """
+
+        def attempt() -> _T:
+            with self.exchange(path, method, headers, body) as answer:
+                self.require(answer, wanted)
+                return use(answer)
+
+        return self.patiently(attempt, unquote(path))
+
+    def patiently(self, attempt: Callable[[], _T], what: str) -> _T:
+        """Calls a function again and again while it raises ``Unavailable``.
+
+        It is called for ``wait_minutes``, or for a few seconds if the server is not patient and
+        has never answered.
+
+        Args:
+            attempt: The function.
+            what: What it requests, for messages.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            InputError: If that time is over.
         """
         began, tries = time.monotonic(), 0
         while True:
             try:
                 found = attempt()
             except Unavailable as error:
-                if self._stopped.is_set():
+                if self._closed.is_set():
                     raise InputError(f"stopped while waiting for {self}") from error
                 now = time.monotonic()
-                if error.alive:
+                if isinstance(error, Computing):
                     began, tries = now, 0
                 shortest, longest = PAUSES
                 longest = min(longest, shortest * 2 ** min(tries, 30))
                 pause = random.uniform(0, longest)  # "full jitter"
                 pause += min(error.pause, LONGEST_PAUSE)
-                limit = 60 * self.wait_minutes if self.met else FIRST_SECONDS
+                limit = 60 * self.wait_minutes if self._answered else FIRST_SECONDS
                 if now - began + pause > limit:
-                    raise self._given_up(error) from error
-                if self.met and (tries or isinstance(error, Computing)):  # a hiccup is not told
-                    self._say(error)
+                    raise self._given_up(error, what) from error
+                if self._answered and (tries or isinstance(error, Computing)):
+                    self._report(error, what)
                 tries += 1
                 self.pause(pause)
             else:
-                _MET.add(self.url)
-                self._say(None)
+                self._answered = True
+                self._report(None, what)
                 return found
 
-    def _given_up(self, error: Unavailable) -> InputError:
-        if not self.met:
+    def _given_up(self, error: Unavailable, what: str) -> InputError:
+        if not self._answered:
             return InputError(f"cannot reach {self}: {error}")
         return InputError(
             f"{self} {error.does} ({error}), and did not for {self.wait_minutes:g} minutes "
-            "(--label-wait); when it is back, the same command goes on with --resume"
+            f"(--label-wait) when {what} was requested; when it is back, the same command goes on "
+            "with --resume"
         )
 
-    def _say(self, error: Unavailable | None) -> None:
-        """Once when waiting begins, and once when it ends."""
+    def _report(self, error: Unavailable | None, what: str) -> None:
+        """Logs once that waiting begins, and once that it ends."""
         with self._guard:
             if self._waiting == (error is not None):
                 return
             self._waiting = error is not None
         if error is None:
-            _log.warning("label server %s goes on", self)
+            _log.warning("label server %s answers again", self)
         elif isinstance(error, Computing):
             _log.warning("label server %s is computing labels (%s); waiting for them", self, error)
         else:
             _log.warning(
-                "label server %s %s (%s); trying again for up to %g minutes",
+                "label server %s %s (%s); waiting for %s, trying again for up to %g minutes",
                 self,
                 error.does,
                 error,
+                what,
                 self.wait_minutes,
             )
 
     @contextlib.contextmanager
     def exchange(
         self,
-        method: str,
         path: str,
+        method: str = "GET",
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
     ) -> Iterator[Answer]:
-        """One request, its answer open. Raises ``Unavailable``, ``InputError`` for bad TLS."""
+        """Sends a request once.
+
+        Yields:
+            Its answer, whatever its status, until the context ends.
+
+        Raises:
+            Unavailable: If there is no answer.
+            InputError: If the server's certificate is not trusted.
+        """
         sent = {"Accept-Encoding": "identity", "User-Agent": "sskt"} | dict(headers or {})
         token = _token()
         if token:
             sent["Authorization"] = f"Bearer {token}"
-        connection = self._take()
-        try:
-            response = self._ask(connection, method, f"{self.prefix}{path}", sent, body)
-            yield Answer(response)
-            if response.isclosed() and connection.sock is not None:
-                self._give(connection)
-        finally:
-            with self._guard:
-                kept = connection not in self._busy
-                self._busy.discard(connection)
-            if not kept:  # what is left of the answer must not be taken for the next one
-                connection.close()
-
-    def _ask(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-    ) -> http.client.HTTPResponse:
-        if connection.sock is not None:
-            try:
-                connection.request(method, path, body, headers)
-                return connection.getresponse()
-            except TimeoutError as error:
-                raise Unavailable("timed out") from error
-            except (OSError, http.client.HTTPException):
-                connection.close()  # the server had closed it in the meantime: no failure
-        with network():
-            try:
-                connection.connect()
-            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                raise
-            except ssl.SSLError as error:
-                why = getattr(error, "verify_message", "") or error.reason or str(error)
-                raise InputError(
-                    f"no TLS with {self}: {str(why).lower().replace('_', ' ')}; SSL_CERT_FILE can "
-                    "name the certificates to trust"
-                ) from error
-            if self._stopped.is_set():  # ``close`` saw no socket to shut
-                raise Unavailable("stopped")
-            connection.sock.settimeout(READ_SECONDS)
-            connection.request(method, path, body, headers)
-            return connection.getresponse()
-
-    def _take(self) -> http.client.HTTPConnection:
-        with self._guard:
-            if self._process != os.getpid():  # a child must not talk over its parent's sockets
-                self._process, self._busy = os.getpid(), set()
-                _close_all(self._idle)
-            connection = self._idle.pop() if self._idle else self._new()
-            self._busy.add(connection)
-        return connection
-
-    def _give(self, connection: http.client.HTTPConnection) -> None:
-        with self._guard:
-            self._busy.discard(connection)
-            self._idle.append(connection)
-
-    def _new(self) -> http.client.HTTPConnection:
-        if self._tls is not None:
-            return http.client.HTTPSConnection(
-                self.host, self._port, timeout=CONNECT_SECONDS, context=self._tls
+        with contextlib.closing(self._connection()) as connection:
+            deadline = Deadline(self._closed)
+            connection.response_class = functools.partial(  # type: ignore[assignment]
+                TimedResponse, deadline
             )
-        return http.client.HTTPConnection(self.host, self._port, timeout=CONNECT_SECONDS)
+            with network():
+                self._connect(connection)
+                connection.request(method, f"{self.prefix}{path}", body, sent)
+                response = connection.getresponse()
+            with response:
+                yield Answer(response, deadline)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._tls is None:
+            return http.client.HTTPConnection(self.host, self._port, timeout=CONNECT_SECONDS)
+        return http.client.HTTPSConnection(
+            self.host, self._port, timeout=CONNECT_SECONDS, context=self._tls
+        )
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise
+        except ssl.SSLError as error:
+            why = getattr(error, "verify_message", "") or error.reason or str(error)
+            raise InputError(
+                f"no TLS connection to {self}: {str(why).lower().replace('_', ' ')}; "
+                "SSL_CERT_FILE can name the certificates to trust"
+            ) from error
+        if self._closed.is_set():
+            raise Unavailable("stopped")
 
     def require(self, answer: Answer, wanted: Collection[int]) -> None:
-        """Raises what an answer of another status than ``wanted`` means.
+        """Checks the status of an answer.
 
-        ``Unavailable``, ``Gone`` (404), ``DiskFull`` (507), ``CorruptStore``,
-        ``InputError`` (other 3xx and 4xx), ``SsktError``.
+        Raises:
+            Unavailable: If the server is overloaded or starting (429, 502, 503, 504).
+            Gone: If it has no such file (404).
+            DiskFull: If it has no room (507).
+            CorruptStore: If it reports a damaged label set.
+            InputError: If it refuses the request (any other 3xx or 4xx).
+            SsktError: If it failed (any other 5xx).
         """
         status = answer.status
         if status in wanted:
             if answer.header("Content-Encoding") not in (None, "identity"):
                 raise InputError(
-                    f"what {self} sends is compressed on the way; switch that off in the proxy"
+                    f"{self} sends compressed answers; switch compression off in the proxy "
+                    "before the label server"
                 )
             return
         problem = answer.problem
         phrase = HTTPStatus(status).phrase.lower() if status in set(HTTPStatus) else "unknown"
-        said = str(problem.get("detail") or f"{status} {phrase}")
+        said = str(problem.get("detail") or f"{status} {phrase}")[:_LONGEST]
         if status in _BUSY:
-            pause = pause_of(answer)
-            if "title" in problem:  # so does a label server say it, and no proxy before it
-                _MET.add(self.url)
-            if "state" in problem:  # it holds the next request until it is done
+            pause = retry_after(answer)
+            if "title" in problem:  # of a label server, and not of a proxy before it
+                self._answered = True
+            if "state" in problem:  # the server holds the next request until the shard is stored
                 raise Computing(said, min(pause, COMPUTING_SECONDS))
-            raise Unavailable(said, does=f"has no time ({status})", pause=pause)
+            raise Unavailable(said, does=f"is overloaded ({status})", pause=pause)
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             if _token():
                 raise InputError(f"label server {self} refused the token in {TOKEN}: {said}")
             raise InputError(
-                f"label server {self} wants a token; put it into the environment variable {TOKEN}"
+                f"label server {self} needs a token; put it into the environment variable {TOKEN}"
             )
         if status == HTTPStatus.NOT_FOUND:
             raise Gone(said)
         if status == HTTPStatus.INSUFFICIENT_STORAGE:
             raise DiskFull(f"label server {self}: {said}")
         if 300 <= status < 400:
-            raise InputError(f"{self} sends on to {answer.header('Location')}; give that address")
+            location = (answer.header("Location") or "another URL")[:_LONGEST]
+            raise InputError(f"{self} redirects to {location}; use that URL")
         if status < 500:
             raise InputError(f"label server {self} refused a request ({status}): {said}")
         kind = CorruptStore if problem.get("title") == DAMAGED else SsktError
@@ -312,13 +349,10 @@ class Server:
 
 
 def _token() -> str:
-    """Of the environment; empty if there is none. Raises ``InputError``, without showing it."""
+    """The token of the environment, "" without one. Raises ``InputError`` that does not show it."""
     token = os.environ.get(TOKEN, "").strip()
     if not re.fullmatch(r"[!-~]*", token):
-        raise InputError(f"what {TOKEN} holds is no token: it has blanks or odd characters in it")
+        raise InputError(
+            f"the environment variable {TOKEN} holds no token: it has blanks or unusual characters"
+        )
     return token
-
-
-def _close_all(connections: list[http.client.HTTPConnection]) -> None:
-    while connections:
-        connections.pop().close()

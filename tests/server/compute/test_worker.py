@@ -32,7 +32,7 @@ from sskt.server.http.problems import Problem
 from sskt.server.routes.compute import wait_for
 from sskt.server.settings import Settings
 from sskt.server.state import State, make_state
-from sskt.teacher_cache.label_sets.create import list_label_sets, open_for_writing
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 BLOCKS = 4  # of 16 samples, 8 a batch
@@ -67,9 +67,10 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
 
 @pytest.fixture
 def settings(made: dict[int, Path], tmp_path: Path) -> Settings:
-    """A server over a cache that has one seed."""
+    """A server over a cache with the labels of the first of three seeds."""
     cache, run_folder = tmp_path / "cache", tmp_path / "run"
     shutil.copytree(made[1], cache)
+    grow(*list_label_sets(cache))
     run_folder.mkdir()
     return Settings(str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30)
 
@@ -82,6 +83,11 @@ def state(settings: Settings) -> State:
 def only(state: State) -> LabelSet:
     [label_set] = list_label_sets(state.home)
     return label_set
+
+
+def grow(label_set: LabelSet) -> None:
+    """Gives a label set three seeds, as ``POST :compute`` does."""
+    create_label_set(label_set.path.parent, label_set.spec, label_set.classes, 3).close()
 
 
 def queue_of(state: State) -> Queue:
@@ -302,7 +308,7 @@ def test_a_full_queue(state: State) -> None:
 
 
 def test_what_cannot_be_asked_for(state: State, label_cache: Path) -> None:
-    for seed, block in ((0, BLOCKS), (1 + 4096, 0), (-1, 0), (0, -1)):
+    for seed, block in ((0, BLOCKS), (3, 0), (-1, 0), (0, -1)):
         assert refused(state, seed, block).status == 404
     [nameless] = list_label_sets(label_cache)  # made without a record of the source
     with pytest.raises(Problem, match="does not record the source") as caught:
@@ -366,6 +372,7 @@ def test_a_source_that_is_gone(
     copy = Path(shutil.copy(TINY, tmp_path / "mine.py"))
     cache_teachers(images, copy, Path(settings.cache), 1)
     copy.unlink()
+    grow(*[s for s in list_label_sets(state.home) if s.name != healthy])
     [broken] = [s for s in list_label_sets(state.home) if s.name != healthy]
     queue = queue_of(state)
     for block in range(BLOCKS):
@@ -381,7 +388,7 @@ def test_a_source_that_is_gone(
             asyncio.run(wait_for(state, broken, 1, 0))
         assert [entry.since for entry in queue.state()] == since  # told again, not tried again
         asyncio.run(wait_for(state, state.sets.get(healthy), 1, 0))
-    assert [s.seeds for s in list_label_sets(state.home) if s.name == broken.name] == [1]
+    assert broken.coverage() == [1.0, 0.0, 0.0]
     errors = state.metrics.recent_errors(5)
     assert len(errors) == 1 and "mine.py" in errors[0]["detail"]
 
@@ -390,6 +397,7 @@ def test_a_damaged_image(state: State, settings: Settings, images: Path, tmp_pat
     mine = Path(shutil.copytree(images, tmp_path / "mine"))
     healthy = only(state).name
     cache_teachers(mine, TINY, Path(settings.cache), 1)
+    grow(*[s for s in list_label_sets(state.home) if s.name != healthy])
     [label_set] = [s for s in list_label_sets(state.home) if s.name != healthy]
     image = mine / "train" / "apple" / "0003.png"
     image.write_bytes(bytes(image.stat().st_size))

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sskt.cli.token import token as command
+from sskt.cli.serving.token import token as command
 from sskt.server.http import tokens as module
 from sskt.server.http.tokens import FRESH_SECONDS, Tokens, list_tokens, new_token, revoke
 from sskt.teacher_cache.errors import DiskFull, InputError, MissingData, UnknownName
@@ -327,7 +327,7 @@ def test_the_command_prints_the_secret_alone(path: Path) -> None:
 
 def test_the_command_starts_without_heavy_libraries() -> None:
     code = (
-        "import sys; from sskt.cli.token import token; "
+        "import sys; from sskt.cli.serving.token import token; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'zarr', 'fastapi')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

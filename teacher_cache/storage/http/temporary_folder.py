@@ -1,7 +1,7 @@
-"""This user's folder for temporary shard files, and which processes use what in it.
+"""This user's temporary folder for shard files, which its last process removes.
 
-Each server's folder has a file ``.users`` beside it, which its users hold shared: who can hold it
-alone is the last one, or comes after users that were killed.
+Beside each server's folder is a file ``NAME.users`` that every process using it has locked as
+shared. A process that can lock it alone is the last one, or comes after processes that were killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from sskt.teacher_cache.errors import InputError
@@ -21,31 +20,26 @@ PREFIX = "sskt-labels-"
 
 
 def private_folder() -> Path:
-    """This user's folder for temporary shard files. Raises ``InputError`` if it is not theirs."""
+    """The folder, which no other user can read. Raises ``InputError`` if another one can."""
     path = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        raise InputError(f"cannot use {path}: {error.strerror}; give --label-cache") from error
+        raise InputError(
+            f"cannot use {path}: {error.strerror}; name a folder with --label-cache"
+        ) from error
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     if not ours or found.st_mode & 0o077:
         raise InputError(
-            f"{path} is not this user's alone; remove it, or give a folder with --label-cache"
+            f"other users can use {path}; remove it, or name a folder with --label-cache"
         )
     return path
 
 
-@contextlib.contextmanager
-def _folder_locked(base: Path) -> Iterator[None]:
-    """Coming and going, one process at a time."""
-    with file_lock(base / "lock"):
-        yield
-
-
 def enter(base: Path, name: str) -> int:
-    """Joins the users of a server's folder; removes those that killed users have left."""
-    with _folder_locked(base):
+    """Joins the processes that use a server's folder; removes the folders of killed ones."""
+    with file_lock(base / "lock"):
         for lock in base.glob(f"{PREFIX}*.users"):
             if lock.stem != name:
                 _remove_unused(base, lock.stem, os.open(lock, os.O_RDWR | os.O_CLOEXEC))
@@ -55,14 +49,13 @@ def enter(base: Path, name: str) -> int:
 
 
 def leave(base: Path, name: str, handle: int, process: int) -> None:
-    """Parts from them; the last one removes the folder."""
+    """Leaves them; the last process removes the folder."""
     if os.getpid() == process:
-        with contextlib.suppress(OSError), _folder_locked(base):
+        with contextlib.suppress(OSError), file_lock(base / "lock"):
             _remove_unused(base, name, handle)
 
 
 def _remove_unused(base: Path, name: str, users: int) -> None:
-    """Removes a server's folder unless somebody else uses it; closes the handle."""
     try:
         if lock_file(users, wait=False):
             shutil.rmtree(base / name, ignore_errors=True)

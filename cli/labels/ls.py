@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.label_set_options import root_option, sets_argument, target_option
+from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.label_set_options import root_option, sets_argument, target_option
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.output import as_json, error_text, human_bytes, print_json, print_table, progress
 from sskt.teacher_cache.errors import SsktError
@@ -42,7 +43,14 @@ AUDIT = (
 )
 
 
-@click.command("ls")
+@click.command(
+    "ls",
+    cls=GroupedCommand,
+    examples=(
+        "sskt ls",
+        "sskt ls -v http://labels:8080",
+    ),
+)
 @click.option(
     "--cache",
     help=f"Folder or URL (s3://..., http://HOST:PORT) of the label sets. {DEFAULT_LABELS}",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.label_set_options import (
+from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.label_set_options import (
     cache_option,
     device_option,
     root_option,
@@ -24,23 +25,30 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.views.views import Views
 
 
-@click.command("inspect")
+@click.command(
+    "inspect",
+    cls=GroupedCommand,
+    examples=(
+        "sskt inspect stl10 --sample 3 --seed 1 --png view.png",
+        "sskt inspect b900af --sample 17",
+    ),
+)
 @cache_option
 @sets_argument
 @click.option(
-    "--sample", type=click.IntRange(0), default=0, show_default=True, help="Sample number."
+    "--sample", type=click.IntRange(0), default=0, show_default=True, help="Number of the sample."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="View seed.")
 @click.option(
     "--png",
     type=click.Path(path_type=Path),
-    help="Write what the sources saw: view, or stills (a row for each f_s).",
+    help="PNG file for what the sources saw: the view, or the stills of a clip.",
 )
 @click.option(
-    "--clip", type=click.Path(path_type=Path), help="Write all frames of a clip's view, as one PNG."
+    "--clip", type=click.Path(path_type=Path), help="PNG file for all frames of a clip's view."
 )
 @click.option(
-    "--live/--no-live", default=True, show_default=True, help="Recompute with the live source."
+    "--live/--no-live", default=True, show_default=True, help="Recompute the label with its source."
 )
 @root_option
 @target_option

@@ -7,10 +7,35 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
+GROUPS = {
+    "Labels": ("cache", "root", "on_demand", "device"),
+    "Network": ("host", "port", "token_file", "allowed_hosts"),
+    "Capacity": (
+        "workers",
+        "memory",
+        "queue",
+        "max_requests",
+        "max_requests_each",
+        "max_ids",
+        "max_seeds",
+        "max_bytes",
+    ),
+    "Log": ("log",),
+}
 
-@click.command("serve")
+
+@click.command(
+    "serve",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt serve",
+        "sskt serve --token-file tokens.json --host 0.0.0.0 --workers 2",
+    ),
+)
 @click.option("--cache", help=f"Folder or URL (s3://...) of the label sets. {DEFAULT_WRITABLE}")
 @click.option(
     "--host",
@@ -23,14 +48,14 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     type=click.IntRange(0, 65535),
     default=8080,
     show_default=True,
-    help="0: any free port.",
+    help="Port to listen on. 0: a free one.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
     default=1,
     show_default=True,
-    help="Number of processes.",
+    help="Number of worker processes.",
 )
 @click.option(
     "--token-file",
@@ -69,6 +94,13 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
     default=64,
     show_default=True,
     help="Shards that may wait to be computed; further requests are answered 503.",
+)
+@click.option(
+    "--max-seeds",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="View seeds to which a request may let a label set grow (--on-demand).",
 )
 @click.option(
     "--max-requests",

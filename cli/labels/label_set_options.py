@@ -18,4 +18,6 @@ root_option = click.option(
 
 target_option = click.option("--target", help="Target to open instead of the recorded one.")
 
-device_option = click.option("--device", default="cpu", show_default=True)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Device that recomputes labels."
+)

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from sskt.cli.label_set_options import (
+from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.label_set_options import (
     cache_option,
     device_option,
     root_option,
@@ -20,7 +21,14 @@ from sskt.cli.output import as_json, print_json, progress
 from sskt.teacher_cache.errors import InputError
 
 
-@click.command("verify")
+@click.command(
+    "verify",
+    cls=GroupedCommand,
+    examples=(
+        "sskt verify",
+        "sskt verify stl10 --recompute 64",
+    ),
+)
 @cache_option
 @sets_argument
 @click.option(

@@ -6,10 +6,18 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table
 
 
-@click.command("datasets")
+@click.command(
+    "datasets",
+    cls=GroupedCommand,
+    examples=(
+        "sskt datasets",
+        "sskt datasets --json",
+    ),
+)
 @as_json
 def datasets(as_json: bool) -> None:
     """List the known targets and the layout that each expects under --root."""

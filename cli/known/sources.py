@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json
 
 OWN_NETWORKS = (
@@ -18,7 +19,14 @@ OWN_NETWORKS = (
 )
 
 
-@click.command("sources")
+@click.command(
+    "sources",
+    cls=GroupedCommand,
+    examples=(
+        "sskt sources",
+        "sskt sources --json",
+    ),
+)
 @as_json
 def sources(as_json: bool) -> None:
     """List the known sources and their architectures."""
