@@ -191,7 +191,7 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     import numpy as np
 
     from sskt.teacher_cache.tools.reopen import reopen
-    from sskt.teacher_cache.tools.verify import compare, stored_probabilities
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     shown: dict[str, Any] = {
         "label_set": label_set.name,
@@ -205,6 +205,8 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     top = np.argsort(-p, kind="stable")[:5]
     shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
     if instead is not None:
+        from sskt.teacher_cache.tools.recompute import compare
+
         try:
             views, source = reopen(label_set, instead)
         except SsktError as error:
