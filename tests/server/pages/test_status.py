@@ -21,6 +21,7 @@ from support.helpers import TINY, write_images
 from support.pages import Node, faults, parse
 
 from sskt.server.app import create_app
+from sskt.server.http.tokens import new_token
 from sskt.server.pages.coverage import Coverage, CoverageCache, coverage_of
 from sskt.server.pages.drawing import drawn, percent
 from sskt.server.pages.pages import duration, number, size
@@ -317,6 +318,23 @@ def test_what_is_being_computed_is_shown(cache: Path, client: Callable[..., Test
     assert lines[0].startswith(f"queued {label_set.name}, seed 2, block 0 for")
     assert len(lines) == 21 and lines[-1] == "and 3 more"
     assert get(client(cache), "/").one(id="live-queue").text == ""
+
+
+def test_tokens_are_listed_with_their_last_use(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    used = new_token(tokens, "lab", ["compute"], None)
+    new_token(tokens, "spare", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    browser.headers["Authorization"] = f"Bearer {used}"
+    rows = get(browser, "/").one(id="live-tokens").one("tbody").all("tr")
+    assert rows[0].text.startswith("lab compute, read 20") and rows[0].text.endswith(" UTC")
+    assert rows[1].text == "spare read not since the start"
+    metrics = browser.get("/metrics").text
+    assert 'sskt_token_last_used_timestamp_seconds{token="lab"} 1.' in metrics
+    assert "spare" not in metrics and used not in metrics
+    assert get(client(cache), "/").one(id="live-tokens").text == ""
 
 
 def test_an_empty_cache_says_how_to_fill_it(
