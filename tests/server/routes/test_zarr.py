@@ -326,6 +326,8 @@ def test_only_files_of_label_sets_are_served(tmp_path: Path) -> None:
         "labels/c/1/1/0": outside / "c" / "2" / "0",
         "labels/c/01/1/0": "file",
         "labels/c/9/0/0": "file",
+        "labels/c/0/0/0.json": "file",
+        "view_check/c/9/0.json": "file",
         "labels/c/1/0/0.0123456789abcdef.partial": "file",
         "view_check/c/1/9": "file",
         "view_check/c/1/0/0": "file",
@@ -346,7 +348,7 @@ def test_only_files_of_label_sets_are_served(tmp_path: Path) -> None:
                 assert status in (404, 500) and b"secret" not in body, key
         files = json.loads(get(url, f"/v1/label-sets/{label_set.name}/files")[2])["files"]
         assert not set(files) & set(inside)
-        assert len(files) == 3 + 2 * 7
+        assert len(files) == 3 + 3 * 7
         assert all(get(url, f"/zarr/{label_set.name}/{key}")[0] == 200 for key in files)
 
 
