@@ -162,10 +162,10 @@ Filter = Query("", max_length=200, description="Part of a name, or the start of 
 @router.get("/")
 def status_page(request: Request, q: str = Filter) -> Response:
     """The whole page."""
-    return page("status.html", **_live(request, q))
+    return page(request.scope, "status.html", **_live(request, q))
 
 
 @router.get("/status/live")
 def live_parts(request: Request, q: str = Filter) -> Response:
     """The parts of the page that change."""
-    return page("live.html", **_live(request, q))
+    return page(request.scope, "live.html", root="./", **_live(request, q))
