@@ -56,7 +56,7 @@ class Settings:
     body_seconds: float = 30
     request_seconds: float = 60
     send_seconds: float = 60
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     def as_json(self) -> str:
         """For ``from_environment``."""

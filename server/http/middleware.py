@@ -177,6 +177,8 @@ class _Exchange:
         self.body_left = length.strip(b"0") != b"" or b"transfer-encoding" in headers
         refuse_unknown_host(self.scope, self.settings)
         token = self.scope["state"]["token"] = token_of(self.scope, self.middleware.state.tokens)
+        if token is not None:
+            self.metrics.token_used(token.name)
         refuse_unsafe(self.scope)
         with self.middleware.counted(self.scope, token):
             if self.body_left:
