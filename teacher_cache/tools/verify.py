@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
 from sskt.teacher_cache.format.encodings import Encoded, as_tensors, soft_labels
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.format.spec import tolerance_of
@@ -141,7 +141,7 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
     try:
         encoded = label_set.read(shard.seed, shard.start, shard.stop)
         checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
-    except CorruptStore as error:
+    except (CorruptStore, IncompleteLabels) as error:  # it may have gone since it was listed
         return str(error)
     report.shards += 1
     report.rows += shard.stop - shard.start
