@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -266,6 +267,12 @@ def make_state(settings: Settings) -> State:
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),
         Queue(run / "queue", settings.queue) if settings.on_demand else None,
     )
+
+
+async def label_set_of(state: State, name: str) -> LabelSet:
+    """As ``Sets.get``, in a thread if a disk or a bucket may have to be waited for."""
+    known = state.sets.recent(name)
+    return known if known is not None else await asyncio.to_thread(state.sets.get, name)
 
 
 def state_of(request: HTTPConnection) -> State:

@@ -58,6 +58,9 @@ def open_target(
     partial: bool = False,
     decoder: str = "pyav",
     strict: bool = False,
+    columns: str = "",
+    label_separator: str = "",
+    allow_outside_root: bool = False,
     name: str = "",
     classes: Sequence[str] | None = None,
     labels: Any = None,
@@ -79,6 +82,12 @@ def open_target(
         partial: Whether an official list may name files that are missing.
         decoder: Decoder of clips: ``pyav`` or ``decord``.
         strict: Whether the identity covers the contents of files, not only names and sizes.
+        columns: Manifests only: names of the columns that have another name, such as
+            ``path=file,label=tag``.
+        label_separator: Manifests only: what separates several labels of a sample; ``none`` if a
+            label is always one name. Default: ``|`` in a column ``labels``.
+        allow_outside_root: Manifests only: whether files may lie outside of ``root``, or else of
+            the manifest's folder.
         name: Own datasets only, required: name of the target in the cache.
         classes: Own datasets only: names of the classes; default: ``dataset.classes``, else the
             numbers.
@@ -101,7 +110,19 @@ def open_target(
         given = [key for key, value in own.items() if value is not None and len(value)]
         if given:
             raise InputError(f"{given[0]}= goes with an own dataset, not with target {target}")
-        spec = DatasetSpec(str(target), split, root, limit, download, partial, decoder, strict)
+        spec = DatasetSpec(
+            str(target),
+            split,
+            root,
+            limit,
+            download,
+            partial,
+            decoder,
+            strict,
+            columns,
+            label_separator,
+            allow_outside_root,
+        )
         return load_target(spec, progress)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in TARGETS:
         raise InputError(

@@ -13,13 +13,8 @@ from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
     REOPENED,
     cache_option,
-    device_option,
-    frame_sampling_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    source_option,
-    target_option,
-    weights_option,
 )
 from sskt.cli.output import as_json, print_json, print_table, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
@@ -59,12 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--live/--no-live", default=True, show_default=True, help="Recompute the label with its source."
 )
-@source_option
-@weights_option
-@root_option
-@target_option
-@frame_sampling_option
-@device_option
+@reopen_options
 @as_json
 def inspect(
     cache: str,
@@ -74,13 +64,8 @@ def inspect(
     png: Path | None,
     clip: Path | None,
     live: bool,
-    sources: tuple[str, ...],
-    weights: Path | None,
-    root: Path | None,
-    target: str | None,
-    frame_sampling: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Look at one sample under one seed: its view, each source's top-5, the spec.
 
@@ -105,7 +90,7 @@ def inspect(
             raise IncompleteLabels(
                 f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"
             )
-    instead = Reopen(target, root, sources, weights, frame_sampling, device)
+    instead = Reopen(**given)
     require_named_sources(instead, chosen)
     shown: dict[str, Any] = {
         "sample": sample,
@@ -140,7 +125,7 @@ def _view_of(
     png: Path | None,
     clip: Path | None,
 ) -> dict[str, Any]:
-    """The view of a sample, its check against the stored one, and pictures of it.
+    """The view of a sample, its check against the stored one, and images of it.
 
     by_f_s: the same views, of clips under every f_s that a source saw them by.
     """
@@ -151,7 +136,7 @@ def _view_of(
     views = next(iter(by_f_s.values()))
     target = views.target
     if clip and not target.clips:
-        raise InputError(f"--clip: target {target.name} has pictures; use --png")
+        raise InputError(f"--clip: target {target.name} has images; use --png")
     view = views[sample, seed]
     shown: dict[str, Any] = {
         "id": target.ids[sample],
@@ -242,7 +227,7 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     click.echo(f"views    {views['policy']} {views['parameters']}")
     if "id" in shown:
         state = (
-            "as the sources saw it" if shown["view_matches"] else "NOT the picture the sources saw"
+            "as the sources saw it" if shown["view_matches"] else "NOT the image that the sources saw"
         )
         *depth, height, width, _ = shown["view"]["shape"]
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))

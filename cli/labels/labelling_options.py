@@ -19,6 +19,7 @@ Command = Callable[..., Any]
 
 GROUPS = {
     "Data": ("target", "root", "split", "limit", "partial", "strict", "download", "decoder"),
+    "Manifests": ("columns", "label_separator", "allow_outside_root"),
     "Sources": (
         "sources",
         "weights",
@@ -104,6 +105,23 @@ _OPTIONS = (
         help="Identify the target by the contents of its files, not only by names and sizes.",
     ),
     click.option("--download", is_flag=True, help="Let torchvision download the target."),
+    click.option(
+        "--columns",
+        default="",
+        metavar="path=COLUMN,...",
+        help="Names of the columns that are not called path, label or labels, split, class_name.",
+    ),
+    click.option(
+        "--label-separator",
+        default="",
+        help="Separator of several labels of a sample; none: a label is always one name. Default: "
+        "| in a column labels.",
+    ),
+    click.option(
+        "--allow-outside-root",
+        is_flag=True,
+        help="Accept files outside of --root, or else of the folder of the manifest.",
+    ),
     click.option(
         "--weights",
         multiple=True,

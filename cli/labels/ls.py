@@ -102,7 +102,7 @@ def ls(
         for shown in found if audited else ():
             _print_audit(shown)
         for name, error in damaged.items():
-            click.echo(f"damaged: {name}: {error}")
+            click.echo(f"unreadable: {name}: {error}")
     if damaged:
         sys.exit(1)
 

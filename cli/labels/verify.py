@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,13 +12,8 @@ from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
     REOPENED,
     cache_option,
-    device_option,
-    frame_sampling_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    source_option,
-    target_option,
-    weights_option,
 )
 from sskt.cli.output import as_json, print_json, progress
 
@@ -56,12 +50,7 @@ from sskt.cli.output import as_json, print_json, progress
     is_flag=True,
     help="Bind the shards of sets of older versions to their places, after the check.",
 )
-@source_option
-@weights_option
-@root_option
-@target_option
-@frame_sampling_option
-@device_option
+@reopen_options
 @as_json
 def verify(
     cache: str,
@@ -69,13 +58,8 @@ def verify(
     count: int,
     tolerance: float | None,
     bind: bool,
-    sources: tuple[str, ...],
-    weights: Path | None,
-    root: Path | None,
-    target: str | None,
-    frame_sampling: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Check label sets: every checksum, every row, coverage; with --recompute also the labels.
 
@@ -90,7 +74,7 @@ def verify(
     from sskt.teacher_cache.tools.reopen import Reopen, require_named_sources
 
     chosen, damaged = choose_all(cache, sets)
-    instead = Reopen(target, root, sources, weights, frame_sampling, device)
+    instead = Reopen(**given)
     require_named_sources(instead, chosen)
     reports = []
     with progress() as bar:

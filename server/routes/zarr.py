@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from sskt.server.http.openapi import problems
 from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
 from sskt.server.routes.compute import may_compute, no_such_seed, wait_for
-from sskt.server.state import State, state_of
+from sskt.server.state import State, label_set_of, state_of
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -299,7 +299,7 @@ async def _served(state: State, path: str) -> tuple[LabelSet, str]:
     name, _, inner = path.partition("/")
     if not _KEY.fullmatch(inner):
         raise _nothing(path)
-    label_set = state.sets.recent(name) or await asyncio.to_thread(state.sets.get, name)
+    label_set = await label_set_of(state, name)
     shard = shard_of(label_set, inner)
     if shard and shard.seed >= label_set.seeds and not label_set.place.is_local:
         label_set = await asyncio.to_thread(state.sets.get, name, fresh=True)

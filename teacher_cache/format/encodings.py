@@ -98,16 +98,17 @@ class Encoding:
 
     def faulty(self, encoded: Encoded, classes: int) -> NDArray[np.bool_]:
         """Which rows cannot be a probability distribution (bool ``[n]``); skipped ones are not."""
-        kept = ~self.skipped(encoded)
         if self.name == "u8":
-            return np.asarray(kept & (encoded["labels"].max(axis=1) != 255))
-        values = encoded["value" if self.name == "topk" else "labels"].astype(np.float32)
-        with np.errstate(over="ignore"):  # infinity is faulty
-            total = np.exp(values).sum(axis=1)  # in float64 this takes ten times as long
-        if self.name == "topk":
-            beyond = (encoded["index"] >= classes).any(axis=1)
-            return np.asarray(kept & ~((total > 0) & (total < 1 + ROW_SUM_TOLERANCE) & ~beyond))
-        return np.asarray(kept & ~(np.abs(total - 1) < ROW_SUM_TOLERANCE))
+            wrong = encoded["labels"].max(axis=1) != 255
+        else:
+            values = encoded["value" if self.name == "topk" else "labels"].astype(np.float32)
+            with np.errstate(over="ignore"):  # infinity is faulty
+                total = np.exp(values).sum(axis=1)  # in float64 this takes ten times as long
+            wrong = ~(np.abs(total - 1) < ROW_SUM_TOLERANCE)
+            if self.name == "topk":
+                beyond = (encoded["index"] >= classes).any(axis=1)
+                wrong = ~((total > 0) & (total < 1 + ROW_SUM_TOLERANCE) & ~beyond)
+        return np.asarray(wrong & ~self.skipped(encoded) if wrong.any() else wrong)
 
 
 def parse_encoding(text: str) -> Encoding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData, first_line
+from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.metadata import GROUP, Document
 from sskt.teacher_cache.format.spec import FORMAT, classes_identity, digest_of
 from sskt.teacher_cache.storage.base import Place
@@ -28,11 +28,9 @@ def read_attributes(place: Place) -> Document:
         if bereft(place):
             raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
         raise MissingData(f"no label set at {place}") from error
-    except OSError as error:  # a folder, a FIFO, a loop of links, a file of another user
-        raise CorruptStore(
-            f"label set {place.name}: {place.where(GROUP)} cannot be read ({first_line(error)}); "
-            "restore it, or remove the label set and cache it again"
-        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CorruptStore(f"{place.where(GROUP)} cannot be read ({reason})") from error
 
 
 def bereft(place: Place) -> bool:

@@ -104,7 +104,7 @@ def untrained(weights: Any) -> nn.Module:
     """The network that these weights of torchvision belong to, without them."""
     builder = _builder_of(weights)
     name = getattr(builder, "__name__", "")
-    # A ViT's position embedding has the size of its pictures, and SWAG's are larger than others.
+    # A ViT's position embedding has the size of its images, and SWAG's are larger than others.
     size = {"image_size": int(weights.meta["min_size"][0])} if name.startswith("vit_") else {}
     return without_initialisation(builder, **size)
 

@@ -51,6 +51,7 @@ class Reopen:
             one.
         frame_sampling: ``FILE.py:function``, for a set whose stills were chosen by such a function.
         device: Device of the source.
+        allow_outside_root: Whether a manifest may name files outside its folder.
     """
 
     target: str | None = None
@@ -59,6 +60,7 @@ class Reopen:
     weights: Path | None = None
     frame_sampling: str | None = None
     device: str = "cpu"
+    allow_outside_root: bool = False
 
 
 def require_named_sources(instead: Reopen, label_sets: Sequence[LabelSet]) -> None:
@@ -270,6 +272,10 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
                 partial=bool(provenance.get("partial")),
                 decoder=spec["views"].get("decoder", "pyav"),
                 strict=bool(provenance.get("strict")),
+                columns=_text(label_set, "columns"),
+                label_separator=_text(label_set, "label_separator"),
+                # Only the user may allow it, as a label set could name any file of the machine.
+                allow_outside_root=instead.allow_outside_root,
             )
         )
     target = open_views(target, reopen_policy(label_set)).target

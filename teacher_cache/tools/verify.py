@@ -118,7 +118,7 @@ def bind(
         unbound = {key: value for key, value in target.attributes.items() if key != BOUND}
         report = verify(replace(target, attributes=unbound), progress, binder=target)
         if not report.unbound:
-            target.record(BOUND, True)
+            target.add_attribute(BOUND, True)
     return report
 
 

@@ -337,9 +337,9 @@ def test_updates_at_once_are_all_kept(cache: str, local: Path) -> None:
     def update(number: int) -> None:
         writer = create_label_set(cache, model.spec, model.classes, 1)
         start.wait()
-        writer.record(f"key {number}", number)
+        writer.add_attribute(f"key {number}", number)
         writer.grow(number + 2)
-        writer.record("first", number)
+        writer.add_attribute("first", number)
         writer.close()
 
     with ThreadPoolExecutor(6) as pool:
