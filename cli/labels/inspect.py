@@ -227,7 +227,9 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     click.echo(f"views    {views['policy']} {views['parameters']}")
     if "id" in shown:
         state = (
-            "as the sources saw it" if shown["view_matches"] else "NOT the image that the sources saw"
+            "as the sources saw it"
+            if shown["view_matches"]
+            else "NOT the image that the sources saw"
         )
         *depth, height, width, _ = shown["view"]["shape"]
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -183,7 +184,22 @@ class Comparison:
 def compare(
     label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
 ) -> Comparison:
-    """Recomputes one label from its image."""
+    """Recomputes one label from its image.
+
+    Args:
+        label_set: The label set.
+        views: Its views, as ``reopen`` returned them.
+        source: Its source, as ``reopen`` returned it.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        The stored label beside the live one.
+
+    Raises:
+        CorruptStore: If the stored label cannot be read.
+        BadImage: If the sample cannot be read now.
+    """
     encoded = label_set.read(seed, sample, sample + 1)
     stored = _decode(label_set, encoded)
     if label_set.encoding.skipped(encoded)[0]:
@@ -216,7 +232,20 @@ def _recomputed(
 
 
 def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray[np.float32] | None:
-    """One stored label decoded at T = 1: float32 ``[C]``; None if the sample was skipped."""
+    """Decodes one stored label at T = 1.
+
+    Args:
+        label_set: The label set.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        Probabilities: float32 ``[C]``; None if the sample was skipped.
+
+    Raises:
+        IncompleteLabels: If the label is not stored.
+        CorruptStore: If it cannot be read.
+    """
     encoded = label_set.read(seed, sample, sample + 1)
     return None if label_set.encoding.skipped(encoded)[0] else _decode(label_set, encoded)
 
@@ -226,9 +255,18 @@ def _decode(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
     return np.asarray(p[0].numpy())
 
 
-def probe_pairs(label_set: LabelSet, count: int) -> Iterator[tuple[int, int]]:
-    """``count`` (sample, seed) pairs, spread at random but the same each time, all stored."""
-    words = draw(np.arange(count), 0, stream=PROBE)
+def probe_pairs(label_set: LabelSet, count: int, key: int) -> Iterator[tuple[int, int]]:
+    """Draws stored labels at random.
+
+    Args:
+        label_set: The label set.
+        count: How many to draw.
+        key: Chooses them: a number below 2^32.
+
+    Yields:
+        Sample and seed of each one that is stored.
+    """
+    words = draw(np.arange(count), key, stream=PROBE)
     samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
     for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
         if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
@@ -242,21 +280,47 @@ def recompute(
     *,
     instead: Reopen | None = None,
     tolerance: float | None = None,
+    key: int | None = None,
     progress: Callable[[int, int], None] = lambda done, n: None,
 ) -> Report:
-    """Compares ``count`` labels with the live source and adds what differs to the report."""
+    """Compares stored labels with those of the live source.
+
+    Args:
+        label_set: The label set.
+        count: How many labels to compare.
+        report: What was found before.
+        instead: How its target and source are opened.
+        tolerance: Largest total variation distance that is no difference; default: that of the
+            source's precision.
+        key: Chooses the labels; default: other ones each time, which a forger cannot know.
+        progress: Called with labels done and to do.
+
+    Returns:
+        The report, with the problems that were found added.
+
+    Raises:
+        SpecMismatch: If what is opened now is not what the labels were made from.
+        InputError: If a file is needed that was not named.
+        BadImage: If a sample cannot be read now.
+    """
     views, source = reopen(label_set, instead or Reopen())
     allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
     worst, problems = report.worst_distance, list(report.problems)
     done = 0
-    for sample, seed in probe_pairs(label_set, count):
-        found = compare(label_set, views, source, sample, seed)
+    key = secrets.randbits(32) if key is None else key
+    for sample, seed in probe_pairs(label_set, count, key):
+        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
+        try:
+            found = compare(label_set, views, source, sample, seed)
+        except (CorruptStore, IncompleteLabels) as error:
+            if not any(problem.endswith(str(error)) for problem in problems):
+                problems.append(f"{place}: {error}")
+            continue
         done += 1
         worst = max(worst, found.distance)
-        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
         if not found.same_view:
             problems.append(f"{place}: the view is not the one the source saw")
-        elif found.distance > allowed:
+        elif not found.distance <= allowed:
             problems.append(
                 f"{place}: stored and recomputed labels differ by {found.distance:.4f} "
                 f"(allowed {allowed:g})"
