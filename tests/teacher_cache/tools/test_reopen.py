@@ -282,6 +282,40 @@ def test_own_datasets_and_modules_are_reopened_from_their_file(tmp_path: Path, s
     assert status == 2 and "returned Source; return what sskt.open_target" in one_line(err)
 
 
+PROBABILITIES = """
+from torch import nn, Generator, no_grad, randn
+
+MEAN, STD, SIZE = (0.5,) * 3, (0.25,) * 3, 8
+
+def build():
+    layer = nn.Linear(192, 5, bias=False)
+    with no_grad():
+        layer.weight.copy_(randn(5, 192, generator=Generator().manual_seed(0)))
+    return nn.Sequential(nn.Flatten(), layer, nn.LAST)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"), [("Softmax(1)", "probabilities"), ("Sigmoid()", "logits")]
+)
+def test_what_was_declared_of_outputs_is_kept(
+    last: str, kind: str, images: Path, tmp_path: Path, sskt: Call
+) -> None:
+    (tmp_path / "net.py").write_text(PROBABILITIES.replace("LAST", last))
+    source, cache = ("--source", f"net={tmp_path}/net.py:build"), ("--cache", tmp_path / "cache")
+    ask = ("cache-teachers", *source, *cache, "--target", images, "--seeds", 1, "--workers", 0)
+    status, _, err = sskt(*ask)
+    assert status == 2 and "--logits-are probabilities" in one_line(err)
+    for option in ("odds", f"other={kind}"):
+        assert sskt(*ask, "--logits-are", option)[0] == 2
+    status, _, err = sskt(*ask, "--logits-are", f"net={kind}")
+    assert status == 0, err
+    (label_set,) = list_label_sets(tmp_path / "cache")
+    assert label_set.spec["source"].get("outputs", "logits") == kind
+    status, out, err = sskt("verify", *cache, "--recompute", 6, *source)
+    assert status == 0 and ": clean" in out, err
+
+
 def test_recomputing_goes_on_after_a_damaged_shard(cache: Path, sskt: Call) -> None:
     (file,) = cache.glob("*/labels/c/1/0/0")
     file.write_bytes(bytes(file.stat().st_size))
