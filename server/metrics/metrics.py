@@ -81,7 +81,9 @@ class Metrics:
         )
         self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
         self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
-        self._hits = Counter("sskt_slab_hits", "Batches whose labels were decoded already.", registry=on)
+        self._hits = Counter(
+            "sskt_slab_hits", "Batches whose labels were decoded already.", registry=on
+        )
         self._misses = Counter(
             "sskt_slab_misses", "Batches that had to decode labels.", registry=on
         )

@@ -339,7 +339,8 @@ def _taps(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 def frames_of(file: Path) -> list[Any]:
     """The frames of a clip's file, each to be given to ``rgb_of``."""
     if file.is_dir():
-        images = (file / f"image_{number:05d}.jpg" for number in itertools.count(1))
+        first = 1 - (file / "image_00000.jpg").exists()
+        images = (file / f"image_{number:05d}.jpg" for number in itertools.count(first))
         return list(itertools.takewhile(Path.exists, images))
     with av.open(str(file), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
