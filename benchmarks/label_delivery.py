@@ -30,7 +30,7 @@ from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.views.policies import parse_policy
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_labels import (
@@ -75,7 +75,11 @@ class Decoded:
     def skipped(self) -> NDArray[np.bool_]:
         return np.zeros(len(self.window.samples), bool)
 
-    def check(self, samples: NDArray[Any], views: NDArray[Any]) -> int:
+    @property
+    def checked(self) -> bool:
+        return False
+
+    def check(self, samples: NDArray[Any], checks: NDArray[Any]) -> int:
         return 0
 
     def of(self, samples: NDArray[Any], views: Tensor) -> BatchLabels:
@@ -170,7 +174,8 @@ def alternating(trainer: Trainer, ways: dict[str, Labels], epochs: int) -> dict[
             for name in turn:
                 synchronise()
                 begin = time.perf_counter()
-                entered[name].check(batch.samples, batch.views.numpy())
+                if entered[name].checked:
+                    entered[name].check(batch.samples, checks_of(batch.views.numpy()))
                 views = batch.views.to(trainer.plan.device)
                 truth = trainer.loader.truth[torch.from_numpy(batch.samples).to(views.device)]
                 trainer.step(

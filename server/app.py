@@ -23,8 +23,9 @@ from sskt.server.state import make_state
 
 ABOUT = """Soft labels of frozen sources, keyed by sample and view seed.
 
-In order, read the store itself under `/zarr` (any Zarr v3 client; `docs/format.md`). In any order,
-ask `POST /v1/labels:batch`. Errors are problem details (RFC 9457).
+To read labels in order, read the store itself under `/zarr` with any Zarr v3 client
+(`docs/format.md`). To read them in any order, use `POST /v1/labels:batch`. Errors are problem
+details (RFC 9457).
 """
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.server.metrics.metrics import Metrics
-from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, SsktError
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -31,10 +31,12 @@ Int64 = NDArray[np.int64]
 Version = tuple[tuple[object, ...] | None, ...]
 """For each file of a shard something that changes with its content; None if it is missing."""
 
-PIECE = 16 * 2**20
+PIECE = 4 * 2**20
 """Bytes of rows that are decoded at once."""
 LISTED_SECONDS = 10.0
 """Lifetime of a listing of a bucket; a tenth of it if a file is missing from the listing."""
+LOCKS = 64
+"""Locks of shards, so that two threads do not decode the same one."""
 
 _ATTEMPTS = 5
 _LISTINGS = 1024
@@ -74,6 +76,7 @@ class RowCache:
         self._templates: dict[str, Encoded] = {}
         self._warned: set[str] = set()
         self._guard = threading.Lock()
+        self._decoding = [threading.Lock() for _ in range(LOCKS)]
 
     def row_bytes(self, label_set: LabelSet) -> int:
         """Bytes of one row with its view check."""
@@ -97,10 +100,11 @@ class RowCache:
         """
         rows, hit = self._room(label_set, len(ids)), True
         for part in parts_of(label_set, seeds, ids):
-            lacking = self._copy(label_set, part, rows)
-            if lacking:
+            if self._copy(label_set, part, rows):
                 hit = False
-                self._decode(label_set, part, lacking, rows)
+                with self._decoding[hash(part.shard) % LOCKS]:
+                    if lacking := self._copy(label_set, part, rows):
+                        self._decode(label_set, part, lacking, rows)
         self._metrics.slab(hit)
         return rows
 
@@ -134,8 +138,8 @@ class RowCache:
         return {name: np.empty((rows, *a.shape[1:]), a.dtype) for name, a in arrays.items()}
 
     def _key(self, label_set: LabelSet, shard: Shard) -> _Key:
-        """The shard as its files are now."""
-        keys = tuple([label_set.shard_key(name, shard) for name in label_set.arrays])
+        """The shard as its files are now, the record that binds it to its place included."""
+        keys = tuple(label_set.shard_keys(shard))
         version = self._versions.of(label_set.place, keys)
         return label_set.name, label_set.digest, shard, version
 
@@ -163,6 +167,7 @@ class RowCache:
         wanted = {chunk: (rows, to) for chunk, rows, to in part.chunks(size)}
         for _ in range(_ATTEMPTS):
             key = self._stored(label_set, shard)
+            label_set.shard_record(shard, fresh=True)
             for first, last in _runs(lacking, most):
                 start = shard.start + first * size
                 piece = _read(
@@ -171,7 +176,7 @@ class RowCache:
                 chunks = {}
                 for chunk in range(first, last):
                     at = slice((chunk - first) * size, (chunk - first + 1) * size)
-                    chunks[chunk] = {name: array[at].copy() for name, array in piece.items()}
+                    chunks[chunk] = {name: array[at] for name, array in piece.items()}
                     rows, to = wanted[chunk]
                     for name, array in out.items():
                         array[to] = chunks[chunk][name][rows]
@@ -185,7 +190,7 @@ class RowCache:
     def _stored(self, label_set: LabelSet, shard: Shard) -> _Key:
         """Raises ``IncompleteLabels``, ``CorruptStore`` if a file of the shard is missing."""
         key = self._key(label_set, shard)
-        if None in key[3]:
+        if None in key[3][: None if label_set.bound else -1]:  # old sets may lack the record
             self._versions.forget()
             label_set.place.refresh()
             _read(label_set, shard.seed, shard.start, shard.start + 1)
@@ -321,10 +326,23 @@ def _size(arrays: Encoded) -> int:
 
 
 def _read(label_set: LabelSet, seed: int, start: int, stop: int) -> Encoded:
-    """Rows with their view checks. Raises as ``LabelSet.read``."""
+    """Rows with their view checks.
+
+    Raises:
+        IncompleteLabels: If they are not stored.
+        CorruptStore: If a checksum fails, if a file is not the one that the shard's record names,
+            or if a row cannot be a probability distribution.
+    """
     if not label_set.has(label_set.shard(seed, start // label_set.shard_rows)):
         label_set.place.refresh()  # a bucket's listing may be older than the shard
     labels = label_set.read(seed, start, stop)
+    faulty = np.flatnonzero(label_set.encoding.faulty(labels, len(label_set.classes)))
+    if len(faulty):
+        raise CorruptStore(
+            f"label set {label_set.name}: the row of sample {start + faulty[0]} in seed {seed} is "
+            "no probability distribution; run sskt verify, remove the shard that it names and "
+            "cache it again"
+        )
     return {"view_check": label_set.read_checks(seed, start, stop)} | labels
 
 

@@ -1,9 +1,8 @@
-"""Running the server: one socket, its worker processes, and the owner of the accelerator."""
+"""Running the server: one socket, its worker processes, and the compute worker."""
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import math
 import multiprocessing
@@ -19,6 +18,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from sskt.server.http.auth import is_loopback
 from sskt.server.http.logs import log_config
 from sskt.server.http.protocol import LimitedProtocol, many_files
 from sskt.server.http.tokens import Tokens
@@ -30,18 +30,18 @@ from sskt.teacher_cache.storage.object_store import BucketPlace
 from sskt.teacher_cache.storage.open import open_cache
 
 GRACE_SECONDS = 20
-"""How long a stop waits for answers that are being sent."""
+"""Seconds that a stop waits for answers that are being sent."""
 RESTART_SECONDS = 5.0
-"""Pause before an owner that died is started again."""
+"""Seconds before a compute worker that died is started again."""
 BACKLOG = 4096
 
 _log = logging.getLogger("sskt.server")
 
 
 def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT. ``ready`` is told the address once it listens.
+    """Serves until SIGTERM or SIGINT. ``ready`` is called with the URL once it listens.
 
-    Raises ``InputError`` for what the settings name wrongly, ``MissingData`` without a cache.
+    Raises ``InputError`` for settings that are not valid, ``MissingData`` without a cache.
     """
     require_allowed(settings)
     cache = open_cache(settings.cache)
@@ -74,7 +74,12 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         signal.signal(signal.SIGTERM, _stop)
-        with owner_of(settings):
+        if settings.token_file and not is_loopback(settings.host):
+            _log.warning(
+                "tokens and labels are sent unencrypted to other machines unless a proxy in front "
+                "of this server offers https (docs/deployment.md)"
+            )
+        with compute_worker(settings):
             if ready:
                 ready(f"http://{host_name(settings.host)}:{port}")
             if settings.workers > 1:
@@ -99,7 +104,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def require_allowed(settings: Settings) -> None:
-    """Raises ``InputError`` if anybody on the network could read without a token."""
+    """Raises ``InputError`` for invalid settings, or if other machines can read without tokens."""
     if not math.isfinite(settings.memory):
         raise InputError(f"--memory must be finite, found {settings.memory}")
     if settings.token_file:
@@ -107,33 +112,23 @@ def require_allowed(settings: Settings) -> None:
     elif not is_loopback(settings.host):
         raise InputError(
             f"--host {settings.host} can be reached from other machines, so --token-file is "
-            "needed; make one with sskt token new NAME --token-file FILE"
+            "required; make one with sskt token new NAME --token-file FILE"
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is this machine's own only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def host_name(host: str) -> str:
-    """A host as it stands in a URL."""
+    """A host as it is written in a URL."""
     return f"[{host}]" if ":" in host else host
 
 
 def full_name(cache: str) -> str:
-    """The cache as workers find it from any folder."""
+    """The cache by a name that does not depend on the current folder."""
     return cache if "://" in cache else str(Path(cache).resolve())
 
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """The bound socket. Raises ``InputError`` if the address cannot be had."""
+    """The bound socket. Raises ``InputError`` if the address cannot be used."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -153,12 +148,12 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def owner_of(settings: Settings) -> Iterator[None]:
-    """Keeps the process that computes missing shards alive, where it is wanted."""
+def compute_worker(settings: Settings) -> Iterator[None]:
+    """Runs the compute worker with ``--on-demand``, and starts it again if it dies."""
     if not settings.on_demand:
         yield
         return
-    from sskt.server.compute.worker import own
+    from sskt.server.compute.worker import run_compute_worker
 
     spawn = multiprocessing.get_context("spawn")
     stopped = threading.Event()
@@ -166,15 +161,19 @@ def owner_of(settings: Settings) -> Iterator[None]:
 
     def keep() -> None:
         while not stopped.is_set():
-            process = spawn.Process(target=own, args=(settings,), name="sskt-owner")
+            process = spawn.Process(
+                target=run_compute_worker, args=(settings,), name="sskt-compute"
+            )
             process.start()
             running[:] = [process]
             process.join()
             if not stopped.is_set():
-                _log.error("the computing process ended (status %s); again soon", process.exitcode)
+                _log.error(
+                    "the compute worker ended (status %s); it is started again", process.exitcode
+                )
                 stopped.wait(RESTART_SECONDS)
 
-    keeper = threading.Thread(target=keep, name="sskt-owner-keeper", daemon=True)
+    keeper = threading.Thread(target=keep, name="sskt-compute-keeper", daemon=True)
     keeper.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a label server is told; handed to its worker processes through the environment."""
+"""The settings of a label server; its worker processes get them through the environment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ class Settings:
 
     cache: folder or URL of the label sets. run: temporary folder shared by this server's
     processes. memory: GiB of decoded labels for batches, an equal part for each worker. queue:
-    shards that may wait to be computed. wait_seconds: how long a request waits for one. max_ids,
+    shards that may wait to be computed. wait_seconds: how long a request waits for one.
+    max_seeds: to which a request may let a label set grow. max_ids,
     max_body (bytes), max_answer (bytes), max_decoded (bytes of the chunks that its rows are in): of
     one batch. max_requests, max_requests_each: at once, of a worker and of one client
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
     request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
     for so long is cut off.
-    log: json or text. root: where targets lie now, for the sample browser and for computing.
+    allowed_hosts: names that clients may use for the server besides those of the loopback; without
+    any, all of them if there is a token file.
+    log: json or text. root: where the targets are now, for the sample browser and for computing.
+    started: by the machine's monotonic clock.
     """
 
     cache: str
@@ -32,11 +36,13 @@ class Settings:
     port: int = 8080
     workers: int = 1
     token_file: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     on_demand: bool = False
     device: str = "auto"
     root: str | None = None
     log: str = "json"
     queue: int = 64
+    max_seeds: int = 1024
     wait_seconds: float = 20
     memory: float = 2.0
     max_ids: int = 65536
@@ -50,7 +56,7 @@ class Settings:
     body_seconds: float = 30
     request_seconds: float = 60
     send_seconds: float = 60
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     def as_json(self) -> str:
         """For ``from_environment``."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import logging
+import os
+import re
+import stat
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import HTTPConnection
@@ -17,101 +23,221 @@ from sskt.server.http.tokens import Tokens
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
-from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 
+OUT_OF_REACH = "cache out of reach"
 FRESH_SECONDS = 1.0
-"""How long a look at the cache's folders holds, at least."""
+"""Lifetime of a listing of the cache, and of what is known of a label set in a bucket, at least."""
 REST = 3
-"""One that takes long, as in a bucket, holds so many times as long."""
+"""That lifetime, as a multiple of the time that listing or reading took."""
+RETRY = {"Retry-After": "5"}
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}")
+_METADATA = (GROUP, f"view_check/{GROUP}")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 _log = logging.getLogger("sskt.state")
 
+Version = tuple[object, ...]
 
-@dataclass
+
+@dataclass(frozen=True)
+class _Known:
+    """A label set that was opened. version: of its metadata. until: when a bucket is read again."""
+
+    version: Version
+    label_set: LabelSet
+    until: float
+
+
 class Sets:
-    """The label sets of a cache, opened once and again when their metadata changes.
+    """The label sets of a cache, each opened when it is asked for, and again when it changes.
 
-    A damaged set hides no other: it is named in ``damaged`` with the reason.
+    A request for one label set touches no other, so one that cannot be read hides no other.
+
+    Attributes:
+        damaged: By name, why a label set cannot be read, as of the last listing.
     """
 
-    home: Place
-    damaged: dict[str, str] = field(default_factory=dict)
-    _open: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = field(default_factory=dict)
-    _until: float = 0.0
-    _guard: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, home: Place) -> None:
+        self.home = home
+        self.damaged: dict[str, str] = {}
+        self._known: dict[str, _Known] = {}
+        self._listed: list[LabelSet] = []
+        self._until = 0.0
+        self._device = self._folder_device()
+        self._guard = threading.Lock()
 
     def all(self) -> list[LabelSet]:
-        """All readable sets by name. Raises ``Problem`` 503 if the cache cannot be listed."""
+        """Lists the readable label sets by name.
+
+        Raises:
+            Problem: 503 if the cache cannot be listed.
+        """
         with self._guard:
             if time.monotonic() >= self._until:
-                self._look()
-            return [label_set for _, label_set in self._open.values()]
+                begun = time.monotonic()
+                with self._reaching():
+                    self._list()
+                self._until = _lifetime(begun)
+            return self._listed
 
-    def get(self, name: str) -> LabelSet:
-        """The set of that name, or the only one whose digest starts so. Raises ``Problem`` 404."""
-        sets = self.all()
-        for label_set in sets:
-            if label_set.name == name:
-                return label_set
-        fitting = [s for s in sets if len(name) >= 6 and s.digest.startswith(name)]
+    def get(self, name: str, *, fresh: bool = False) -> LabelSet:
+        """Returns the label set of that name, or the only one whose digest begins so.
+
+        Args:
+            name: Name, or the first six or more digits of the digest.
+            fresh: Whether a bucket is read even if its label set was read lately.
+
+        Raises:
+            Problem: 404 if there is none, 500 if it cannot be read, 503 if the cache is out of
+                reach.
+        """
+        try:
+            found = self._opened(name, fresh=fresh) if _NAME.fullmatch(name) else None
+        except _Unreadable as error:
+            raise Problem(500, DAMAGED, str(error)) from error
+        if found is not None:
+            return found
+        if self.home.is_local:  # a lost mount is not a missing label set
+            with self._reaching():
+                self._folders()
+        fitting = [s for s in self.all() if len(name) >= 6 and s.digest.startswith(name)]
         if len(fitting) == 1:
             return fitting[0]
-        if name in self.damaged:
-            raise Problem(500, DAMAGED, self.damaged[name])
-        raise Problem(404, "no such label set", f"no label set {name!r}; /v1/label-sets lists them")
+        detail = f"no label set {name!r:.300}; /v1/label-sets lists them"
+        if fitting:
+            names = ", ".join(s.name for s in fitting)
+            detail = f"the digests of several label sets begin with {name}: {names}; give a name"
+        raise Problem(404, "no such label set", detail)
 
     def recent(self, name: str) -> LabelSet | None:
-        """The set of that name if the last look still holds; never waits."""
-        known = self._open.get(name) if time.monotonic() < self._until else None
-        return known[1] if known else None
+        """The label set of that name if it is known and has not changed; never transfers."""
+        known = self._known.get(name)
+        if known is None:
+            return None
+        if isinstance(self.home, LocalPlace):
+            with contextlib.suppress(OSError):
+                return known.label_set if self._version(name) == known.version else None
+            return None
+        return known.label_set if time.monotonic() < known.until else None
 
-    def peek(self, name: str) -> LabelSet | None:
-        """The set of that name as last seen: never waits, looks again in the background."""
-        if time.monotonic() >= self._until and not self._guard.locked():
-            threading.Thread(target=self._look_again, name="sskt-look", daemon=True).start()
-        known = self._open.get(name)
-        return known[1] if known else None
-
-    def _look_again(self) -> None:
-        with contextlib.suppress(Problem):  # who asks for a listing is told
-            self.all()
-
-    def _look(self) -> None:
-        begun = time.monotonic()
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Raises ``Problem`` 503 for a cache that cannot be listed."""
         try:
-            self._look_over()
+            yield
         except (SsktError, OSError) as error:
             _log.warning("the cache cannot be listed: %s", error)
             detail = "the cache cannot be listed; the server's log says why"
-            raise Problem(503, "cache out of reach", detail, {"Retry-After": "5"}) from error
-        now = time.monotonic()
-        self._until = now + max(FRESH_SECONDS, REST * (now - begun))
+            raise Problem(503, OUT_OF_REACH, detail, RETRY) from error
 
-    def _look_over(self) -> None:
-        opened: dict[str, tuple[tuple[bytes, bytes], LabelSet]] = {}
+    def _folders(self) -> list[str]:
+        names = self.home.folders()
+        if not names and self._listed and self._folder_device() != self._device:
+            raise InputError(f"{self.home} is empty and on another device: a lost mount?")
+        return names
+
+    def _list(self) -> None:
+        names = self._folders()
+        listed: list[LabelSet] = []
         damaged: dict[str, str] = {}
-        for name in self.home.folders():
-            place = self.home.below(name)
+        for name in names:
             try:
-                metadata = (place.read(GROUP), place.read(f"view_check/{GROUP}"))
-                known = self._open.get(name)
-                same = known is not None and known[0] == metadata
-                opened[name] = known if known and same else (metadata, open_label_set(place))
-            except (FileNotFoundError, MissingData):  # no set, or one being made or removed
-                continue
-            except (SsktError, OSError) as error:
-                if type(error) is InputError:  # out of reach, which is no damage
-                    raise
-                # Where the cache lies on this machine is for the log only.
-                damaged[name] = str(error).replace(self.home.where(name), name)
+                label_set = self._opened(name)
+            except _Unreadable as error:
+                damaged[name] = str(error)
                 if damaged[name] != self.damaged.get(name):
-                    _log.warning("label set %s cannot be read: %s", name, error)
-        self._open, self.damaged = opened, damaged
+                    _log.warning("label set %s cannot be read: %s", name, error.__cause__ or error)
+                continue
+            if label_set is not None:
+                listed.append(label_set)
+        self._listed, self.damaged = listed, damaged
+        self._known = {n: known for n, known in self._known.items() if n in set(names)}
+
+    def _opened(self, name: str, *, fresh: bool = False) -> LabelSet | None:
+        """Opens one label set; None if there is none.
+
+        Raises:
+            _Unreadable: If it is damaged, or this process may not read it.
+            InputError: If the cache cannot be reached.
+        """
+        begun = time.monotonic()
+        found = None if fresh else self.recent(name)
+        if found is not None:
+            return found
+        place = self.home.below(name)
+        try:
+            _require_inside(self.home, place)
+            with contextlib.suppress(FileNotFoundError):
+                version, last = self._version(name), self._known.get(name)
+                same = last is not None and last.version == version
+                label_set = last.label_set if last and same else open_label_set(place)
+                if not _NAME.fullmatch(name):
+                    raise CorruptStore(
+                        "the name of a label set has only letters, digits, '.', '_' and '-'; "
+                        "rename the folder"
+                    )
+                self._known[name] = _Known(version, label_set, _lifetime(begun))
+                return label_set
+            open_label_set(place)  # says whether it has lost a file
+        except (FileNotFoundError, MissingData):
+            pass
+        except Exception as error:
+            if type(error) is InputError:
+                raise
+            if not isinstance(error, OSError) or error.errno not in _ABSENT:
+                # The log names the folder on this machine, the answer does not.
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                text = (reason or type(error).__name__).replace(self.home.where(name), name)
+                raise _Unreadable(f"{name} cannot be read: {text}") from error
+        self._known.pop(name, None)
+        return None
+
+    def _version(self, name: str) -> Version:
+        """What changes with the metadata of a label set. Raises ``OSError``, ``InputError``."""
+        if isinstance(self.home, LocalPlace):
+            found = [os.stat(self.home.path / name / key) for key in _METADATA]  # noqa: PTH116
+            if not all(stat.S_ISREG(about.st_mode) for about in found):
+                raise OSError(errno.EINVAL, f"{' or '.join(_METADATA)} is not a regular file")
+            return tuple((about.st_ino, about.st_size, about.st_mtime_ns) for about in found)
+        place = self.home.below(name)
+        return tuple(place.read(key) for key in _METADATA)
+
+    def _folder_device(self) -> int | None:
+        with contextlib.suppress(OSError):
+            return self.home.path.stat().st_dev if isinstance(self.home, LocalPlace) else None
+        return None
+
+
+class _Unreadable(Exception):
+    """A label set that cannot be opened; the message is for clients."""
+
+
+def inside(home: Place, key: str) -> bool:
+    """False for a file or folder of a local cache that lies elsewhere by a link."""
+    if not isinstance(home, LocalPlace):
+        return True
+    return Path(os.path.realpath(home.path / key)).is_relative_to(os.path.realpath(home.path))
+
+
+def _require_inside(home: Place, place: Place) -> None:
+    """Raises ``CorruptStore`` for a link that leaves the cache."""
+    if not inside(home, place.name):
+        raise CorruptStore(
+            f"{place.name} is a link that leaves the cache; mount or copy what it names instead"
+        )
+
+
+def _lifetime(begun: float) -> float:
+    now = time.monotonic()
+    return now + max(FRESH_SECONDS, REST * (now - begun))
 
 
 @dataclass
@@ -141,6 +267,12 @@ def make_state(settings: Settings) -> State:
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),
         Queue(run / "queue", settings.queue) if settings.on_demand else None,
     )
+
+
+async def label_set_of(state: State, name: str) -> LabelSet:
+    """As ``Sets.get``, in a thread if a disk or a bucket may have to be waited for."""
+    known = state.sets.recent(name)
+    return known if known is not None else await asyncio.to_thread(state.sets.get, name)
 
 
 def state_of(request: HTTPConnection) -> State:

@@ -7,9 +7,12 @@ a recipe. No torch here: ``sskt --help`` reads this module.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import hashlib
 import inspect
 import json
+import os
 import re
 import types
 import typing
@@ -28,6 +31,9 @@ AUTO = "auto"
 """Left to the target, or to the label sets that are trained from."""
 UNSTATED = {"input_scale": "imagenet"}
 """Fields that a stored configuration may lack, if their value is then not the default."""
+
+DIGEST = "digest"
+"""The key of ``config.json`` that is no field."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ class TrainConfig:
         partial: Accept a target of which a part is stored, where an official list names more.
         decoder: Decoder of clips. auto: that of the label sets, else pyav.
         strict_fingerprint: Compare files by contents, not by name and size only.
+        columns: Names of the columns of a manifest that are not called path, label or labels,
+            split, class_name, as path=COLUMN,label=COLUMN.
+        label_separator: Separator of several labels of a sample in a manifest; none: a label is
+            always one name. Default: | in a column labels.
+        allow_outside_root: Accept files of a manifest outside of the folder of the data.
         eval_every: Epochs between two evaluations. The last epoch is always followed by one.
         policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
             default.
@@ -153,6 +164,9 @@ class TrainConfig:
     partial: bool = False
     decoder: Annotated[str, OneOf((AUTO, "pyav", "decord"))] = AUTO
     strict_fingerprint: bool = False
+    columns: str = ""
+    label_separator: str = ""
+    allow_outside_root: bool = False
     eval_every: Count = 1
     policy: str = AUTO
     frame_sampling: str = ""
@@ -269,7 +283,7 @@ FOLLOWED: dict[str, Any] = {
 """Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(
     ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
-) | frozenset(("label_cache", "label_cache_size", "label_wait"))
+) | frozenset(("label_cache", "label_cache_size", "label_wait", "on_error"))
 """Fields that may change between a run and its resumption."""
 
 
@@ -425,21 +439,71 @@ def require_consistent(config: TrainConfig) -> None:
 
 
 def config_json(config: TrainConfig) -> bytes:
-    """``config.json``, readable by ``read_config``."""
-    return (json.dumps(config.as_dict(), indent=2) + "\n").encode()
+    """``config.json``, readable by ``read_config``; with the digest of its fields."""
+    plain = config.as_dict()
+    return (json.dumps(plain | {DIGEST: _digest(plain)}, indent=2) + "\n").encode()
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a stored configuration. Raises ``MissingData`` or ``InputError``."""
+    """Reads the fields of a stored configuration.
+
+    Args:
+        path: A run's ``config.json``. Those of older versions have no digest.
+
+    Returns:
+        The values by field.
+
+    Raises:
+        MissingData: If the file cannot be read.
+        InputError: If it is damaged; names what.
+    """
     try:
-        stored = UNSTATED | json.loads(path.read_text())
+        stored = json.loads(read_text(path))
     except OSError as error:
-        raise MissingData(f"no run to resume: cannot read {path}") from error
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a run's configuration") from error
+        raise MissingData(f"no run to resume: cannot read {path} ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a run's configuration ({type(error).__name__})") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"{path} is not a run's configuration: it is no JSON object")
+    digest = stored.pop(DIGEST, None)
+    if digest is not None and digest != _digest(stored):
+        raise InputError(
+            f"{path} was changed since it was written: its fields do not have the digest {digest}; "
+            "restore it, or train anew with another --out"
+        )
+    stored = UNSTATED | stored
     if odd := [name for name in stored if name not in FIELDS]:
         raise InputError(f"{path} is not a run's configuration: {odd[0]!r} is no field of one")
     return checked(stored, str(path))
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file. Raises ``OSError``, and for a folder, pipe or device too."""
+    if not path.is_file():
+        code = errno.EINVAL if path.exists() else errno.ENOENT
+        raise OSError(code, "it is no file" if path.exists() else os.strerror(code), str(path))
+    return path.read_text("utf-8")
+
+
+def run_digest(fields: Mapping[str, Any]) -> str:
+    """The digest of what decides the numbers of a run: all fields that may not change in it.
+
+    Defaults do not count, so that it stays the same when a later version has more fields.
+
+    Args:
+        fields: Values by field.
+
+    Returns:
+        SHA-256 of their canonical JSON, in hex.
+    """
+    plain = TrainConfig(**fields).as_dict()
+    defaults = TrainConfig().as_dict()
+    return _digest({k: v for k, v in plain.items() if k not in INDIFFERENT and v != defaults[k]})
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _same_policy(one: str, other: str) -> bool:

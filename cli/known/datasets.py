@@ -6,10 +6,18 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table
 
 
-@click.command("datasets")
+@click.command(
+    "datasets",
+    cls=GroupedCommand,
+    examples=(
+        "sskt datasets",
+        "sskt datasets --json",
+    ),
+)
 @as_json
 def datasets(as_json: bool) -> None:
     """List the known targets and the layout that each expects under --root."""
@@ -37,7 +45,7 @@ def datasets(as_json: bool) -> None:
             "about": "your own images, or clips (files, or folders of image_00001.jpg ...)",
             "splits": own,
             "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
-            "layout": FOLDER_LAYOUT,
+            "layout": f"{FOLDER_LAYOUT}; without labels DIR[/SPLIT]/FILE",
         },
         {
             "name": "a manifest",

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table
 
 
-@click.command("policies")
+@click.command("policies", cls=GroupedCommand, examples=("sskt policies", "sskt policies --json"))
 @as_json
 def policies(as_json: bool) -> None:
     """List the view policies, with their parameters and defaults."""
@@ -29,7 +30,7 @@ def policies(as_json: bool) -> None:
     )
 
 
-@click.command("models")
+@click.command("models", cls=GroupedCommand, examples=("sskt models", "sskt models --json"))
 @as_json
 def models(as_json: bool) -> None:
     """List the target networks. torchvision's other classifiers and FILE.py:factory work, too."""
@@ -38,7 +39,9 @@ def models(as_json: bool) -> None:
     _show(("name", "for"), [[name, about] for name, about in NETWORKS.items()], as_json)
 
 
-@click.command("encodings")
+@click.command(
+    "encodings", cls=GroupedCommand, examples=("sskt encodings", "sskt encodings --json")
+)
 @as_json
 def encodings(as_json: bool) -> None:
     """List the encodings of soft labels, with the size of a label of 1,000 classes."""
@@ -64,7 +67,7 @@ def encodings(as_json: bool) -> None:
     )
 
 
-@click.command("recipes")
+@click.command("recipes", cls=GroupedCommand, examples=("sskt recipes", "sskt recipes --json"))
 @as_json
 def recipes(as_json: bool) -> None:
     """List the recipes that ship with sskt, with the command that reads each."""

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sskt.cli.labels.labelling_options import job_of, job_options, require_ready, run_options
+from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.labelling_options import (
+    GROUPS,
+    job_of,
+    job_options,
+    require_ready,
+    run_options,
+)
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.output import (
     as_json,
@@ -24,7 +31,15 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.labeling.units import Share
 
 
-@click.command("cache-teachers")
+@click.command(
+    "cache-teachers",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt cache-teachers --source places365 --target ucf101",
+        "sskt cache-teachers --source imagenet --source places365 --target ./photos --seeds 4",
+    ),
+)
 @job_options
 @click.option(
     "--cache",

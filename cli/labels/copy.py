@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, human_bytes, partly, print_json, progress, resumable
 
 if TYPE_CHECKING:
     pass
 
 
-@click.command("copy")
+@click.command(
+    "copy",
+    cls=GroupedCommand,
+    examples=(
+        "sskt copy labels /fast/labels",
+        "sskt copy http://labels:8080 labels stl10",
+    ),
+)
 @click.argument("source", metavar="SRC")
 @click.argument("to", metavar="DST")
 @click.argument("sets", nargs=-1, metavar="[SET]...")

@@ -6,6 +6,7 @@ import dataclasses
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import CACHES, cache_option
 from sskt.cli.output import (
     as_json,
@@ -19,11 +20,18 @@ from sskt.cli.output import (
 from sskt.teacher_cache.errors import InputError
 
 
-@click.command("export")
+@click.command(
+    "export",
+    cls=GroupedCommand,
+    examples=(
+        "sskt export stl10 --encoding u8",
+        "sskt export b900af --encoding topk-16 --out small",
+    ),
+)
 @cache_option(f"Cache of the label set: {CACHES}.")
 @click.argument("label_set", metavar="SET")
 @click.option("--encoding", required=True, metavar="f16|u8|topk-K", help="The new encoding.")
-@click.option("--out", required=True, help="Cache for the new label set; may be the same one.")
+@click.option("--out", required=True, help="Cache of the new label set; it may be the same one.")
 @as_json
 def export(cache: str, label_set: str, encoding: str, out: str, as_json: bool) -> None:
     """Store a label set once more in a smaller encoding, without its source.

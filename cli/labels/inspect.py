@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
-    device_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    target_option,
 )
 from sskt.cli.output import as_json, print_json, print_table, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
@@ -24,27 +24,37 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.views.views import Views
 
 
-@click.command("inspect")
+@click.command(
+    "inspect",
+    cls=GroupedCommand,
+    groups={
+        "Labels": ("cache", "sample", "seed"),
+        "Images": ("png", "clip"),
+        "What the labels were made from": (*REOPENED, "live"),
+    },
+    examples=(
+        "sskt inspect stl10 --sample 3 --seed 1 --png view.png",
+        "sskt inspect b900af --sample 17",
+    ),
+)
 @cache_option
 @sets_argument
 @click.option(
-    "--sample", type=click.IntRange(0), default=0, show_default=True, help="Sample number."
+    "--sample", type=click.IntRange(0), default=0, show_default=True, help="Number of the sample."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="View seed.")
 @click.option(
     "--png",
     type=click.Path(path_type=Path),
-    help="Write what the sources saw: view, or stills (a row for each f_s).",
+    help="PNG file for what the sources saw: the view, or the stills of a clip.",
 )
 @click.option(
-    "--clip", type=click.Path(path_type=Path), help="Write all frames of a clip's view, as one PNG."
+    "--clip", type=click.Path(path_type=Path), help="PNG file for all frames of a clip's view."
 )
 @click.option(
-    "--live/--no-live", default=True, show_default=True, help="Recompute with the live source."
+    "--live/--no-live", default=True, show_default=True, help="Recompute the label with its source."
 )
-@root_option
-@target_option
-@device_option
+@reopen_options
 @as_json
 def inspect(
     cache: str,
@@ -54,17 +64,16 @@ def inspect(
     png: Path | None,
     clip: Path | None,
     live: bool,
-    root: Path | None,
-    target: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Look at one sample under one seed: its view, each source's top-5, the spec.
 
     All sets of one target and one view policy are shown together; name one to choose.
     """
     from sskt.teacher_cache.label_sets.find import choose_sets, same_views
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views, stored_probabilities
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views, require_named_sources
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     chosen = choose_sets(cache, sets)
     same_views(chosen)
@@ -81,7 +90,8 @@ def inspect(
             raise IncompleteLabels(
                 f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"
             )
-    instead = Reopen(target=target, root=root, device=device)
+    instead = Reopen(**given)
+    require_named_sources(instead, chosen)
     shown: dict[str, Any] = {
         "sample": sample,
         "seed": seed,
@@ -180,7 +190,8 @@ def _write_png(view: Any, path: Path) -> None:
 def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str, Any]:
     import numpy as np
 
-    from sskt.teacher_cache.tools.verify import compare, reopen, stored_probabilities
+    from sskt.teacher_cache.tools.reopen import reopen
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     shown: dict[str, Any] = {
         "label_set": label_set.name,
@@ -194,6 +205,8 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     top = np.argsort(-p, kind="stable")[:5]
     shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
     if instead is not None:
+        from sskt.teacher_cache.tools.recompute import compare
+
         try:
             views, source = reopen(label_set, instead)
         except SsktError as error:

@@ -1,4 +1,4 @@
-"""The options that ``cache-teachers`` and ``plan`` share."""
+"""Options of ``cache-teachers`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
+GROUPS = {
+    "Data": ("target", "root", "split", "limit", "partial", "strict", "download", "decoder"),
+    "Manifests": ("columns", "label_separator", "allow_outside_root"),
+    "Sources": (
+        "sources",
+        "weights",
+        "preprocessing",
+        "batchnorm",
+        "frame_sampling",
+        "logits_are",
+    ),
+    "Views and labels": ("seeds", "policy", "encoding", "cache", "shard_rows", "on_error"),
+    "Running": ("device", "precision", "batch_size", "workers", "memory", "share"),
+    "Ray": ("engine", "address", "task_gpus", "task_cpus"),
+    "Estimate": ("machines", "epochs", "probe"),
+}
+"""The options of ``cache-teachers`` and ``plan`` in the groups of their help."""
+
 _OPTIONS = (
     click.option(
         "--source",
@@ -24,112 +42,159 @@ _OPTIONS = (
         multiple=True,
         required=True,
         metavar="NAME[:ARCH][@SIZE]",
-        help="Source, e.g. imagenet:resnet50, places365, NAME=FILE.py:factory; repeat for several.",
+        help="Source: imagenet:resnet50, places365, NAME=FILE.py:factory and so on. Repeat.",
     ),
     click.option(
         "--target",
         required=True,
-        help="Known target (sskt datasets), a folder of class folders (images or clips), or a "
-        ".csv or .parquet manifest.",
+        help="Target: a known one (sskt datasets lists them), a folder of class folders, or a .csv "
+        "or .parquet manifest.",
     ),
     click.option(
         "--root",
         type=click.Path(path_type=Path),
-        help="Folder of the target's data. Default: $SSKT_DATA, else ./data (or NAME in it).",
+        help="Folder of the target's data. Default: $SSKT_DATA, else ./data.",
     ),
-    click.option("--split", default="train", show_default=True),
+    click.option("--split", default="train", show_default=True, help="Split to label."),
     click.option(
         "--seeds",
         type=click.IntRange(1, 2**31),
         default=10,
         show_default=True,
-        help="Number of view seeds: 0 .. N-1.",
+        help="Number S of view seeds: each sample is labelled in S augmented views.",
     ),
     click.option(
-        "--policy", default="auto", help="View policy NAME[:key=value,...]; auto: the target's own."
+        "--policy",
+        default="auto",
+        show_default=True,
+        help="View policy NAME[:key=value,...] (see sskt policies). auto: that of the target.",
     ),
     click.option(
         "--frame-sampling",
         "--f-s",
         "frame_sampling",
         default="",
-        help="Stills of a clip that the sources see: center (default), first, uniform-K, random, "
-        "FILE.py:function.",
-    ),
-    click.option("--encoding", default="f16", show_default=True, help="f16, u8, topk-K or f32."),
-    click.option(
-        "--limit", type=click.IntRange(1), help="Only this many samples, all classes alike."
+        help="f_s, the stills of a clip that the sources see: center, first, uniform-K, random or "
+        "FILE.py:function. Default: center. (video targets only)",
     ),
     click.option(
-        "--partial", is_flag=True, help="Take what is there of an official list of files."
+        "--encoding",
+        default="f16",
+        show_default=True,
+        help="Encoding of the labels: f16, u8, topk-K or f32.",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(1),
+        help="Samples to label, evenly over the classes.",
+    ),
+    click.option(
+        "--partial", is_flag=True, help="Accept that files of the official list are missing."
     ),
     click.option(
         "--decoder",
         type=click.Choice(["pyav", "decord"]),
         default="pyav",
         show_default=True,
-        help="Of clips.",
+        help="Decoder of clips. (video targets only)",
     ),
     click.option(
         "--strict-fingerprint",
         "strict",
         is_flag=True,
-        help="The identity covers the files' contents, not only their names and sizes.",
+        help="Identify the target by the contents of its files, not only by names and sizes.",
     ),
     click.option("--download", is_flag=True, help="Let torchvision download the target."),
+    click.option(
+        "--columns",
+        default="",
+        metavar="path=COLUMN,...",
+        help="Names of the columns that are not called path, label or labels, split, class_name.",
+    ),
+    click.option(
+        "--label-separator",
+        default="",
+        help="Separator of several labels of a sample; none: a label is always one name. Default: "
+        "| in a column labels.",
+    ),
+    click.option(
+        "--allow-outside-root",
+        is_flag=True,
+        help="Accept files outside of --root, or else of the folder of the manifest.",
+    ),
     click.option(
         "--weights",
         multiple=True,
         metavar="[NAME=]FILE",
-        help="Own weights for a known architecture.",
+        help="Weights for a known architecture. Repeat for several sources.",
     ),
     click.option(
         "--preprocessing",
         multiple=True,
         metavar="[NAME:]key=value,...",
-        help="Override size, mean=a/b/c, std, channels=bgr, scale of a source.",
+        help="Preprocessing of a source: size, mean=a/b/c, std, channels=bgr and scale.",
+    ),
+    click.option(
+        "--logits-are",
+        multiple=True,
+        metavar="[NAME=]KIND",
+        help="What a source's network returns if not logits: probabilities or log-probabilities. "
+        "KIND logits accepts logits that look like probabilities.",
     ),
     click.option(
         "--batchnorm",
         type=click.Choice(["eval", "batch"]),
         default="eval",
         show_default=True,
-        help="batch: BatchNorm over each batch, as the paper's code; the batch size is recorded.",
+        help="Statistics of BatchNorm. batch: those of each batch, as in the paper's code; the "
+        "batch size is then part of the identity.",
     ),
     click.option(
         "--precision",
         type=click.Choice(["float32", "bfloat16", "bf16"]),
         default="float32",
         show_default=True,
-        help="Arithmetic of the forward pass; recorded.",
+        help="Arithmetic of the forward pass. It is part of the identity.",
     ),
     click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: cuda if any."
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Device: cpu, cuda or cuda:1. auto: cuda if there is one.",
     ),
-    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
     click.option(
-        "--workers", type=click.IntRange(0), help="Loader processes; default: by cores, 0 for RAM."
+        "--batch-size",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="Images of a forward pass.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        help="Loader processes. Default: by the number of cores; 0 for targets in memory.",
     ),
     click.option(
         "--memory",
         type=click.FloatRange(0, min_open=True),
         default=4.0,
         show_default=True,
-        help="GiB for labels and views not yet stored: more lets more seeds share a decoding.",
+        help="GiB for labels and views that are not stored yet. More memory lets more view seeds "
+        "share one decoding.",
     ),
     click.option(
         "--on-error",
         type=click.Choice(["fail", "skip"]),
         default="fail",
         show_default=True,
-        help="What an unreadable image or clip does.",
+        help="What to do about a sample that cannot be read: fail, or skip it.",
     ),
     click.option(
         "--shard-rows",
         type=click.IntRange(1),
         default=8192,
         show_default=True,
-        help="Samples in a shard, the unit of writing and resuming (a new set only).",
+        help="Samples of a shard, the unit of writing and resuming. (new label sets only)",
     ),
 )
 
@@ -140,26 +205,26 @@ _RUN_OPTIONS = (
         default="auto",
         show_default=True,
         metavar="RANK/WORLD",
-        help="Only this part of the run. auto: from RANK and WORLD_SIZE, or srun's SLURM_PROCID "
-        "and SLURM_STEP_NUM_TASKS; none: all, divided by locks among processes on one folder.",
+        help="Part of the run that this process labels. auto: from RANK and WORLD_SIZE, or from "
+        "srun's variables. none: everything; processes on one folder divide the work by locks.",
     ),
     click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="ray: spread the shards over a Ray cluster (sskt[ray]).",
+        help="ray: spread the shards over a Ray cluster (extra 'ray').",
     ),
     click.option(
         "--address",
         default="",
-        help="Ray cluster: auto, HOST:PORT (from one of its nodes) or ray://HOST:PORT; default: "
-        "RAY_ADDRESS, else one started here.",
+        help="Address of the Ray cluster: auto, HOST:PORT (from one of its nodes) or "
+        "ray://HOST:PORT. Default: $RAY_ADDRESS, else a cluster that is started here.",
     ),
     click.option(
         "--task-gpus",
         type=click.FloatRange(0),
-        help="GPUs (or a fraction) a Ray task holds; default: 1 if the cluster has any, else 0.",
+        help="GPUs, or a fraction, that a Ray task holds. Default: 1 if the cluster has any.",
     ),
     click.option(
         "--task-cpus",

@@ -7,15 +7,30 @@ from typing import Any
 
 import click
 
-from sskt.cli.labels.labelling_options import job_of, job_options, require_ready, run_options
+from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.labelling_options import (
+    GROUPS,
+    job_of,
+    job_options,
+    require_ready,
+    run_options,
+)
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
 
 
-@click.command("plan")
+@click.command(
+    "plan",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt plan --source imagenet --target stl10",
+        "sskt plan --source imagenet --target imagenet --machines 8",
+    ),
+)
 @job_options
 @click.option(
-    "--cache", help=f"Cache of label sets; labels stored there are not counted. {DEFAULT_WRITABLE}"
+    "--cache", help=f"Cache of label sets. Labels that it holds are not counted. {DEFAULT_WRITABLE}"
 )
 @run_options
 @click.option(
@@ -23,21 +38,21 @@ from sskt.cli.output import as_json, human_bytes, print_json, print_table, progr
     type=click.IntRange(1),
     multiple=True,
     default=(1,),
-    help="Predict for this many machines like this one; repeat for several.",
+    help="Number of machines like this one to predict for. Repeat.",
 )
 @click.option(
     "--epochs",
     type=click.IntRange(1),
     default=200,
     show_default=True,
-    help="Of one training, for the break-even.",
+    help="Epochs of one training, for the break-even.",
 )
 @click.option(
     "--probe",
     type=click.FloatRange(0, min_open=True),
     default=6.0,
     show_default=True,
-    help="Seconds to measure.",
+    help="Seconds that the measurement takes.",
 )
 @as_json
 def plan(

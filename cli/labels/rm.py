@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import CACHES, cache_option
 from sskt.cli.output import as_json, human_bytes, print_json, print_table, resumable
 from sskt.teacher_cache.errors import InputError
@@ -15,18 +16,27 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.tools.remove import Removable
 
 
-@click.command("rm")
+@click.command(
+    "rm",
+    cls=GroupedCommand,
+    examples=(
+        "sskt rm stl10",
+        "sskt rm b900af --seeds 8-9 --yes",
+    ),
+)
 @cache_option(f"Cache of the label sets: {CACHES}.", writable=True)
 @click.argument("sets", nargs=-1, required=True, metavar="SET...")
-@click.option("--seeds", metavar="0,3-5", help="Only the labels of these view seeds.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--seeds", metavar="0,3-5", help="View seeds whose labels to delete. Default: the whole sets."
+)
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @as_json
 def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json: bool) -> None:
     """Remove label sets: those whose name contains, or whose digest starts with, SET.
 
     Shows what would go and asks. A set that another process of this machine is writing to is
     refused; in an object store that cannot be seen. With --seeds the sets stay, and
-    cache-teachers labels those seeds again.
+    cache-teachers labels those seeds again; without its last seeds a set is that much shorter.
     """
     from sskt.teacher_cache.storage.open import is_served, open_cache
     from sskt.teacher_cache.tools.remove import removable, remove_label_set

@@ -1,4 +1,4 @@
-"""``sskt token``: who may ask the label server."""
+"""``sskt token``: the tokens of the label server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ token_file = click.option(
     required=True,
     envvar="SSKT_TOKEN_FILE",
     show_envvar=True,
-    help="The file that sskt serve reads.",
+    help="Token file that sskt serve reads.",
 )
 
 
@@ -27,8 +27,9 @@ token_file = click.option(
 def token() -> None:
     """Tokens of the label server: new, list, revoke.
 
-    A running server follows the file within a fraction of a second. The file holds hashes:
-    whoever reads it cannot use the tokens.
+    A running server follows the file within a fraction of a second. The file holds hashes, so
+    that its readers cannot use the tokens. The status page of the server shows when each token
+    was last used.
     """
 
 
@@ -42,9 +43,13 @@ def token() -> None:
     type=click.Choice(["read", "compute"]),
     default=["read"],
     show_default=True,
-    help="What it opens; compute (missing labels, on demand) brings read with it.",
+    help="Permission; compute (labels on demand) includes read.",
 )
-@click.option("--days", type=float, help="Good for so many days; without it, until revoked.")
+@click.option(
+    "--days",
+    type=float,
+    help="Days until the token expires; without it, it is valid until revoked.",
+)
 @as_json
 def new(
     name: str, token_file: Path, scopes: tuple[str, ...], days: float | None, as_json: bool
@@ -59,15 +64,15 @@ def new(
         return
     click.echo(secret)
     end = f"until {_day(made.expires)}" if made.expires else "until revoked"
-    said = f"token {name} ({', '.join(sorted(made.scopes))}), good {end}"
-    click.echo(f"{said}; it is shown this once: clients take it from SSKT_TOKEN", err=True)
+    said = f"token {name} ({', '.join(sorted(made.scopes))}), valid {end}"
+    click.echo(f"{said}; the secret is shown only once; clients take it from SSKT_TOKEN", err=True)
 
 
 @token.command("list")
 @token_file
 @as_json
 def listed(token_file: Path, as_json: bool) -> None:
-    """The tokens of a file, without their secrets."""
+    """List the tokens of a file, without their secrets."""
     from sskt.server.http.tokens import list_tokens
 
     tokens = list_tokens(token_file)
@@ -78,7 +83,7 @@ def listed(token_file: Path, as_json: bool) -> None:
         (t.name, " ".join(sorted(t.scopes)), _day(t.created), _day(t.expires), _state(t))
         for t in tokens
     ]
-    print_table(("name", "scopes", "made", "expires", ""), rows)
+    print_table(("name", "scopes", "created", "expires", ""), rows)
 
 
 @token.command("revoke")

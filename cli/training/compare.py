@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table
 from sskt.teacher_cache.errors import InputError
 
@@ -17,15 +18,26 @@ if TYPE_CHECKING:
 PNG, HTML, JSON = "compare.png", "compare.html", "compare.json"
 
 
-@click.command("compare")
+@click.command(
+    "compare",
+    cls=GroupedCommand,
+    examples=(
+        "sskt compare runs/",
+        "sskt compare runs/scratch runs/sskt --html compare.html",
+    ),
+)
 @click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help=f"Folder for {PNG}, {HTML} and {JSON}.",
 )
-@click.option("--png", type=click.Path(path_type=Path), help="Draw the curves into this file.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write one self-contained page.")
+@click.option("--png", type=click.Path(path_type=Path), help="File for the curves.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="File for a self-contained page with table and curves.",
+)
 @as_json
 def compare(
     run: tuple[Path, ...], out: Path | None, png: Path | None, html: Path | None, as_json: bool

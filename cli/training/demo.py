@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table, progress, say
 from sskt.teacher_cache.errors import InputError
 
@@ -23,15 +24,34 @@ LIVE_STEPS = 8
 MARKER = ".sskt-demo"
 
 
-@click.command("demo")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+@click.command(
+    "demo",
+    cls=GroupedCommand,
+    examples=(
+        "sskt demo",
+        "sskt demo --out runs/demo",
+    ),
 )
-@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
-    "--seeds", type=click.IntRange(1), default=2, show_default=True, help="View seeds to cache."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder of the labels, runs and curves.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Only this many training samples.")
+@click.option(
+    "--epochs", type=click.IntRange(1), default=4, show_default=True, help="Epochs of a training."
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Number of view seeds to cache.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="Number of training samples. Default: all 2,000."
+)
 @as_json
 def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -> None:
     """Cache a real ImageNet source over `shapes`, train with and without it, compare.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
 from sskt.cli.training.reproduce_plan import Training, show_plan
@@ -34,21 +35,37 @@ if TYPE_CHECKING:
 PICTURE = "figure.png"
 
 
-@click.command("reproduce")
+GROUPS = {
+    "What to run": ("selectors", "panels", "runs", "epochs", "fraction", "seeds", "dry_run"),
+    "Settings": ("kd", "focal_schedule", "given_settings"),
+    "Sources and labels": ("given_sources", "weights", "preprocessing", "cache", "encoding"),
+    "Data and device": ("roots", "download", "device", "out"),
+}
+
+
+@click.command(
+    "reproduce",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt reproduce table3 --dry-run",
+        "sskt reproduce figure2 --panel 3 --runs 1",
+    ),
+)
 @click.argument("table")
 @click.option(
     "--row",
     "selectors",
     multiple=True,
     metavar="N|N-M|NAME",
-    help="Only these rows: number, range, name or shell pattern; repeat. --dry-run lists them.",
+    help="Rows to run: number, range, name or shell pattern. Repeat. --dry-run lists them.",
 )
 @click.option(
     "--panel",
     "panels",
     multiple=True,
     metavar="N|N-M|NAME",
-    help="Only these graphs of a figure: number, range, name or shell pattern; repeat.",
+    help="Graphs of a figure to run: number, range, name or shell pattern. Repeat.",
 )
 @click.option(
     "--runs",
@@ -56,11 +73,15 @@ PICTURE = "figure.png"
     help="Trainings of each row, with training seeds 0 .. N-1; default: 3 where the paper reports "
     "a deviation or draws error bars, else 1.",
 )
-@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    help="Epochs of each training. Default: those of the recipe.",
+)
 @click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Train on this part of the training split, evenly spread.",
+    help="Part of the training split to train on, spread evenly.",
 )
 @click.option(
     "--seeds",
@@ -87,41 +108,48 @@ PICTURE = "figure.png"
     "given_sources",
     multiple=True,
     metavar="LETTER=NAME[:ARCH][@SIZE]",
-    help="Another source for a letter of the table, e.g. I=imagenet:efficientnet_lite0@74; repeat.",
+    help="Source for a letter of the table, such as I=imagenet:efficientnet_lite0@74. Repeat.",
 )
 @click.option(
     "--weights",
     multiple=True,
     metavar="LETTER=FILE",
-    help="Weights of a source's architecture, or those that rows start from (K); repeat.",
+    help="Weights of a source's architecture, or those that rows start from (K). Repeat.",
 )
 @click.option(
     "--preprocessing",
     multiple=True,
     metavar="LETTER:key=value,...",
-    help="Override size, mean=a/b/c, std, channels=bgr, scale of a source; repeat.",
+    help="Preprocessing of a source: size, mean=a/b/c, std, channels=bgr and scale. Repeat.",
 )
 @click.option(
     "--set",
     "given_settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any other field of sskt train, for all rows, e.g. batch_size=64; repeat.",
+    help="Another option of sskt train for all rows, such as batch_size=64. Repeat.",
 )
 @click.option(
-    "--root", "roots", multiple=True, metavar="[TARGET=]DIR", help="Where a target's data lives."
+    "--root", "roots", multiple=True, metavar="[TARGET=]DIR", help="Folder of a target's data."
 )
 @click.option("--download", is_flag=True, help="Let torchvision download the targets.")
 @click.option("--cache", help=f"Folder or URL of the label sets. {DEFAULT_LABELS}")
-@click.option("--encoding", default="f16", show_default=True, help="Of labels not yet cached.")
+@click.option(
+    "--encoding",
+    default="f16",
+    show_default=True,
+    help="Encoding of labels that are not cached yet.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("runs/reproduce"),
     show_default=True,
-    help="Runs go to OUT/TABLE/ROW/seed-K, results to OUT/TABLE/results.json and .md.",
+    help="Folder of the results: OUT/TABLE/ROW/seed-K and OUT/TABLE/results.json.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device of labelling and training."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be cached and trained, and stop.")
 @as_json
 def reproduce(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, print_json, print_table, progress, say, working
-from sskt.cli.training.train import _all_options
+from sskt.cli.training.train import GROUPS, all_options
 from sskt.cli.training.training_output import hooks_of
 from sskt.teacher_cache.errors import (
     IncompleteLabels,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from sskt.trainer.results.plots import Graph
 
 RESULTS, PICTURE = "results.json", "figure.png"
+SWEEP_GROUPS = {
+    "Sweep": ("temperatures", "alphas", "runs", "with_scratch", "only", "over", "png"),
+    **GROUPS,
+}
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -34,36 +39,60 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> A
         raise click.BadParameter(f"'{value}' is no list of numbers, e.g. 1,2,5") from None
 
 
-@click.command("sweep")
+@click.command(
+    "sweep",
+    cls=GroupedCommand,
+    groups=SWEEP_GROUPS,
+    examples=(
+        "sskt sweep --target stl10 --source imagenet --temperatures 1,3,5 --alphas 0.1,1",
+        "sskt sweep my-sweep.toml --runs 3 --dry-run",
+    ),
+)
 @click.argument("recipe", required=False)
 @click.option(
     "--temperatures",
     metavar="T,...",
     callback=_numbers,
-    help="Values of T; default: the recipe's, or 1,2,3,4,5.",
+    help="Temperatures T. Default: those of the recipe, or 1,2,3,4,5.",
 )
 @click.option(
     "--alphas",
     metavar="ALPHA,...",
     callback=_numbers,
-    help="Values of alpha; default: the recipe's, or 0.1,0.5,1.",
+    help="Values of alpha. Default: those of the recipe, or 0.1,0.5,1.",
 )
 @click.option(
-    "--runs", type=click.IntRange(1), default=1, show_default=True, help="Seeds of each point."
+    "--runs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Trainings of each point, with seeds 0 to N - 1.",
 )
-@click.option("--with-scratch", is_flag=True, help="Train without sources too, as a level.")
-@click.option("--panel", "only", multiple=True, type=int, help="Only this graph (1 ..); repeat.")
+@click.option(
+    "--with-scratch", is_flag=True, help="Train from scratch, too, and draw the result as a level."
+)
+@click.option(
+    "--panel",
+    "only",
+    multiple=True,
+    type=int,
+    help="Graph of the recipe to run, by number. Repeat.",
+)
 @click.option(
     "--over",
     type=click.Choice(["alpha", "temperature"]),
     default="temperature",
     show_default=True,
-    help="The axis of the graphs; a line for each value of the other.",
+    help="Axis of the graphs; each value of the other is a line.",
 )
-@click.option("--png", type=click.Path(path_type=Path), help=f"Default: OUT/{PICTURE}.")
-@click.option("--dry-run", is_flag=True, help="List the points and count the trainings.")
+@click.option(
+    "--png", type=click.Path(path_type=Path), help=f"File of the figure. Default: OUT/{PICTURE}."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show the points and the number of trainings, and stop."
+)
 @as_json
-@_all_options
+@all_options
 def sweep(
     recipe: str | None,
     temperatures: tuple[float, ...] | None,
@@ -128,7 +157,7 @@ sweep.params = [p for p in sweep.params if p.name not in ("temperature", "alpha"
 for _parameter in sweep.params:
     if isinstance(_parameter, click.Option) and _parameter.name == "out":
         _parameter.help = (
-            f"{RESULTS}, {PICTURE} and a folder for each training; default: runs/sweep-RECIPE"
+            f"Folder of {RESULTS}, {PICTURE} and the trainings. Default: runs/sweep-RECIPE."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
 from sskt.cli.training.training_output import first_line, hooks_of
 from sskt.teacher_cache.errors import InputError
@@ -25,6 +26,85 @@ from sskt.trainer.config import (
 from sskt.trainer.loop.preflight import require_present
 
 Command = Callable[..., None]
+
+GROUPS = {
+    "Data": (
+        "target",
+        "root",
+        "download",
+        "split",
+        "test_split",
+        "limit",
+        "partial",
+        "decoder",
+        "strict_fingerprint",
+        "columns",
+        "label_separator",
+        "allow_outside_root",
+        "policy",
+        "frame_sampling",
+        "on_error",
+    ),
+    "Soft labels": (
+        "source",
+        "cache",
+        "labels",
+        "label_cache",
+        "label_cache_size",
+        "label_wait",
+        "seeds",
+        "live",
+        "weights",
+        "preprocessing",
+        "force_topk",
+    ),
+    "Network": (
+        "model",
+        "tm",
+        "stem",
+        "shortcut",
+        "taps",
+        "init",
+        "input_scale",
+        "finetune_from",
+    ),
+    "Loss": ("loss", "alpha", "temperature", "source_weight", "focal_gamma", "method", "psi"),
+    "Optimisation": (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "optimizer",
+        "lr",
+        "momentum",
+        "dampening",
+        "weight_decay",
+        "schedule",
+        "warmup",
+        "milestones",
+        "gamma",
+        "patience",
+        "plateau_on",
+        "clip_grad",
+        "ema",
+        "early_stop",
+    ),
+    "Run": (
+        "recipe",
+        "out",
+        "resume",
+        "dry_run",
+        "seed",
+        "eval_every",
+        "save_minutes",
+        "device",
+        "precision",
+        "channels_last",
+        "compile",
+        "workers",
+        "memory",
+    ),
+}
+"""The options of ``sskt train`` in the groups of its help; ``sweep`` shows them, too."""
 
 
 def _option(name: str, about: str) -> Callable[[Command], Command]:
@@ -47,15 +127,24 @@ def _option(name: str, about: str) -> Callable[[Command], Command]:
     return click.option(f"--{name.replace('_', '-')}", name, multiple=bool(item), **settings)
 
 
-def _all_options(command: Command) -> Command:
+def all_options(command: Command) -> Command:
+    """Adds an option for each field of ``TrainConfig``."""
     about = help_texts()
     for name in reversed(FIELDS):
         command = _option(name, about.get(name, ""))(command)
     return command
 
 
-@click.command("train")
-@_all_options
+@click.command(
+    "train",
+    cls=GroupedCommand,
+    groups=GROUPS,
+    examples=(
+        "sskt train --target stl10 --tm",
+        "sskt train --target ./photos --source imagenet --epochs 50 --out run",
+    ),
+)
+@all_options
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="TOML file with any of these options."
 )

@@ -11,14 +11,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """The kernel kills this process when the thread that started it is gone, however it goes."""
+    """Makes the kernel kill this process when the thread that started it ends."""
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not parent_is_there():  # it died before the call
+    if not parent_is_alive():  # it died before the call
         sys.exit(1)
 
 
-def parent_is_there() -> bool:
-    """Whether the process that started this one by multiprocessing lives; True if none did."""
+def parent_is_alive() -> bool:
+    """Whether the process that started this one by multiprocessing is alive; True if none did."""
     parent = multiprocessing.parent_process()
     return parent is None or parent.is_alive()

@@ -1,4 +1,4 @@
-"""The owner of the accelerator: the one process of a server that computes and writes shards.
+"""The compute worker: the one process of a server that computes and writes shards.
 
 It takes what waits in the queue and labels it as ``sskt cache-teachers`` does, to the same bytes.
 """
@@ -19,19 +19,19 @@ from typing import NoReturn
 import torch
 
 from sskt.server.compute.queue import Entry, Queue
-from sskt.server.compute.supervisor import end_with_parent, parent_is_there
+from sskt.server.compute.supervisor import end_with_parent, parent_is_alive
 from sskt.server.http.logs import log_config
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import BadImage, DiskFull, MissingData, SsktError
 from sskt.teacher_cache.label_sets.create import Documents, open_for_writing, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.labeling.run import StageOptions, label_units
+from sskt.teacher_cache.labeling.run import SourceLabels, StageOptions, label_units
 from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache
-from sskt.teacher_cache.tools.verify import Reopen, reopen
+from sskt.teacher_cache.tools.reopen import Reopen, reopen
 from sskt.teacher_cache.views.views import Views
 
 POLL_SECONDS = 0.1
@@ -52,12 +52,12 @@ MESSAGE_LENGTH = 1000
 _log = logging.getLogger("sskt.server")
 
 
-def own(settings: Settings) -> None:
-    """Computes what is asked for until it is ended; the main function of a process.
+def run_compute_worker(settings: Settings) -> None:
+    """Computes the shards of the queue until it is ended; the main function of a process.
 
     It ends with its parent. SIGTERM ends it at once: the store holds whole shards only, and what
-    was being computed goes back into the queue when the next owner starts. Exits with 1 if the
-    device or the cache cannot be used.
+    was being computed goes back into the queue when the next compute worker starts. The exit
+    status is 1 if the device or the cache cannot be used.
     """
     end_with_parent()
     logging.config.dictConfig(log_config(settings.log))
@@ -66,15 +66,15 @@ def own(settings: Settings) -> None:
     if sys.platform == "linux":  # a spawned process would spawn its loader's: seconds a shard
         multiprocessing.set_start_method("fork", force=True)
     try:
-        owner = Owner(settings)
+        worker = ComputeWorker(settings)
     except SsktError as error:
         _log.error("nothing can be computed: %s", error)
         sys.exit(1)
-    with closing(Locks(owner.queue.folder / "owner")) as only:
-        only.claim(0, wait=True)  # a former owner may be dying still
-        owner.recover()
-        while parent_is_there():
-            if not owner.step():
+    with closing(Locks(worker.queue.folder / "worker")) as only:
+        only.claim(0, wait=True)  # a former one may still be dying
+        worker.recover()
+        while parent_is_alive():
+            if not worker.step():
                 time.sleep(POLL_SECONDS)
 
 
@@ -85,8 +85,8 @@ class _Opened:
     used: float
 
 
-class Owner:
-    """What the owner has open. Raises ``InputError`` if device or cache cannot be used."""
+class ComputeWorker:
+    """What the compute worker has open. Raises ``InputError`` if device or cache cannot be used."""
 
     def __init__(self, settings: Settings) -> None:
         self.home = open_cache(settings.cache)
@@ -98,15 +98,15 @@ class Owner:
         self._waiting = -1
 
     def recover(self) -> None:
-        """Takes over from an owner that died."""
+        """Takes over from a compute worker that died."""
         for entry in self.queue.recover():
             _log.error("%s, seed %d, block %d: given up", entry.set, entry.seed, entry.block)
 
     def step(self) -> bool:
         """Computes the first waiting shard, and those that share its pass over the samples.
 
-        False if there was nothing to do, or another process is at it. Whatever goes wrong becomes
-        the entries' failure.
+        False if there was nothing to do, or another process is computing it. Every error becomes
+        the failure of the entries.
         """
         group = self.queue.take()
         self._tell_waiting()
@@ -128,7 +128,7 @@ class Owner:
         return self.queue.get(group[0].set, group[0].seed, group[0].block) is None
 
     def _compute(self, group: list[Entry]) -> int:
-        """Shards computed; adds to ``group`` what is taken besides."""
+        """Returns how many shards were computed; adds to ``group`` the entries that it took."""
         first = group[0]
         label_set = open_label_set(self.home.below(first.set))
         if first.block >= label_set.blocks:
@@ -143,7 +143,7 @@ class Owner:
             raise
         made = label_set.attributes["made"].get("batch_size")
         batch = opened.source.batch or made or StageOptions().batch_size
-        if not first.deaths:  # what may be deadly is tried alone
+        if not first.deaths:  # what may kill the process is computed alone
             group += self.queue.take(
                 lambda e: (e.set, e.block, e.deaths) == (first.set, first.block, 0),
                 self._most(label_set, opened.views, batch) - 1,
@@ -151,7 +151,7 @@ class Owner:
         return self._label(group, opened, batch)
 
     def _most(self, label_set: LabelSet, views: Views, batch: int) -> int:
-        """Seeds that are labelled in one pass."""
+        """How many seeds are labelled in one pass."""
         label = label_set.encoding.bytes_per_label(len(label_set.classes))
         return seeds_together(views, label_set.shard_rows, label, SEEDS_TOGETHER, batch, MEMORY)
 
@@ -163,8 +163,8 @@ class Owner:
             if _any_free(label_set, shards):
                 unit = Unit(label_set.shard_rows, tuple(shards))
                 options = StageOptions(batch_size=batch)
-                sources, sets = [opened.source], [label_set]
-                report = label_units(opened.views, sources, sets, [unit], options, wait=False)
+                pairs = [SourceLabels(opened.source, label_set)]
+                report = label_units(opened.views, pairs, [unit], options, wait=False)
                 written = report.written
             for entry, shard in zip(group, shards, strict=True):
                 if label_set.has(shard, fresh=True):
@@ -175,7 +175,7 @@ class Owner:
         return -(-written // (shards[0].stop - shards[0].start))
 
     def _open(self, label_set: LabelSet) -> _Opened:
-        """Target and source of a set; the ones used longest ago are closed."""
+        """The target and the source of a set; the ones used longest ago are closed."""
         opened = self._opened.pop(label_set.digest, None)
         if opened is None:
             while len(self._opened) >= OPEN_SETS:
@@ -214,11 +214,11 @@ class Owner:
             self._require_sound_device()
 
     def _require_sound_device(self) -> None:
-        """Some faults spoil an accelerator for as long as the process lives: then it ends."""
+        """Ends the process if the device fails: some faults last as long as the process."""
         try:
             torch.ones(1, device=self._device).sum().item()
         except RuntimeError as error:
-            _log.error("the device fails since then, ending: %s", _one_line(error))
+            _log.error("the device no longer works; the compute worker ends: %s", _one_line(error))
             sys.exit(1)
 
     def _tell_waiting(self) -> None:
@@ -245,7 +245,7 @@ def _removed(name: str) -> Documents:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error for people far from the log."""
+    """An error as one line, for clients who do not see the log."""
     text = " ".join(str(error).split())
     if not isinstance(error, SsktError):
         text = f"unexpected {type(error).__name__}: {text}".removesuffix(": ")

@@ -1,6 +1,6 @@
 """The server's log: one line an event on standard error, JSON or text.
 
-What comes from a client is never printed raw: a line of the log is a line, whatever was sent.
+Text from clients is never printed raw, so that it cannot pass for another line of the log.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import quote
 
 REQUEST_ID: ContextVar[str] = ContextVar("sskt_request_id", default="")
-"""The request that is being answered; every line that is logged meanwhile names it."""
+"""The request that is being answered; every line that is logged meanwhile carries it."""
 
 FIELDS = ("method", "path", "status", "seconds", "bytes", "client", "token")
-"""What a request's line carries beside the others (``extra=`` of the logging call)."""
+"""Further members of a request's line (``extra=`` of the logging call)."""
 
 _LONGEST_PATH = 1024
 _CONTROL = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\U0010ffff]")
@@ -57,7 +57,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The same for people; tracebacks on lines of their own, marked by a bar."""
+    """The same as text; tracebacks are on lines of their own, marked by a bar."""
 
     def format(self, record: logging.LogRecord) -> str:
         facts = _facts(self, record)

@@ -1,4 +1,4 @@
-"""Connections that hold what they promise: heads arrive in time and in bounds, or are cut off.
+"""Connections with limits: the head of a request is small and arrives in time.
 
 uvicorn's httptools protocol has no limit on a request's head, on idle or half-sent requests, on
 pipelined ones, or on how long a closed connection may refuse its last bytes. The answer's body
@@ -55,7 +55,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._budget = MAX_HEAD
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Counts the connection; one too many is closed."""
+        """Closes the connection if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > min(self._limits.max_connections, _most_connections()):
             transport.abort()
@@ -63,7 +63,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone: whatever waits for it is told."""
+        """Tells the requests of the connection that the client is gone."""
         self._stop_head_timer()
         self._unset_keepalive_if_required()
         self.pipeline.clear()
@@ -78,7 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
-        """Parses; refuses what is not HTTP or too large."""
+        """Parses, and refuses what is not HTTP or too large."""
         if self.parser is None or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
@@ -95,7 +95,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def _feed(self, data: bytes) -> None:
-        """An upgrade is not offered: what asks for one is an ordinary request."""
+        """Treats a request for an upgrade, which is not offered, as an ordinary one."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -115,7 +115,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header. Those after the body come too late to be heeded."""
+        """A header. Those after the body are ignored."""
         self._count(len(name) + len(value) + 4)
         if self._in_head:
             super().on_header(name, value)
@@ -157,7 +157,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer is handed over."""
+        """The answer has been handed over."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._abort_later()
@@ -165,12 +165,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Nothing was asked for a while."""
+        """There was no request for a while."""
         super().timeout_keep_alive_handler()
         self._abort_later()
 
     def shutdown(self) -> None:
-        """The server stops: answers under way are finished."""
+        """The server stops: answers that have begun are finished."""
         super().shutdown()
         if self.transport.is_closing():
             self._abort_later()
@@ -198,12 +198,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _abort_later(self) -> None:
-        """A client that never takes the last bytes would keep its closed connection for ever."""
+        """Cuts a client that would keep its closed connection by not taking the last bytes."""
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self._limits.send_seconds, self.transport.abort)
 
     def _refuse(self) -> None:
-        """Tells what was wrong, where no other answer is under way, and closes."""
+        """Answers what was wrong, unless another answer has begun, and closes."""
         status = (
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             if self._too_large
@@ -234,9 +234,10 @@ def limited_by(settings: Settings) -> type[LimitedProtocol]:
 
 
 def many_files() -> int:
-    """Allows this process, and those it starts, as many open files as the system lets it; how many.
+    """Raises the limit on open files of this process and those it starts; each connection is one.
 
-    Every connection is one.
+    Returns:
+        The limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)

@@ -66,6 +66,7 @@ class Metrics:
         self._children: dict[tuple[str, str, int], tuple[Any, Any, Any]] = {}
         self._sets: dict[str, Any] = {}
         self._kinds: dict[str, Any] = {}
+        self._tokens: dict[str, Any] = {}
         self._define(self._registry)
 
     def _define(self, on: CollectorRegistry) -> None:
@@ -81,9 +82,11 @@ class Metrics:
         )
         self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
         self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
-        self._hits = Counter("sskt_slab_hits", "Batches from a slab in memory.", registry=on)
+        self._hits = Counter(
+            "sskt_slab_hits", "Batches whose labels were decoded already.", registry=on
+        )
         self._misses = Counter(
-            "sskt_slab_misses", "Batches that had to decode a slab.", registry=on
+            "sskt_slab_misses", "Batches that had to decode labels.", registry=on
         )
         computed = Counter("sskt_computed_shards", "Shards computed.", ["result"], registry=on)
         self._computed = {ok: computed.labels("ok" if ok else "failed") for ok in (True, False)}
@@ -104,6 +107,13 @@ class Metrics:
             "Requests being answered.",
             registry=on,
             multiprocess_mode="livesum",
+        )
+        self._token_used = Gauge(
+            "sskt_token_last_used_timestamp_seconds",
+            "When a token was last used.",
+            ["token"],
+            registry=on,
+            multiprocess_mode="max",
         )
         self._errors = Counter("sskt_errors", "Errors.", ["kind"], registry=on)
         info = Gauge(
@@ -152,8 +162,12 @@ class Metrics:
         _kept(self._sets, self._labels, set_name).inc(count)
 
     def slab(self, hit: bool) -> None:
-        """Counts a batch: its slab was in memory, or had to be decoded."""
+        """Counts a batch: its labels were decoded already, or had to be."""
         (self._hits if hit else self._misses).inc()
+
+    def token_used(self, name: str) -> None:
+        """Records the time at which a token was used."""
+        _kept(self._tokens, self._token_used, name).set(time.time())
 
     def computed(self, seconds: float, ok: bool) -> None:
         """Counts a shard computed on demand."""
@@ -207,12 +221,13 @@ class Metrics:
         """All workers' numbers since the server's start.
 
         requests, sent_bytes, labels, hits, misses, computed, compute_failed, waiting, serving,
-        errors (by kind), routes (by template: requests, sent_bytes, buckets as in ``BOUNDS`` and
-        one more), labels_by_set.
+        errors (by kind), tokens (when each was last used, in seconds since 1970), routes (by
+        template: requests, sent_bytes, buckets as in ``BOUNDS`` and one more), labels_by_set.
         """
         totals: dict[str, Any] = {
             "labels_by_set": {},
             "errors": {},
+            "tokens": {},
             "routes": {},
         } | dict.fromkeys(_PLAIN.values(), 0)
         for metric in self._collected().collect():
@@ -248,6 +263,8 @@ def _add(totals: dict[str, Any], name: str, labels: dict[str, str], value: float
         totals[_PLAIN[name]] += int(value)
     elif name == "sskt_errors_total":
         totals["errors"][labels["kind"]] = int(value)
+    elif name == "sskt_token_last_used_timestamp_seconds":
+        totals["tokens"][labels["token"]] = value
     elif name == "sskt_labels_total":
         totals["labels_by_set"][labels["set"]] = int(value)
     elif "route" in labels:
@@ -261,7 +278,7 @@ def _add(totals: dict[str, Any], name: str, labels: dict[str, str], value: float
             route["le"][float(labels["le"])] = value
 
 
-def _kept(children: dict[str, Any], metric: Counter, value: str) -> Any:
+def _kept(children: dict[str, Any], metric: Counter | Gauge, value: str) -> Any:
     """The child of a label's value."""
     child = children.get(value)
     if child is None:

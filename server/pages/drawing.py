@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.server.pages.survey import Survey
+from sskt.server.pages.coverage import Coverage
 from sskt.teacher_cache.label_sets.label_set import seed_ranges
 
 CELLS = 64
@@ -52,21 +52,21 @@ class Drawing:
     words: str
 
 
-def drawn(survey: Survey) -> Drawing:
+def drawn(coverage: Coverage) -> Drawing:
     """The coverage of a set."""
-    seeds, blocks = survey.stored.shape
-    steps = _together(survey.stored.astype(np.float64), CELLS, axis=1)
+    seeds, blocks = coverage.stored.shape
+    steps = _together(coverage.stored.astype(np.float64), CELLS, axis=1)
     gap = min(GAP, max(1, blocks // 2)) if blocks <= CELLS else 0
     width = steps.shape[1] * UNIT - gap
-    words = coverage_words(survey)
+    words = coverage_words(coverage)
     columns = range(UNIT - gap, width, UNIT) if gap else range(0)
     if seeds <= ROWS:
         rows = tuple(
             Row(
                 seed,
                 _paths(steps[seed : seed + 1]),
-                int(survey.stored[seed].sum()),
-                percent(float(survey.shares[seed])),
+                int(coverage.stored[seed].sum()),
+                percent(float(coverage.shares[seed])),
             )
             for seed in range(seeds)
         )
@@ -120,12 +120,12 @@ def percent(share: float) -> str:
     return f"{'99.9' if shown == '100' and share < 1 else shown} %"
 
 
-def coverage_words(survey: Survey) -> str:
+def coverage_words(coverage: Coverage) -> str:
     """The coverage of a set in a sentence."""
-    seeds = len(survey.stored)
+    seeds = len(coverage.stored)
     if not seeds:
         return "no seeds"
-    whole = survey.whole
+    whole = coverage.whole
     lacking = sorted(set(range(seeds)) - set(whole))
     if not lacking:
         return f"{seeds} seeds, all whole" if seeds > 1 else "1 seed, whole"

@@ -1,6 +1,6 @@
-"""The sample browser: one sample under one seed, as the source saw it, and what sources say of it.
+"""The sample browser: one sample under one seed as the source saw it, and the stored labels.
 
-The pictures are replayed from the target's files where the server has them.
+The images are replayed from the target's files where the server has them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from sskt.server.http.problems import Problem
-from sskt.server.pages.label_set_cards import as_text, cards_of
-from sskt.server.pages.pages import page, part
+from sskt.server.pages.pages import page, part, root_of
+from sskt.server.pages.summaries import as_text, summaries_of
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.errors import IncompleteLabels, MissingData, SsktError
 from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -32,21 +32,21 @@ TOP = 5
 STRIP = 12
 """Samples shown beside each other on a set's page."""
 OPEN = 4
-"""Targets that are kept open."""
+"""How many targets are kept open."""
 KEPT = 32
-"""Pictures that are kept."""
+"""How many images are kept."""
 AGAIN_SECONDS = 30.0
-"""After that a target that could not be opened is tried again."""
+"""Seconds after which a target that could not be opened is tried again."""
 PATIENCE_SECONDS = 3.0
-"""How long a page waits for a target to be opened."""
+"""Seconds that a page waits for a target to be opened."""
 WIDE = 320
-"""Small pictures are enlarged to about so many pixels, each pixel to a square."""
+"""Small images are enlarged to about so many pixels, each pixel to a square."""
 
 router = APIRouter(include_in_schema=False)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ViewImage:
     """A sample's view as PNG; of a clip, its stills side by side.
 
     width, height: of the PNG. shape: of the view in words. matches: whether its checksum is the
@@ -63,14 +63,14 @@ class Picture:
 
 @dataclass
 class Opened:
-    """The targets that this worker has open, and the last pictures.
+    """The targets that this worker has open, and the last images.
 
     patience: seconds that a caller waits for a target to be opened.
     """
 
     patience: float = PATIENCE_SECONDS
     _targets: OrderedDict[str, tuple[Future[Views], float]] = field(default_factory=OrderedDict)
-    _pictures: OrderedDict[tuple[str, int, int], Picture] = field(default_factory=OrderedDict)
+    _images: OrderedDict[tuple[str, int, int], ViewImage] = field(default_factory=OrderedDict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sskt-open"))
 
@@ -91,35 +91,34 @@ class Opened:
                 self._targets.popitem(last=False)
         return opening.result(self.patience)
 
-    def picture(self, label_set: LabelSet, views: Views, row: int, seed: int) -> Picture:
-        """A sample's picture. Raises ``BadImage``, ``MissingData``."""
+    def image(self, label_set: LabelSet, views: Views, row: int, seed: int) -> ViewImage:
+        """A sample's image. Raises ``BadImage``, ``MissingData``."""
         key = (label_set.digest, row, seed)
         with self._guard:
-            if key in self._pictures:
-                self._pictures.move_to_end(key)
-                return self._pictures[key]
-        made = _picture(label_set, views, row, seed)
+            if key in self._images:
+                self._images.move_to_end(key)
+                return self._images[key]
+        made = _image(label_set, views, row, seed)
         with self._guard:
             if made.matches is not None:
-                self._pictures[key] = made
-            while len(self._pictures) > KEPT:
-                self._pictures.popitem(last=False)
+                self._images[key] = made
+            while len(self._images) > KEPT:
+                self._images.popitem(last=False)
         return made
 
 
 def _opened(label_set: LabelSet, root: str | None) -> Views:
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views
 
     sampling = str(label_set.attributes["made"].get("frame_sampling", ""))
     if ".py:" in sampling:
         raise MissingData(
-            f"its stills were picked by a function of its maker's ({sampling}), which a server "
-            "does not run"
+            f"its frames were chosen by Python code ({sampling}), which a server does not run"
         )
     return reopen_views(label_set, Reopen(root=Path(root) if root else None))
 
 
-def _picture(label_set: LabelSet, views: Views, row: int, seed: int) -> Picture:
+def _image(label_set: LabelSet, views: Views, row: int, seed: int) -> ViewImage:
     from PIL import Image
 
     from sskt.teacher_cache.views.views import check_of
@@ -140,46 +139,46 @@ def _picture(label_set: LabelSet, views: Views, row: int, seed: int) -> Picture:
     matches = None
     if stored:
         matches = int(label_set.read_checks(seed, row, row + 1)[0]) == check_of(view)
-    return Picture(data.getvalue(), large.shape[1], large.shape[0], shape, matches, frames)
+    return ViewImage(data.getvalue(), large.shape[1], large.shape[0], shape, matches, frames)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is known of a sample beside its labels; ``why``: why there is no picture."""
+class Sample:
+    """What is known of a sample beside its labels; ``why``: why there is no image."""
 
-    picture: Picture | None = None
+    image: ViewImage | None = None
     id: str = ""
     label: str | None = None
     why: str = ""
 
 
 def _views(request: Request, label_set: LabelSet) -> Views:
-    """The views of a set. Raises ``MissingData``: why there are no pictures, for people."""
+    """The views of a set. Raises ``MissingData``: why there are no images, for people."""
     opened: Opened = request.app.state.opened
     try:
         return opened.views(label_set, state_of(request).settings.root)
     except TimeoutError as error:
         raise MissingData("The target is being opened; reload this page in a moment.") from error
     except (SsktError, OSError) as error:
-        raise MissingData(f"The target's files are not at hand here: {error}") from error
+        raise MissingData(f"The files of the target cannot be read here: {error}") from error
 
 
-def _seen(request: Request, label_set: LabelSet, row: int, seed: int) -> Seen:
+def _sample(request: Request, label_set: LabelSet, row: int, seed: int) -> Sample:
     opened: Opened = request.app.state.opened
     try:
         views = _views(request, label_set)
     except MissingData as error:
-        return Seen(why=str(error))
+        return Sample(why=str(error))
     known = views.target.ids[row], views.target.label_text(row)
     try:
-        return Seen(opened.picture(label_set, views, row, seed), *known)
+        return Sample(opened.image(label_set, views, row, seed), *known)
     except SsktError as error:
-        return Seen(None, *known, f"This sample has no picture: {error}")
+        return Sample(None, *known, f"This sample has no image: {error}")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What one source says of a sample. ``top``: (class, probability). ``why``: why nothing."""
+    """The label of one source. ``top``: (class, probability). ``why``: why there is none."""
 
     label_set: LabelSet
     top: tuple[tuple[str, float], ...] = ()
@@ -233,8 +232,8 @@ def _within(label_set: LabelSet, row: int, seed: int) -> None:
 
 
 def sample_url(label_set: LabelSet, row: int, seed: int) -> str:
-    """The address of a sample's page."""
-    return f"/sets/{part(label_set.name)}/samples/{row}?seed={seed}"
+    """The URL of a sample's page below the server's root."""
+    return f"sets/{part(label_set.name)}/samples/{row}?seed={seed}"
 
 
 @dataclass(frozen=True)
@@ -267,8 +266,9 @@ def set_page(request: Request, name: str, row: Number = 0, seed: Number = 0) -> 
     except SsktError as error:
         why = str(error)
     return page(
+        request.scope,
         "set.html",
-        card=cards_of(request, [label_set])[0],
+        summary=summaries_of(request, [label_set])[0],
         set=label_set,
         made_text=as_text(label_set.attributes.get("made", {})),
         seed=seed,
@@ -284,7 +284,7 @@ def jump(request: Request, name: str, row: Number = 0, seed: Number = 0) -> Resp
     """Where the form leads."""
     label_set = state_of(request).sets.get(name)
     _within(label_set, row, seed)
-    return RedirectResponse(sample_url(label_set, row, seed), 303)
+    return RedirectResponse(root_of(request.scope) + sample_url(label_set, row, seed), 303)
 
 
 @router.get("/sets/{name}/samples/random")
@@ -300,7 +300,7 @@ def random_sample(request: Request, name: str, seed: Number = 0) -> Response:
             row = int(rng.integers(shard.start, shard.stop))
             break
     headers = {"Cache-Control": "no-store"}
-    return RedirectResponse(sample_url(label_set, row, seed), 303, headers)
+    return RedirectResponse(root_of(request.scope) + sample_url(label_set, row, seed), 303, headers)
 
 
 @router.get("/sets/{name}/samples/{row}")
@@ -312,11 +312,12 @@ def sample_page(request: Request, name: str, row: int, seed: Number = 0) -> Resp
     label_set.place.refresh()
     sets = over_same_views(label_set, state.sets.all())
     return page(
+        request.scope,
         "sample.html",
         set=label_set,
         row=row,
         seed=seed,
-        seen=_seen(request, label_set, row, seed),
+        sample=_sample(request, label_set, row, seed),
         labels=[labels_of(s, row, seed) for s in sets],
         url=sample_url,
     )
@@ -324,11 +325,11 @@ def sample_page(request: Request, name: str, row: int, seed: Number = 0) -> Resp
 
 @router.get("/sets/{name}/samples/{row}/view.png")
 def view_png(request: Request, name: str, row: int, seed: Number = 0) -> Response:
-    """The picture of a sample's page."""
+    """The image of a sample's page."""
     label_set = state_of(request).sets.get(name)
     _within(label_set, row, seed)
-    seen = _seen(request, label_set, row, seed)
-    if seen.picture is None:
-        raise Problem(404, "no picture", seen.why)
+    sample = _sample(request, label_set, row, seed)
+    if sample.image is None:
+        raise Problem(404, "no image", sample.why)
     headers = {"Cache-Control": "private, max-age=3600"}
-    return Response(seen.picture.png, headers=headers, media_type="image/png")
+    return Response(sample.image.png, headers=headers, media_type="image/png")

@@ -1,14 +1,15 @@
 """Shards computed when somebody asks for them: waiting for one, asking for many, the queue.
 
 A web worker never writes into the cache: it puts shards into the queue (``compute/queue.py``), and
-the owner of the accelerator (``compute/worker.py``) stores them before anyone is answered.
+the compute worker (``compute/worker.py``) stores them before a client is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,7 +20,8 @@ from sskt.server.http.middleware import require_scope
 from sskt.server.http.openapi import problems
 from sskt.server.http.problems import Problem, problem_of
 from sskt.server.state import State, state_of
-from sskt.teacher_cache.errors import DiskFull, SsktError
+from sskt.teacher_cache.errors import DiskFull, MissingData, SsktError
+from sskt.teacher_cache.label_sets.create import open_for_writing
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -30,9 +32,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
 """Seconds between two looks at a shard that is waited for: at first, and after a while."""
 
 MOST_SEEDS = 4096
-"""Seeds of one request, and how far beyond its seeds a set may be asked to grow at once."""
+"""Seeds of one request."""
 
 router = APIRouter(tags=["on demand"])
+_growing = threading.Lock()
 
 
 class Wanted(BaseModel):
@@ -111,10 +114,10 @@ async def compute(
     wanted: Wanted,
     request: Request,
 ) -> Response:
-    """Needs the scope `compute`. Seeds beyond the set's make it grow.
+    """Needs the scope `compute`. A label set without some of the seeds grows, within a limit.
 
-    Where the queue cannot take all, the answer is 503 and says how much it took; asking again
-    goes on.
+    If the queue cannot take everything, the answer is 503 and says how much it took; the same
+    request continues from there.
     """
     require_scope(request, "compute")
     state = state_of(request)
@@ -122,12 +125,10 @@ async def compute(
     def asked() -> dict[str, Any]:
         label_set = state.sets.get(name)
         queue = _queue_for(state, label_set)
-        top = max(wanted.seeds)
-        if top >= label_set.seeds + MOST_SEEDS:
-            limit = label_set.seeds + MOST_SEEDS - 1
-            detail = f"seed {top} is too far beyond the set's {label_set.seeds} seeds: at most"
-            raise Problem(422, "invalid request", f"{detail} {limit} at once")
-        return _ask_all(queue, label_set, sorted(set(wanted.seeds)))
+        seeds = sorted(set(wanted.seeds))
+        if seeds[-1] >= label_set.seeds:
+            label_set = _grown(state, label_set, seeds[-1] + 1)
+        return _ask_all(queue, label_set, seeds)
 
     try:
         told = await asyncio.to_thread(asked)
@@ -136,8 +137,43 @@ async def compute(
     return JSONResponse(told, 202, headers={"Cache-Control": "no-store"})
 
 
+def _grown(state: State, label_set: LabelSet, seeds: int) -> LabelSet:
+    """The label set with room for more seeds.
+
+    It grows at once, so that from now on reading the new seeds waits for their labels.
+
+    Raises:
+        Problem: 422 if the server does not let a label set have so many seeds.
+    """
+    most = state.settings.max_seeds
+    if seeds > most:
+        detail = (
+            f"seed {seeds - 1} is beyond the limit: on this server a request may let a label set "
+            f"grow to {most} seeds (sskt serve --max-seeds); label set {label_set.name} has "
+            f"{label_set.seeds}. For more, run sskt cache-teachers with --seeds"
+        )
+        raise Problem(422, "invalid request", detail, max_seeds=most)
+
+    def removed(rows: int | None, found: int | None) -> NoReturn:
+        raise MissingData(f"label set {label_set.name} was removed")
+
+    with _growing:  # the locks of the cache exclude other processes only
+        open_for_writing(state.home, label_set.name, removed, seeds).close()
+    return state.sets.get(label_set.name, fresh=True)
+
+
+def no_such_seed(state: State, label_set: LabelSet, seed: int) -> Problem:
+    """The answer for a seed that a label set does not have: reading never makes it grow."""
+    last, name = label_set.seeds - 1, label_set.name
+    more = f"sskt cache-teachers --seeds {seed + 1} adds seeds"
+    if state.on_demand is not None and seed < state.settings.max_seeds:
+        more = f'POST /v1/label-sets/{name}:compute with {{"seeds": [{seed}]}} adds it'
+    detail = f"label set {name} has seeds 0 to {last}, not {seed}; {more}"
+    return Problem(404, "no such seed", detail, seeds=label_set.seeds)
+
+
 def _ask_all(queue: Queue, label_set: LabelSet, seeds: list[int]) -> dict[str, Any]:
-    """Asks block by block: the owner reads a block's samples once for all its waiting seeds."""
+    """Asks block by block: a block's samples are read once for all its waiting seeds."""
     missing = label_set.missing(seeds)
     states = dict.fromkeys((QUEUED, COMPUTING, FAILED), 0)
     message, full = "", False
@@ -166,7 +202,9 @@ async def wait_for(state: State, label_set: LabelSet, seed: int, block: int) -> 
     that can never be, 404 for what is no shard.
     """
     queue = _queue_for(state, label_set)
-    if not (0 <= block < label_set.blocks and 0 <= seed < label_set.seeds + MOST_SEEDS):
+    if not 0 <= seed < label_set.seeds:
+        raise no_such_seed(state, label_set, seed)
+    if not 0 <= block < label_set.blocks:
         raise Problem(
             404, "no such shard", f"label set {label_set.name} has no block {block} of seed {seed}"
         )
@@ -208,7 +246,7 @@ def may_compute(request: Request) -> bool:
 def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
     """The shard's entry in the queue, asked for where there is none; None: it is stored.
 
-    A bucket is asked only when the owner has done with the shard, not at every look.
+    An object store is asked only when the compute worker is done with the shard.
     """
     entry = queue.get(label_set.name, shard.seed, shard.block)
     over = entry is None or entry.state == FAILED

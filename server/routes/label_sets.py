@@ -12,9 +12,10 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
 
 from sskt.server.http.openapi import problems
-from sskt.server.pages.survey import survey
+from sskt.server.pages.coverage import coverage_of
 from sskt.server.routes.compute import why_not
-from sskt.server.state import State, state_of
+from sskt.server.routes.zarr import metadata_keys, shard_of
+from sskt.server.state import State, inside, state_of
 from sskt.teacher_cache.label_sets.create import summary
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
@@ -100,7 +101,7 @@ async def show_coverage(name: SetName, request: Request) -> Response:
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
-        stored = [np.flatnonzero(blocks).tolist() for blocks in survey(label_set).stored]
+        stored = [np.flatnonzero(blocks).tolist() for blocks in coverage_of(label_set).stored]
         return {
             "seeds": label_set.seeds,
             "samples": label_set.samples,
@@ -155,8 +156,9 @@ async def list_files(
     state = state_of(request)
 
     def found() -> dict[str, Any]:
-        sizes = state.sets.get(name).place.sizes(under)
-        return {"files": {k: n for k, n in sizes.items() if not k.endswith(".partial")}}
+        label_set = state.sets.get(name)
+        sizes = label_set.place.sizes(under)
+        return {"files": {k: sizes[k] for k in sizes if _served(state, label_set, k)}}
 
     return await _told(found)
 
@@ -226,8 +228,15 @@ def arrays_of(label_set: LabelSet) -> dict[str, Any]:
     return {k: v | {"path": f"/zarr/{label_set.name}/{k}"} for k, v in found.items()}
 
 
+def _served(state: State, label_set: LabelSet, inner: str) -> bool:
+    """True if ``/zarr`` serves a key of a label set."""
+    shard = shard_of(label_set, inner)
+    known = shard.seed < label_set.seeds if shard else inner in metadata_keys(label_set)
+    return known and inside(state.home, f"{label_set.name}/{inner}")
+
+
 def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
-    found = survey(label_set)
+    found = coverage_of(label_set)
     computed = state.on_demand is not None and not why_not(label_set)
     return summary(label_set, (found.shares.tolist(), found.bytes)) | {"on_demand": computed}
 

@@ -21,10 +21,9 @@ from starlette.types import Receive, Scope, Send
 
 from sskt.server.http.openapi import problems
 from sskt.server.http.problems import DAMAGED, UNREACHABLE, Problem
-from sskt.server.routes.compute import may_compute, wait_for
-from sskt.server.state import State, state_of
+from sskt.server.routes.compute import may_compute, no_such_seed, wait_for
+from sskt.server.state import State, label_set_of, state_of
 from sskt.teacher_cache.format.metadata import GROUP
-from sskt.teacher_cache.format.names import is_file_key, is_set_name
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import Place
@@ -39,6 +38,7 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 MUTABLE = "no-cache"
 RETRY = {"Retry-After": "5"}
 
+_KEY = re.compile(r"(?:[a-z_]+/)?(?:zarr\.json|c/[0-9/]{1,32}(?:\.json)?)")
 _SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
@@ -175,18 +175,8 @@ async def open_file(home: Place, key: str) -> File | None:
     return RemoteFile(home, key, *found) if found else None
 
 
-def valid_key(path: str) -> str | None:
-    """A key that can be one of a cache's; None for anything else.
-
-    Hidden files (locks, unfinished label sets) and partial files are not served.
-    """
-    name, _, key = path.partition("/")
-    served = is_set_name(name) and is_file_key(key) and not key.endswith(".partial")
-    return path if served else None
-
-
 def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
-    """The shard that a key within a set belongs to; of seeds that the set may yet grow to, too."""
+    """The shard that a key within a label set belongs to, of any seed; None for other keys."""
     match = _SHARD.fullmatch(inner.removesuffix(RECORD_ENDING))
     if not match or match[1] not in label_set.arrays:
         return None
@@ -268,7 +258,7 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
     "/zarr/{path:path}",
     methods=["GET"],
     operation_id="read_file",
-    summary="A file of the store, as it is",
+    summary="A file of a label set, as it is stored",
     responses={
         200: {"description": "The file.", "content": {"application/octet-stream": {}}},
         206: {"description": "The part that Range asks for."},
@@ -280,36 +270,57 @@ def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
 async def read_file(path: str, request: Request) -> Response:
     """Zarr v3 groups, one for each label set: `/zarr/NAME/zarr.json`, `/zarr/NAME/labels/c/0/0/0`.
 
-    `docs/format.md` has the layout. A missing shard is a 404, which Zarr clients read as fill
-    values: look at `/v1/label-sets/NAME/coverage` first.
+    `docs/format.md` describes the layout; other files of the cache are not served. A missing shard
+    is a 404, which Zarr clients read as fill values: read `/v1/label-sets/NAME/coverage` first.
     """
     state = state_of(request)
-    key = valid_key(path)
-    if key is None:
-        raise _nothing(path)
-    file = await open_file(state.home, key)
-    if file is None:
-        file = await _computed(request, state, key)
-    return answer(request, state, key, file)
+    label_set, inner = await _served(state, path)
+    file = await open_file(state.home, path) or await _computed(request, state, label_set, inner)
+    return answer(request, state, label_set, inner, file)
 
 
 @router.head("/zarr/{path:path}", include_in_schema=False)
 async def look_at_file(path: str, request: Request) -> Response:
     """Size and tag; never computes anything."""
     state = state_of(request)
-    key = valid_key(path)
-    file = await open_file(state.home, key) if key else None
-    if key is None or file is None:
+    label_set, inner = await _served(state, path)
+    file = await open_file(state.home, path)
+    if file is None:
         raise _nothing(path)
-    return answer(request, state, key, file)
+    return answer(request, state, label_set, inner, file)
 
 
-def answer(request: Request, state: State, key: str, file: File) -> Response:
+async def _served(state: State, path: str) -> tuple[LabelSet, str]:
+    """The label set and the key within it that a path names.
+
+    Raises:
+        Problem: 404 if no label set has such a file, and as ``Sets.get``.
+    """
+    name, _, inner = path.partition("/")
+    if not _KEY.fullmatch(inner):
+        raise _nothing(path)
+    label_set = await label_set_of(state, name)
+    shard = shard_of(label_set, inner)
+    if shard and shard.seed >= label_set.seeds and not label_set.place.is_local:
+        label_set = await asyncio.to_thread(state.sets.get, name, fresh=True)
+    if label_set.name != name or not (shard or inner in metadata_keys(label_set)):
+        raise _nothing(path)
+    if shard and shard.seed >= label_set.seeds:
+        raise no_such_seed(state, label_set, shard.seed)
+    return label_set, inner
+
+
+def metadata_keys(label_set: LabelSet) -> list[str]:
+    """The JSON documents of a label set."""
+    return [GROUP, *(f"{array}/{GROUP}" for array in label_set.arrays)]
+
+
+def answer(request: Request, state: State, label_set: LabelSet, inner: str, file: File) -> Response:
     """304, a part, or the whole of an open file."""
     try:
-        shard = not key.endswith(f"/{GROUP}")
-        if shard and "/c/" in key and file.size == 0:  # Zarr clients would read fill values
-            raise Problem(500, DAMAGED, f"{key} is empty; run sskt verify")
+        shard = shard_of(label_set, inner)
+        if shard and file.size == 0:  # Zarr clients would read fill values
+            raise Problem(500, DAMAGED, f"{label_set.name}/{inner} is empty; run sskt verify")
         headers = {
             "ETag": file.tag,
             "Accept-Ranges": "bytes",
@@ -325,8 +336,9 @@ def answer(request: Request, state: State, key: str, file: File) -> Response:
         start, stop = part or (0, file.size)
         if part:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
-        if stop == file.size and request.method == "GET":
-            count_labels(state, key)
+        whole = stop == file.size and request.method == "GET"
+        if shard and whole and inner == label_set.shard_key(label_set.arrays[-1], shard):
+            state.metrics.labels(label_set.name, shard.stop - shard.start)
         return FileAnswer(file, start, stop, 206 if part else 200, headers)
     except BaseException:
         file.close()
@@ -340,29 +352,15 @@ def _names(header: str | None, tag: str) -> bool:
     return tag in found or "*" in found
 
 
-def count_labels(state: State, key: str) -> None:
-    """Counts a shard's rows as served when the end of the file that commits it is."""
-    name, _, inner = key.partition("/")
-    if "/c/" not in inner:
-        return
-    label_set = state.sets.peek(name)
-    if label_set and inner.startswith(f"{label_set.arrays[-1]}/c/"):
-        shard = shard_of(label_set, inner)
-        if shard:
-            state.metrics.labels(name, shard.stop - shard.start)
-
-
-async def _computed(request: Request, state: State, key: str) -> File:
+async def _computed(request: Request, state: State, label_set: LabelSet, inner: str) -> File:
     """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
-    name, _, inner = key.partition("/")
-    if state.on_demand and "/c/" in inner and may_compute(request):
-        label_set = await asyncio.to_thread(state.sets.get, name)
-        shard = shard_of(label_set, inner)
-        if shard and label_set.name == name:
-            await wait_for(state, label_set, shard.seed, shard.block)
-            file = await open_file(state.home, key)
-            if file:
-                return file
+    shard = shard_of(label_set, inner)
+    key = f"{label_set.name}/{inner}"
+    if state.on_demand and shard and may_compute(request):
+        await wait_for(state, label_set, shard.seed, shard.block)
+        file = await open_file(state.home, key)
+        if file:
+            return file
     raise _nothing(key)
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,10 @@ SLOW_SECONDS = 1e-4
 """Files are looked at one by one (3 us each on a local disk, where threads only get into each
 other's way: 0.3 times the speed) until one takes longer than this on average, as over a network:
 then ``THREADS`` wait at the same time."""
+
+FOREIGN = frozenset(("@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot"))
+FOREIGN |= {"$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX"}
+"""Folders that storage devices, file systems and archives add: thumbnails, wastebaskets."""
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -91,15 +96,24 @@ def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
     return sizes
 
 
-def entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """What lies in ``folder`` under names that do not begin with a dot, in no order.
+def entries(folder: Path | str, left: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder, in no order, without hidden ones and those of file systems.
 
-    Raises ``MissingData`` for a folder that cannot be read and for a broken link.
+    Args:
+        folder: The folder.
+        left: Counts the folders of file systems that are left out, such as thumbnails.
+
+    Raises:
+        MissingData: If the folder cannot be read, or a link is broken.
     """
     try:
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.name.startswith("."):
+                    continue
+                if entry.name in FOREIGN and entry.is_dir():
+                    if left is not None:
+                        left[f"{entry.name} folders"] += 1
                     continue
                 if entry.is_symlink():
                     _check_link(entry)
@@ -122,28 +136,36 @@ def subfolders(folder: Path) -> list[str]:
     return sorted((entry.name for entry in entries(folder) if entry.is_dir()), key=os.fsencode)
 
 
-def images_and_clips(folder: Path, name: str) -> tuple[list[str], list[str]]:
-    """Ids ``NAME/...`` of the images and of the clips at any depth below ``folder/name``.
+def images_and_clips(
+    folder: Path, name: str, left: Counter[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Finds the images and clips at any depth below a folder.
 
-    Sorted by their bytes. A folder of extracted frames is one clip. Raises ``MissingData``
-    for what ``entries`` refuses, and for a folder that lies in itself.
+    A folder of extracted frames is one clip.
+
+    Args:
+        folder: Where the ids begin.
+        name: The folder in it that is searched.
+        left: Counts what is left out, by its ending.
+
+    Returns:
+        Ids ``NAME/...`` of the images and of the clips, sorted by their bytes.
+
+    Raises:
+        MissingData: If a folder cannot be read or lies in itself, or a link is broken.
     """
     images: list[str] = []
     clips: list[str] = []
-    _walk(f"{folder}/", name, (), images, clips)
+    _walk(f"{folder}/", name, (), (images, clips, Counter() if left is None else left))
     return sorted(images, key=os.fsencode), sorted(clips, key=os.fsencode)
 
 
-def _walk(
-    base: str,
-    name: str,
-    above: tuple[tuple[int, int], ...],
-    images: list[str],
-    clips: list[str],
-) -> None:
-    from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
+_Found = tuple[list[str], list[str], "Counter[str]"]
 
-    image_endings, video_endings = tuple(EXTENSIONS), tuple(VIDEO_EXTENSIONS)
+
+def _walk(base: str, name: str, above: tuple[tuple[int, int], ...], found: _Found) -> None:
+    from sskt.teacher_cache.media.video import is_frame_folder
+
     try:
         info = Path(base, name).stat()
         frames = bool(above) and is_frame_folder(Path(base, name))
@@ -153,17 +175,26 @@ def _walk(
     if here in above:
         raise MissingData(f"folder {base}{name} lies in itself, through a link; remove that link")
     if frames:
-        clips.append(name)
+        found[1].append(name)
         return
-    for entry in entries(base + name):
-        sample = f"{name}/{entry.name}"
-        ending = entry.name.lower()
+    for entry in entries(base + name, found[2]):
         if entry.is_dir():
-            _walk(base, sample, (*above, here), images, clips)
-        elif ending.endswith(image_endings):
-            images.append(sample)
-        elif ending.endswith(video_endings):
-            clips.append(sample)
+            _walk(base, f"{name}/{entry.name}", (*above, here), found)
+        else:
+            sort(entry.name, f"{name}/{entry.name}", found)
+
+
+def sort(name: str, sample: str, found: _Found) -> None:
+    """Adds a file to the images, the clips, or the count of what is left out."""
+    from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS
+
+    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path costs more)
+    if ending in EXTENSIONS:
+        found[0].append(sample)
+    elif ending in VIDEO_EXTENSIONS:
+        found[1].append(sample)
+    elif name.lower() not in ("thumbs.db", "desktop.ini"):
+        found[2][ending or "without an ending"] += 1
 
 
 def sizes_of_clips(folder: Path, names: Sequence[str]) -> Int64:

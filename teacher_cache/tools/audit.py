@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.format.encodings import as_tensors, soft_labels
+from sskt.teacher_cache.format.encodings import probabilities
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.targets.base import Target
 
@@ -119,19 +118,19 @@ def _add(
     if not kept.any():
         return
     rows = {key: values[kept] for key, values in encoded.items()}
-    p = soft_labels(encoding, as_tensors(rows), classes).double()
-    total.entropy += float(torch.special.entr(p).sum())
-    total.confidence += float(p.max(dim=1).values.sum())
+    p = probabilities(encoding, rows, classes)
+    total.entropy -= float((p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum())
+    total.confidence += float(p.max(axis=1).sum())
     if truth is None:
         return
-    right = torch.from_numpy(truth.of(np.arange(start, stop)[kept]))
-    known = right.any(dim=1)
+    right = truth.of(np.arange(start, stop)[kept])
+    known = right.any(axis=1)
     # of a sparse label, the classes beyond its k are alike: none of them is the fifth
-    best = p[known].topk(min(5, encoding.k or classes), dim=1).indices
-    hits = right[known].gather(1, best)
+    best = np.argsort(-p[known], axis=1, kind="stable")[:, : min(5, encoding.k or classes)]
+    hits = np.take_along_axis(right[known], best, axis=1)
     total.matched += int(known.sum())
     total.top1 += int(hits[:, 0].sum())
-    total.top5 += int(hits.any(dim=1).sum())
+    total.top5 += int(hits.any(axis=1).sum())
 
 
 @dataclass(frozen=True)

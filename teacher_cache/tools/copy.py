@@ -95,7 +95,7 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
         pool.shutdown(cancel_futures=True)
     for key in ("error", BOUND):
         if key in source.attributes:
-            target.record(key, source.attributes[key])
+            target.add_attribute(key, source.attributes[key])
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 

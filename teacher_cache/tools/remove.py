@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import uuid
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
-from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.metadata import GROUP, to_json
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.documents import bereft
+from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -67,7 +69,9 @@ def _look(home: Place, name: str) -> Removable | None:
 
 
 def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = None) -> None:
-    """Removes a set, or the stored shards of some of its seeds (their numbers stay).
+    """Removes a set, or the stored shards of some of its seeds.
+
+    The other seeds keep their numbers. If the last seeds are removed, the set has fewer seeds.
 
     A killed removal never leaves what looks whole: a folder is renamed away first; in a bucket,
     and for seeds, what commits the shards goes first. Raises ``InputError`` if another process
@@ -87,6 +91,7 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
             last_first = (reversed(label_set.shard_keys(shard)) for shard in shards)
             for together in zip(*last_first, strict=True):
                 place.delete(together)
+            _shorten(label_set, set(seeds))
         elif isinstance(place, LocalPlace):
             if place.path.is_symlink():
                 raise InputError(f"{place} is a link; remove it, or what it names, yourself")
@@ -104,6 +109,24 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
                 place.delete(keys)
         if isinstance(home, LocalPlace):
             home.sweep()
+
+
+def _shorten(label_set: LabelSet, removed: set[int]) -> None:
+    """Lowers the length of the arrays by the removed seeds at their end, to one seed at least."""
+    last = label_set.seeds
+    while last > 1 and last - 1 in removed:
+        last -= 1
+
+    def cut(data: bytes) -> bytes | None:
+        document = json.loads(data)
+        if document["shape"][0] <= last:
+            return None
+        document["shape"][0] = last
+        return to_json(document)
+
+    if last < label_set.seeds:
+        for array in label_set.arrays:  # view_check first, which says how many seeds there are
+            label_set.place.update(f"{array}/{GROUP}", cut)
 
 
 def _order(key: str) -> int:

@@ -161,7 +161,7 @@ def test_a_server_that_ends_leaves_nobody_behind(real: Path, tmp_path: Path) -> 
 def test_labels_computed_on_demand_are_those_of_cache_teachers(
     launcher: Launcher, tmp_path: Path
 ) -> None:
-    """One of three seeds is stored; the real owner process makes the others while one trains."""
+    """One of three seeds is stored; the real compute worker makes the others while one trains."""
     what = ["--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", 64]
     making = ["cache-teachers", *what, "--shard-rows", 32, "--workers", 0, "--device", "cpu"]
     whole, begun = tmp_path / "whole", tmp_path / "begun"

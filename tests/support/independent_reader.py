@@ -32,7 +32,7 @@ from PIL import Image
 Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 
-IMAGE = re.compile(r".*\.(bmp|gif|jpeg|jpg|pgm|png|ppm|tif|tiff|webp)", re.IGNORECASE)
+IMAGE = re.compile(r".*\.(avif|bmp|gif|jfif|jpe|jpeg|jpg|pgm|png|ppm|tif|tiff|webp)", re.IGNORECASE)
 VIDEO = re.compile(r".*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogv|ts|webm|wmv)", re.IGNORECASE)
 EXACT = 0x2 | 0x40000 | 0x80000
 """SWS_BILINEAR | SWS_ACCURATE_RND | SWS_BITEXACT."""

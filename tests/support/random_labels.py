@@ -25,7 +25,10 @@ def make_labels(
     samples: int = SAMPLES,
     rows: int = ROWS,
 ) -> LabelSet:
-    """A label set opened for reading, without some (seed, block). ``salt``: other labels."""
+    """A label set opened for reading, without some (seed, block).
+
+    ``salt``: other labels. ``samples``, ``rows``: of the set and of a shard.
+    """
     names = tuple(f"class {i}" for i in range(CLASSES))
     kind = parse_encoding(encoding)
     spec = {

@@ -1,4 +1,4 @@
-"""Pictures that stay on the device as uint8, and their views made there in batches."""
+"""Images that stay on the device as uint8, and their views made there in batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ResidentFeed:
-    """``Feed`` for pictures on the device: the very bytes of ``views``, by index arithmetic.
+    """``Feed`` for images on the device: the very bytes of ``views``, by index arithmetic.
 
     images: uint8 ``[N, H + 2p, W + 2p, 3]``, padded with zeros by the policy's p.
     """
@@ -32,7 +32,7 @@ class ResidentFeed:
     def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
         """Batches with views uint8 ``[n, H, W, 3]`` on the device."""
         for samples in batches:
-            yield Batch(samples, self.seen(samples, seed), [])
+            yield Batch(samples, self.seen(samples, seed), None, [])
 
     def seen(self, samples: Int64, seed: int) -> Tensor:
         """Views of ``samples`` under ``seed``: uint8 ``[n, H, W, 3]``."""
@@ -43,7 +43,7 @@ class ResidentFeed:
         tops, lefts, flips = crop_words(self.views.policy, samples, seed)
         padding = int(self.views.policy.parameters["padding"])
         height, width = (n - 2 * padding for n in self.images.shape[1:3])
-        # From right to left where the picture is flipped.
+        # From right to left where the image is flipped.
         first = np.where(flips, lefts + width - 1, lefts)
         step = np.where(flips, -1, 1)
         place = torch.from_numpy(np.stack([tops, first, step])).to(device, non_blocking=True)
@@ -53,7 +53,7 @@ class ResidentFeed:
 
 
 def resident_feed(views: Views, device: torch.device) -> ResidentFeed | None:
-    """The feed, if the pictures are in RAM, its policy runs on a device, and there is room."""
+    """The feed, if the images are in RAM, its policy runs on a device, and there is room."""
     images = views.target.images
     if images is None or views.policy.name not in ("none", "pad-crop-flip"):
         return None

@@ -1,45 +1,62 @@
-"""Batches of views: from pictures in RAM, or from files through loader workers."""
+"""Batches of views: from images in RAM, or from files through loader workers."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sskt.teacher_cache.errors import BadImage, InputError, MissingData
+from sskt.teacher_cache.errors import BadImage, InputError, MissingData, SsktError
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 
 Int64 = NDArray[np.int64]
+
+SHARED_MEMORY = Path("/dev/shm")
+SILENT_SECONDS = 600
+"""How long one batch may take before its loader process is taken for stuck."""
+LEAD = 2
+"""Batches that a worker prepares ahead."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 views ``[n, H, W, 3]`` (clips: ``[n, D, H, W, 3]``) of ``samples``.
+    """Views of the readable samples of a batch.
 
-    ``bad`` names files that could not be read.
+    Attributes:
+        samples: Their row numbers: int64 ``[n]``.
+        views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips. An array on its way from
+            a worker where shared memory is scarce, else a tensor.
+        checks: View checks, uint32 ``[n]``; None if they are not computed here.
+        bad: A message for each sample that could not be read.
+        error: Why there is no batch; empty if there is one.
     """
 
     samples: Int64
-    views: Tensor
+    views: Any
+    checks: NDArray[np.uint32] | None
     bad: list[str]
     error: str = ""
 
     def pin_memory(self) -> Batch:
         """Called by the loader for copies to a GPU that do not wait."""
-        return replace(self, views=self.views.pin_memory())
+        return replace(self, views=torch.as_tensor(self.views).pin_memory())
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, views: Views, batches: Sequence[Int64], seed: int) -> None:
-        self._views, self._batches, self._seed = views, batches, seed
+    def __init__(self, feed: Feed, batches: Sequence[Int64], seed: int, workers: int) -> None:
+        self._feed, self._batches, self._seed = feed, batches, seed
+        self._in_flight = workers * (LEAD + 1)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -47,41 +64,121 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         samples = self._batches[index]
         try:
-            seen = self._views.seen(samples, [self._seed])
+            seen = self._feed.views.seen(samples, [self._seed])
         except InputError as error:
-            return Batch(samples, torch.empty(0), [], str(error))
+            return Batch(samples, torch.empty(0), None, [], str(error))
         bad = [message for _, message in seen.bad]
         if not len(seen.rows):
-            return Batch(seen.rows, torch.empty(0, dtype=torch.uint8), bad)
-        return Batch(seen.rows, torch.from_numpy(seen.views[self._seed]), bad)
+            return Batch(seen.rows, torch.empty(0, dtype=torch.uint8), None, bad)
+        views = seen.views[self._seed]
+        checks = checks_of(views) if self._feed.checked else None
+        if self._in_flight and not has_shared_memory(self._in_flight * views.nbytes):
+            return Batch(seen.rows, views, checks, bad)
+        return Batch(seen.rows, torch.from_numpy(views), checks, bad)
+
+
+def has_shared_memory(size: int) -> bool:
+    """Returns whether tensors of ``size`` bytes fit what is free of the shared memory.
+
+    torch sends tensors between processes through it. Docker gives a container 64 MiB by default,
+    and a process that writes beyond is killed. Arrays are sent through a pipe instead.
+    """
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free >= size
+    except OSError:
+        return True  # no such file system: torch uses something else
+
+
+def raise_open_files() -> None:
+    """Raises the limit of open files to what the system allows this process.
+
+    Every tensor that a loader process sends is an open file until it is dropped.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 2**16
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Says what became of a loader process that died or fell silent.
+
+    Raises:
+        SsktError: In place of torch's error, which it raises wherever this process happens to be.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith("DataLoader timed out"):
+            raise SsktError(
+                f"no loader process sent a batch for {SILENT_SECONDS // 60} minutes (is the file "
+                "system of the data away?); finished epochs are kept: run again with --resume"
+            ) from error
+        if text.startswith(("DataLoader worker (pid", "Pin memory thread exited")):
+            raise SsktError(
+                "a loader process was killed (was there memory left?); finished epochs are kept: "
+                "run again with --resume, with fewer --workers or less --memory"
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Turns sample ids into batches of views, always in the order given."""
+    """Turns sample ids into batches of views, always in the order given.
+
+    Attributes:
+        views: The samples under their policy.
+        workers: Loader processes; None: by cores. Images in RAM need none.
+        on_error: ``fail`` or ``skip``.
+        pin: Whether batches are copied to a GPU.
+        checked: Whether to compute the view checks, in the loader processes.
+    """
 
     views: Views
     workers: int | None = None
     on_error: str = "fail"
     pin: bool = False
+    checked: bool = False
 
     def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
-        """``batches`` under view seed ``seed``; empty ones only name what was skipped.
+        """Reads batches.
 
-        Raises ``BadImage`` (unless it is to be skipped), ``InputError``.
+        Args:
+            batches: Row numbers of the samples of each batch.
+            seed: View seed.
+
+        Yields:
+            A batch for each; an empty one if none of its samples can be read.
+
+        Raises:
+            BadImage: If a sample cannot be read (unless ``on_error`` is ``skip``).
+            InputError: If the views of a batch differ in size.
+            SsktError: If a loader process was killed, or sends nothing.
         """
+        workers = min(self._processes(), len(batches))
+        if workers:
+            raise_open_files()
         loader = DataLoader(
-            _Batches(self.views, batches, seed),
+            _Batches(self, batches, seed, workers),
             batch_size=None,
-            num_workers=min(self._processes(), len(batches)),
+            num_workers=workers,
+            prefetch_factor=LEAD if workers else None,
+            timeout=SILENT_SECONDS if workers else 0,
             pin_memory=self.pin,
         )
-        for batch in loader:
-            if batch.error:
-                raise InputError(batch.error)
-            if batch.bad and self.on_error != "skip":
-                raise BadImage(batch.bad[0])
-            yield batch
+        with naming_dead_workers():
+            for batch in loader:
+                if batch.error:
+                    raise InputError(batch.error)
+                if batch.bad and self.on_error != "skip":
+                    raise BadImage(batch.bad[0])
+                yield replace(batch, views=torch.as_tensor(batch.views))
 
     def _processes(self) -> int:
         if self.views.target.images is not None:
@@ -108,10 +205,10 @@ def in_memory(
     images = np.empty((len(target), *first.shape), np.uint8)
 
     def read(sample: int) -> bool:
-        picture = target.read(sample)
-        if picture.shape == first.shape:
-            images[sample] = picture
-        return picture.shape == first.shape
+        image = target.read(sample)
+        if image.shape == first.shape:
+            images[sample] = image
+        return image.shape == first.shape
 
     # An own dataset need not bear several threads.
     with ThreadPoolExecutor(1 if target.reader else os.cpu_count()) as pool:

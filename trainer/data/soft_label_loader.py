@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.label_sets.find import require_seeds
@@ -21,7 +25,7 @@ from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
 from sskt.trainer.data.epoch_order import EpochOrder
 from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
@@ -29,7 +33,6 @@ from sskt.trainer.data.label_choice import find_labels
 from sskt.trainer.data.loader import Batch, Feed, in_memory
 from sskt.trainer.data.soft_label_batch import Normalise, SoftLabelBatch
 from sskt.trainer.data.soft_labels import (
-    CHECKED_ROWS,
     NoLabels,
     Window,
     WindowLabels,
@@ -41,8 +44,10 @@ from sskt.trainer.models.normalization import NORMALISATIONS
 if TYPE_CHECKING:
     from sskt.trainer.loop.setup import Plan
 
-CHECKED_EVERY = 16
-"""Batches between two comparisons of views that are made on the device."""
+Int64 = NDArray[np.int64]
+
+LATE = 4
+"""Batches after which views that were made on the device must have been compared."""
 ENDLESS = 2**31
 """View seeds without stored labels: every epoch has one of its own."""
 
@@ -50,9 +55,10 @@ ENDLESS = 2**31
 class SoftLabelLoader:
     """An iterable over the batches of a target with the stored soft labels of frozen sources.
 
-    Epoch e sees the views of seed e mod S, the very ones that the sources saw; some views of each
-    batch are compared with the checksums that were stored with the labels. The labels of the next
-    view seed are read while an epoch runs. ``sskt train`` uses this loader.
+    Epoch e sees the views of seed e mod S, the very ones that the sources saw: every view is
+    compared with the checksum that was stored with its label, in the loader processes. Views that
+    are made on a GPU are compared a few batches later. The labels of the next view seed are read
+    while an epoch runs. ``sskt train`` uses this loader.
 
     Iterating goes through one epoch and then advances to the next; ``set_epoch`` chooses one. As
     torchdata's StatefulDataLoader, the loader has ``state_dict`` and ``load_state_dict``: in the
@@ -187,7 +193,8 @@ class SoftLabelLoader:
         self._classes = {source.name: source.classes for source in live}
         self._classes |= {name: s.classes for name, s in order.sets.items()}
         self._labels = labels_over(self.views, order.sets, live, device, force_topk=force_topk)
-        self.feed = feed_of(self.views, device, workers, on_error)
+        self.feed = feed_of(self.views, device, workers, on_error, checked=bool(order.sets))
+        self._late = _LateChecks()
         self.truth = torch.from_numpy(self.views.target.labels).to(device)
         self.epoch, self.label_wait_seconds = 0, 0.0
         self._begin = self._position = (0, 0)
@@ -317,6 +324,7 @@ class SoftLabelLoader:
                 if len(found.samples) or order.ranks.world > 1:
                     yield self._batch(found, labels, (i, j), len(batches[j]), unreadable)
                     unreadable = 0
+        self.finish_checks()
         self.seek(epoch + 1)
 
     def without_labels(self, number: int) -> Iterator[SoftLabelBatch]:
@@ -341,7 +349,7 @@ class SoftLabelLoader:
         unreadable: int,
     ) -> SoftLabelBatch:
         rows = torch.from_numpy(found.samples).to(self.device, non_blocking=True)
-        checked = self._check(found, labels, position[1]) if len(rows) else 0
+        checked = self._check(found, labels) if len(rows) else 0
         return SoftLabelBatch(
             found.samples,
             found.views.to(self.device, non_blocking=True),
@@ -354,17 +362,26 @@ class SoftLabelLoader:
             checked=checked,
         )
 
-    def _check(self, found: Batch, labels: WindowLabels, number: int) -> int:
-        """Compares views with the stored checks; on a GPU, which would be waited for, a few."""
-        if found.views.device.type == "cpu":
-            return labels.check(found.samples, found.views.numpy())
-        if number % CHECKED_EVERY:
+    def _check(self, found: Batch, labels: WindowLabels) -> int:
+        """Compares all views of a batch with the stored checks, now or soon; how many."""
+        if not labels.checked:
             return 0
-        few = found.views[:CHECKED_ROWS].cpu().numpy()
-        return labels.check(found.samples[:CHECKED_ROWS], few)
+        if found.checks is None:
+            self._late.add(found, labels)
+            return len(found.samples)
+        return labels.check(found.samples, found.checks)
+
+    def finish_checks(self) -> None:
+        """Waits until all views that were delivered have been compared.
+
+        Raises:
+            ViewMismatch: If a view is not the one that the sources saw.
+        """
+        self._late.finish()
 
     def close(self) -> None:
         """Stops reading ahead. The loader cannot be iterated afterwards."""
+        self._late.close()
         self._labels.close()
 
 
@@ -375,12 +392,44 @@ def held_in_memory(
     return dataclasses.replace(views, target=in_memory(views.target, memory / 4, progress))
 
 
+class _LateChecks:
+    """Compares views that are on a GPU while later batches train, as waiting for them is slow."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sskt-checks")
+        self._pending: deque[Future[int]] = deque()
+
+    def add(self, found: Batch, labels: WindowLabels) -> None:
+        """Takes a batch. Raises ``ViewMismatch`` for one of those before it."""
+        views, event = found.views, None
+        if views.device.type == "cuda":
+            views = torch.empty(views.shape, dtype=views.dtype, pin_memory=True)
+            views.copy_(found.views, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append(self._pool.submit(self._compare, found.samples, views, event, labels))
+        self.finish(LATE)
+
+    @staticmethod
+    def _compare(samples: Int64, views: Tensor, event: Any, labels: WindowLabels) -> int:
+        if event is not None:
+            event.synchronize()
+        return labels.check(samples, checks_of(views.numpy()))
+
+    def finish(self, left: int = 0) -> None:
+        while len(self._pending) > left:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def feed_of(
-    views: Views, device: torch.device, workers: int | None, on_error: str
+    views: Views, device: torch.device, workers: int | None, on_error: str, *, checked: bool
 ) -> Feed | ResidentFeed:
     """What makes batches of views: on the device if the images fit there, else through workers."""
     resident = resident_feed(views, device) if device.type == "cuda" else None
-    return resident or Feed(views, workers, on_error, device.type == "cuda")
+    return resident or Feed(views, workers, on_error, device.type == "cuda", checked)
 
 
 def _ranks(rank: int | None, world: int | None) -> Ranks:

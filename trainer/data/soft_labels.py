@@ -14,25 +14,27 @@ from torch import Tensor
 
 from sskt.teacher_cache.errors import CorruptStore, UnknownName, ViewMismatch
 from sskt.teacher_cache.format.encodings import (
+    ROW_SUM_TOLERANCE,
+    Encoded,
     EncodedTensors,
     as_tensors,
     require_temperature,
     soft_labels,
 )
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.views.views import Views, require_same_view
+from sskt.teacher_cache.views.views import Views
 
 Int64 = NDArray[np.int64]
+UInt32 = NDArray[np.uint32]
 
 SHARE = 0.25
-"""Part of the device's free memory that labels may take, and pictures as much again."""
+"""Part of the device's free memory that labels may take, and images as much again."""
 STUB = 128
 """A last block of less than this part of a whole one (8,192 samples: 64) joins the one before."""
-CHECKED_ROWS = 4
-"""Views of each batch that are compared with the checksums the teacher stage stored."""
+FAULTY_ROWS = 2048
+"""Rows of labels that are checked at once, which bounds the memory of their float copies."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,12 @@ class WindowLabels(Protocol):
     def skipped(self) -> NDArray[np.bool_]:
         """Which samples of the window to leave out: bool ``[n]``."""
 
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """Compares the first views of a batch with the stored checks; how many were compared."""
+    @property
+    def checked(self) -> bool:
+        """Whether the labels have view checks to compare with."""
+
+    def check(self, samples: Int64, checks: UInt32) -> int:
+        """Compares the view checks of a batch with the stored ones; how many were compared."""
 
     def of(self, samples: Int64, views: Tensor) -> BatchLabels:
         """The labels of a batch: its samples, and its uint8 views on the device."""
@@ -130,11 +136,22 @@ class _Slab:
     on_device: bool
     force_topk: bool
 
-    def check(self, samples: Int64, views: UInt8) -> int:
-        """See ``WindowLabels``. Raises ``ViewMismatch`` naming the sample."""
-        stored = self.checks[self.place[samples[:CHECKED_ROWS]]]
-        for sample, view, expected in zip(samples, views, stored, strict=False):
-            require_same_view(view, int(expected), int(sample), self.window.seed)
+    @property
+    def checked(self) -> bool:
+        return True
+
+    def check(self, samples: Int64, checks: UInt32) -> int:
+        """See ``WindowLabels``. Raises ``ViewMismatch`` naming the first sample."""
+        stored = self.checks[self.place[samples]]
+        wrong = np.flatnonzero(checks != stored)
+        if wrong.size:
+            first = wrong[0]
+            raise ViewMismatch(
+                f"sample {samples[first]} under view seed {self.window.seed} is not the image that "
+                f"the sources saw (checksum {checks[first]:08x}, stored {stored[first]:08x}; "
+                f"{wrong.size} of {len(samples)} views of the batch differ): the image, its "
+                "decoder or the augmentation changed; restore the image, or cache the labels again"
+            )
         return len(stored)
 
     def of(self, samples: Int64, views: Tensor) -> BatchLabels:
@@ -169,6 +186,26 @@ def _named(table: Mapping[str, Any], source: str) -> Any:
 
 def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
     return np.concatenate([label_set.read_checks(window.seed, a, b) for a, b in window.ranges])
+
+
+def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -> None:
+    """Raises ``CorruptStore`` if a row that is not empty is no probability distribution."""
+    encoding, classes = label_set.encoding, len(label_set.classes)
+    for start in range(0, len(window.samples), FAULTY_ROWS):
+        part = {key: values[start : start + FAULTY_ROWS] for key, values in rows.items()}
+        asked = np.arange(len(next(iter(part.values()))))
+        if encoding.name in ("f16", "f32"):
+            # torch adds up halves five times as fast, and settles all rows but odd and empty ones.
+            total = torch.from_numpy(part["labels"]).float().exp().sum(1)
+            asked = np.flatnonzero(~((total - 1).abs() < ROW_SUM_TOLERANCE / 2).numpy())
+        faulty = encoding.faulty({key: values[asked] for key, values in part.items()}, classes)
+        if faulty.any():
+            sample = window.samples[start + asked[faulty][0]]
+            raise CorruptStore(
+                f"label set {label_set.name}: the label of sample {sample} under view seed "
+                f"{window.seed} is no probability distribution; run sskt verify, and cache its "
+                "shard again"
+            )
 
 
 class StoredLabels:
@@ -206,6 +243,7 @@ class StoredLabels:
                     f"label set {label_set.name}: labels of seed {window.seed} are empty though "
                     "their views were seen; run sskt verify"
                 )
+            _require_distributions(label_set, window, rows)
             skipped |= empty
             tensors = as_tensors(rows)
             if on_device:
@@ -233,7 +271,7 @@ class StoredLabels:
         if len(differ):
             names = " and ".join(s.name for s in self._sets.values())
             raise ViewMismatch(
-                f"label sets {names} saw different pictures of sample "
+                f"label sets {names} saw different images of sample "
                 f"{window.samples[differ[0]]} under view seed {window.seed} "
                 f"({len(differ)} samples differ); cache one of them again"
             )
@@ -280,7 +318,11 @@ class _Unchecked:
     def skipped(self) -> NDArray[np.bool_]:
         return np.zeros(len(self.window.samples), bool)
 
-    def check(self, samples: Int64, views: UInt8) -> int:
+    @property
+    def checked(self) -> bool:
+        return False
+
+    def check(self, samples: Int64, checks: UInt32) -> int:
         return 0
 
 

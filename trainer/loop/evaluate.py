@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.data.gpu_loader import ResidentFeed
-from sskt.trainer.data.loader import Feed
+from sskt.trainer.data.loader import Batch, Feed
 from sskt.trainer.data.soft_label_loader import feed_of, held_in_memory
-from sskt.trainer.data.soft_labels import CHECKED_ROWS, Labels, Window, labels_over
+from sskt.trainer.data.soft_labels import Labels, Window, labels_over
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.step import Step
 from sskt.trainer.methods.base import Method
@@ -54,13 +54,13 @@ class AuxiliaryLoss:
         self._labels = labels.enter(Window(VIEW_SEED, ((0, samples),)), None)
 
     def __call__(
-        self, samples: np.ndarray[Any, Any], views: Tensor, logits: dict[str, Tensor]
+        self, batch: Batch, views: Tensor, logits: dict[str, Tensor]
     ) -> tuple[Tensor, int]:
         """Adds up the loss of a batch.
 
         Args:
-            samples: int64 ``[n]``.
-            views: uint8 views of the samples.
+            batch: The samples.
+            views: uint8 views of the samples, on the device.
             logits: Auxiliary logits of the samples, by source.
 
         Returns:
@@ -69,13 +69,17 @@ class AuxiliaryLoss:
         Raises:
             ViewMismatch: If a view is not the one that the sources saw.
         """
-        there = np.flatnonzero(~self._labels.skipped[samples])
+        there = np.flatnonzero(~self._labels.skipped[batch.samples])
         zero = torch.zeros((), device=views.device)
         if not len(there):
             return zero, 0
-        samples, rows = samples[there], torch.from_numpy(there).to(views.device)
+        samples, rows = batch.samples[there], torch.from_numpy(there).to(views.device)
         views = views[rows]
-        self._labels.check(samples, views[:CHECKED_ROWS].cpu().numpy())
+        if self._labels.checked:
+            checks = batch.checks
+            if checks is None:
+                checks = checks_of(batch.views.cpu().numpy())
+            self._labels.check(samples, checks[there])
         stored = self._labels.of(samples, views)
         soft = {name: stored.soft(name, self._temperature) for name in logits}
         loss = self._loss({name: x[rows] for name, x in logits.items()}, soft)
@@ -117,7 +121,10 @@ class Evaluation:
     def _feed(self) -> Feed | ResidentFeed:
         assert self.views is not None
         config = self._plan.config
-        return feed_of(self.views, self._plan.device, config.workers, config.on_error)
+        checked = bool(self._plan.test_sets)
+        return feed_of(
+            self.views, self._plan.device, config.workers, config.on_error, checked=checked
+        )
 
     def close(self) -> None:
         """Ends reading the labels of the test split."""
@@ -175,7 +182,7 @@ class Evaluation:
             logits, others = self._forward(network, seen)
             loss += self._step.primary(logits, truth, reduction="sum")
             if auxiliary:
-                part, number = auxiliary(batch.samples, seen, others)
+                part, number = auxiliary(batch, seen, others)
                 extra, labelled = extra + part, labelled + number
             images += len(batch.samples)
             if keep:

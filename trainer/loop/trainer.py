@@ -12,7 +12,8 @@ from typing import Any
 from sskt.teacher_cache.errors import Diverged
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.views.views import Views
-from sskt.trainer.config import config_json, read_config, require_same
+from sskt.trainer.config import config_json, read_config, require_same, run_digest
+from sskt.trainer.data.loader import naming_dead_workers
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop import checkpoint as checkpoints
@@ -135,9 +136,11 @@ class Trainer:
             BadCheckpoint: If its checkpoint cannot be resumed.
             ViewMismatch: If a view is not the one that the sources saw.
             Diverged: If a loss or a metric is no finite number.
+            SsktError: If a loader process was killed, or sends nothing.
         """
         mine = self.plan.ranks.first
-        with records.held_folder(out, resume=resume) if mine else nullcontext():
+        held = records.held_folder(out, resume=resume) if mine else nullcontext()
+        with held, naming_dead_workers():
             return self._run(out, resume)
 
     def _run(self, out: Path, resume: bool) -> list[Record]:
@@ -147,17 +150,18 @@ class Trainer:
         if resume:
             require_same(read_config(out / records.CONFIG), config, out)
             checkpoints.restore(self, out)
+        digest = run_digest(config.as_dict())
         if first:
-            if resume:
-                records.write_metrics(out, self.records)
             durable_write(out / records.CONFIG, config_json(config))
+            if resume:
+                records.write_metrics(out, self.records, digest)
         self._autosave.start(out)
         for sentence in self.plan.lossy_labels():
             self.hooks.note(sentence)
         events = records.Events(out, self.epoch) if first else None
         try:
             while not records.is_finished(self.records, config.epochs):
-                self._add_epoch(out, events)
+                self._add_epoch(out, events, digest)
         finally:
             if events:
                 events.close()
@@ -168,11 +172,20 @@ class Trainer:
         self.plan.ranks.wait()
         return self.records
 
-    def _add_epoch(self, out: Path, events: records.Events | None) -> None:
+    def _add_epoch(self, out: Path, events: records.Events | None, digest: str) -> None:
+        finished = self.progress
         record = self.train_epoch()
         done, config = self.epoch + 1, self.plan.config
         if done == config.epochs or done % config.eval_every == 0:
-            record |= self.evaluate()
+            try:
+                record |= self.evaluate()
+            except BaseException:
+                # A test image that cannot be read must not cost the epoch that was trained. With
+                # several processes the others may be elsewhere, and MAXL has no such position.
+                if self.plan.ranks.world == 1 and config.method != MAXL:
+                    self.progress = finished
+                    checkpoints.save(self, out)
+                raise
         if odd := [k for k, v in record.items() if not math.isfinite(v)]:
             raise Diverged(
                 f"{odd[0]} is not finite in epoch {done}; lower --lr, or train with "
@@ -186,7 +199,7 @@ class Trainer:
         self.records.append(record)
         checkpoints.save(self, out, better=better)
         if events:
-            records.write_metrics(out, self.records)
+            records.write_metrics(out, self.records, digest)
             events.add(record)
             self.hooks.epoch(record)
 

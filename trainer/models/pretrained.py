@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import urllib.error
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
-from sskt.teacher_cache.sources.checkpoints import read_weights
+from sskt.teacher_cache.sources.checkpoints import read_checkpoint, read_weights
 from sskt.trainer.config import AUTO
 from sskt.trainer.models.base import TargetNetwork
 from sskt.trainer.models.heads import SSKTNetwork
@@ -168,16 +166,10 @@ def _imagenet(model: str) -> dict[str, Tensor]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any] | None:
-    """What a file that ``torch.save`` wrote holds; None if the file is something else."""
+    """What a file of ``torch.save`` holds; None if it is another file. Raises ``BadCheckpoint``."""
     if not path.is_file() or path.suffix == ".safetensors":
         return None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile),
-        *(KeyError, TypeError, AttributeError, ValueError),
-    ):
-        return None  # read_weights says what is wrong with it, if anything is
+    loaded = read_checkpoint(path)
     return loaded if isinstance(loaded, dict) else None
 
 

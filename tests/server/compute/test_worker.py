@@ -1,4 +1,4 @@
-"""Shards computed on demand: the queue, the owner's process, waiting over HTTP."""
+"""Shards computed on demand: the queue, the compute worker, waiting over HTTP."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.compute_workers import compute_worker, grandparent, written
 from support.helpers import TINY, tree
-from support.owners import grandparent, owner, written
 
 from sskt.cli.main import run
 from sskt.server.compute import queue as shard_queue
@@ -32,7 +32,7 @@ from sskt.server.http.problems import Problem
 from sskt.server.routes.compute import wait_for
 from sskt.server.settings import Settings
 from sskt.server.state import State, make_state
-from sskt.teacher_cache.label_sets.create import list_label_sets, open_for_writing
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 BLOCKS = 4  # of 16 samples, 8 a batch
@@ -67,9 +67,10 @@ def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
 
 @pytest.fixture
 def settings(made: dict[int, Path], tmp_path: Path) -> Settings:
-    """A server over a cache that has one seed."""
+    """A server over a cache with the labels of the first of three seeds."""
     cache, run_folder = tmp_path / "cache", tmp_path / "run"
     shutil.copytree(made[1], cache)
+    grow(*list_label_sets(cache))
     run_folder.mkdir()
     return Settings(str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30)
 
@@ -82,6 +83,11 @@ def state(settings: Settings) -> State:
 def only(state: State) -> LabelSet:
     [label_set] = list_label_sets(state.home)
     return label_set
+
+
+def grow(label_set: LabelSet) -> None:
+    """Gives a label set three seeds, as ``POST :compute`` does."""
+    create_label_set(label_set.path.parent, label_set.spec, label_set.classes, 3).close()
 
 
 def queue_of(state: State) -> Queue:
@@ -129,7 +135,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         folder = Path(self.folder.name)
-        self.web, self.owner = (Queue(folder, self.limit, math.inf) for _ in range(2))
+        self.web, self.worker = (Queue(folder, self.limit, math.inf) for _ in range(2))
         self.queued: list[int] = []
         self.computing: list[int] = []
         self.failed: dict[int, str] = {}
@@ -149,13 +155,13 @@ class Model(RuleBasedStateMachine):
     @rule(most=st.integers(1, 3), odd=st.booleans())
     def take(self, most: int, odd: bool) -> None:
         wanted = [s for s in self.queued if s % 2 or not odd][:most]
-        taken = self.owner.take(lambda e: bool(e.seed % 2) or not odd, most)
+        taken = self.worker.take(lambda e: bool(e.seed % 2) or not odd, most)
         assert [e.seed for e in taken] == wanted
         self.queued = [s for s in self.queued if s not in wanted]
         self.computing += wanted
 
     def _entry(self) -> Entry:
-        found = self.owner.get("a", self.computing.pop(0), 0)
+        found = self.worker.get("a", self.computing.pop(0), 0)
         assert found is not None
         return found
 
@@ -165,20 +171,20 @@ class Model(RuleBasedStateMachine):
         entry = self._entry()
         self.deaths.pop(entry.seed, None)
         if stored:
-            self.owner.done(entry)
+            self.worker.done(entry)
         else:
-            self.owner.fail(entry, "DiskFull", f"why {entry.seed}")
+            self.worker.fail(entry, "DiskFull", f"why {entry.seed}")
             self.failed[entry.seed] = f"why {entry.seed}"
 
     @precondition(lambda self: self.computing)
     @rule()
     def put_back(self) -> None:
         entry = self._entry()
-        self.owner.put_back(entry, "")
+        self.worker.put_back(entry, "")
         self.queued.append(entry.seed)
 
     @rule()
-    def owner_dies(self) -> None:
+    def worker_dies(self) -> None:
         order = {entry.seed: entry.asked for entry in self.web.state()}
         for seed in self.computing:
             self.deaths[seed] = self.deaths.get(seed, 0) + 1
@@ -187,7 +193,7 @@ class Model(RuleBasedStateMachine):
             else:
                 self.failed[seed] = ""
         self.queued.sort(key=order.__getitem__)  # back to where they were
-        given_up = [entry.seed for entry in self.owner.recover()]
+        given_up = [entry.seed for entry in self.worker.recover()]
         assert sorted(given_up) == sorted(s for s in self.computing if s in self.failed)
         for seed in given_up:
             entry = self.web.get("a", seed, 0)
@@ -266,7 +272,7 @@ def test_the_estimate_follows_the_last_shards(tmp_path: Path) -> None:
     assert (queue.seconds(0), queue.seconds(1), queue.seconds(10)) == (1, 1, 3)
 
 
-# --- waiting, without an owner -------------------------------------------------------------------
+# --- waiting, without a compute worker -----------------------------------------------------
 
 
 def test_who_waits_too_long_comes_back(state: State) -> None:
@@ -302,7 +308,7 @@ def test_a_full_queue(state: State) -> None:
 
 
 def test_what_cannot_be_asked_for(state: State, label_cache: Path) -> None:
-    for seed, block in ((0, BLOCKS), (1 + 4096, 0), (-1, 0), (0, -1)):
+    for seed, block in ((0, BLOCKS), (3, 0), (-1, 0), (0, -1)):
         assert refused(state, seed, block).status == 404
     [nameless] = list_label_sets(label_cache)  # made without a record of the source
     with pytest.raises(Problem, match="does not record the source") as caught:
@@ -313,7 +319,7 @@ def test_what_cannot_be_asked_for(state: State, label_cache: Path) -> None:
     assert problem.status == 501 and "--on-demand" in problem.detail
 
 
-# --- the owner -----------------------------------------------------------------------------------
+# --- the compute worker -----------------------------------------------------
 
 
 def test_bytes_are_those_of_cache_teachers(
@@ -322,7 +328,7 @@ def test_bytes_are_those_of_cache_teachers(
     """A set that grows on demand ends as the set of one long run, file by file."""
     for block, seed in itertools.product(range(BLOCKS), (2, 1)):
         queue_of(state).ask(only(state).name, seed, block)
-    with owner(settings):
+    with compute_worker(settings):
         for block, seed in itertools.product(range(BLOCKS), (1, 2)):
             wait(state, seed, block)
         until(lambda: len(paces(queue_of(state))) == BLOCKS)
@@ -341,7 +347,7 @@ def test_twenty_clients_cost_one_computation(
         barrier.wait()
         wait([state, *others][number % 3], 1, 1)
 
-    with owner(settings), ThreadPoolExecutor(20) as pool:
+    with compute_worker(settings), ThreadPoolExecutor(20) as pool:
         list(pool.map(ask, range(20)))
     assert written(settings) == 1
     for key, sha in stored(Path(settings.cache)).items():
@@ -353,7 +359,7 @@ def test_what_somebody_else_stored_is_dropped(state: State, settings: Settings) 
     queue = queue_of(state)
     for block in range(BLOCKS):
         queue.ask(only(state).name, 0, block)
-    with owner(settings):
+    with compute_worker(settings):
         until(lambda: not queue.state())
     assert written(settings) == 0
 
@@ -366,11 +372,12 @@ def test_a_source_that_is_gone(
     copy = Path(shutil.copy(TINY, tmp_path / "mine.py"))
     cache_teachers(images, copy, Path(settings.cache), 1)
     copy.unlink()
+    grow(*[s for s in list_label_sets(state.home) if s.name != healthy])
     [broken] = [s for s in list_label_sets(state.home) if s.name != healthy]
     queue = queue_of(state)
     for block in range(BLOCKS):
         queue.ask(broken.name, 1, block)
-    with owner(settings):
+    with compute_worker(settings):
         with pytest.raises(Problem, match=r"mine\.py") as caught:
             asyncio.run(wait_for(state, broken, 1, 0))
         assert caught.value.status == 500 and caught.value.more["state"] == FAILED
@@ -381,19 +388,20 @@ def test_a_source_that_is_gone(
             asyncio.run(wait_for(state, broken, 1, 0))
         assert [entry.since for entry in queue.state()] == since  # told again, not tried again
         asyncio.run(wait_for(state, state.sets.get(healthy), 1, 0))
-    assert [s.seeds for s in list_label_sets(state.home) if s.name == broken.name] == [1]
+    assert broken.coverage() == [1.0, 0.0, 0.0]
     errors = state.metrics.recent_errors(5)
     assert len(errors) == 1 and "mine.py" in errors[0]["detail"]
 
 
-def test_a_damaged_picture(state: State, settings: Settings, images: Path, tmp_path: Path) -> None:
+def test_a_damaged_image(state: State, settings: Settings, images: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(images, tmp_path / "mine"))
     healthy = only(state).name
     cache_teachers(mine, TINY, Path(settings.cache), 1)
+    grow(*[s for s in list_label_sets(state.home) if s.name != healthy])
     [label_set] = [s for s in list_label_sets(state.home) if s.name != healthy]
-    picture = mine / "train" / "apple" / "0003.png"
-    picture.write_bytes(bytes(picture.stat().st_size))
-    with owner(settings):
+    image = mine / "train" / "apple" / "0003.png"
+    image.write_bytes(bytes(image.stat().st_size))
+    with compute_worker(settings):
         with pytest.raises(Problem, match=r"0003\.png.*--on-error skip") as caught:
             asyncio.run(wait_for(state, label_set, 1, 0))
         assert caught.value.status == 500
@@ -404,7 +412,7 @@ def test_a_full_disk(state: State, settings: Settings, made: dict[int, Path]) ->
     full = Path(settings.run) / "full"
     full.touch()
     queue_of(state).failed_seconds = 0.5
-    with owner(settings):
+    with compute_worker(settings):
         problem = refused(state, 1, 0)
         assert (problem.status, problem.title) == (507, "insufficient storage")
         assert "no room to write" in problem.detail
@@ -412,7 +420,7 @@ def test_a_full_disk(state: State, settings: Settings, made: dict[int, Path]) ->
         until(lambda: not isinstance(_outcome(state, 1, 0), Problem))
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shard = {key for key in files if "/c/1/" in key}
-    assert len(shard) == 2 and all(files[key] == wanted[key] for key in shard)
+    assert len(shard) == 3 and all(files[key] == wanted[key] for key in shard)
 
 
 def _outcome(state: State, seed: int, block: int) -> Problem | None:
@@ -424,22 +432,34 @@ def _outcome(state: State, seed: int, block: int) -> Problem | None:
     return None
 
 
-def test_an_owner_killed_in_mid_shard(
+def test_a_compute_worker_killed_in_mid_shard(
     state: State, settings: Settings, made: dict[int, Path]
 ) -> None:
     (Path(settings.run) / "die").touch()
     name, queue = only(state).name, queue_of(state)
     queue.ask(name, 1, 3)
-    with owner(settings, status=-9) as process:
+    with compute_worker(settings, status=-9) as process:
         process.join(30)
     assert [entry.state for entry in queue.state()] == [COMPUTING]
-    with owner(settings):
+    with compute_worker(settings):
         wait(state, 1, 3)
         wait(state, 1, 2)
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shards = {key for key in files if "/c/1/" in key}
-    assert len(shards) == 4 and all(files[key] == wanted[key] for key in shards)
+    assert len(shards) == 6 and all(files[key] == wanted[key] for key in shards)
     assert not list(Path(settings.cache).rglob("*.partial"))
+
+
+def test_killed_loader_processes_end_the_request_with_a_sentence(
+    state: State, settings: Settings
+) -> None:
+    """As the kernel kills them where memory is short."""
+    (Path(settings.run) / "loader").touch()
+    with compute_worker(settings):
+        problem = refused(state, 1, 0)
+        assert problem.status == 500 and "a loader process was killed" in problem.detail
+        (Path(settings.run) / "loader").unlink()
+        wait(state, 1, 1)  # the compute worker goes on
 
 
 def test_a_deadly_shard_is_given_up_and_those_beside_it_are_not(
@@ -450,9 +470,9 @@ def test_a_deadly_shard_is_given_up_and_those_beside_it_are_not(
     for seed in (1, 2, 3):
         queue.ask(name, seed, 0)
     for _ in range(shard_queue.DEATHS):
-        with owner(settings, status=-9) as process:
+        with compute_worker(settings, status=-9) as process:
             process.join(30)
-    with owner(settings):
+    with compute_worker(settings):
         problem = refused(state, 2, 0)
         assert problem.status == 500 and "died 3 times" in problem.detail
         for seed in (1, 3):
@@ -467,7 +487,7 @@ def test_another_process_at_the_same_shard(
     name, queue = only(state).name, queue_of(state)
     [reference] = list_label_sets(made[3])
     with (
-        owner(settings),
+        compute_worker(settings),
         contextlib.closing(
             open_for_writing(settings.cache, name, lambda rows, seeds: {}, 2)
         ) as writing,
@@ -491,15 +511,15 @@ def test_another_process_at_the_same_shard(
 
 
 def test_a_device_that_is_not_there(settings: Settings) -> None:
-    with owner(replace(settings, device="nonsense"), status=1) as process:
+    with compute_worker(replace(settings, device="nonsense"), status=1) as process:
         process.join(30)
 
 
-def test_an_owner_ends_with_its_parent(settings: Settings) -> None:
+def test_a_compute_worker_ends_with_its_parent(settings: Settings) -> None:
     ours, theirs = Pipe()
     parent = grandparent(settings, theirs)
     child = ours.recv()
-    until(lambda: (Path(settings.run) / "queue" / "owner").exists())
+    until(lambda: (Path(settings.run) / "queue" / "worker").exists())
     parent.kill()
     parent.join()
     until(lambda: not _runs(child))
@@ -567,7 +587,7 @@ def test_asking_for_seeds_over_http(settings: Settings, made: dict[int, Path]) -
     assert status == 200 and shown["waiting"] == 8
     order = [(entry["block"], entry["seed"]) for entry in shown["entries"]]
     assert order == sorted(order)
-    with owner(settings):
+    with compute_worker(settings):
         until(lambda: call(app, "POST", path, {"seeds": [0, 1, 2]})[1]["missing"] == 0)
     assert stored(Path(settings.cache)) == stored(made[3])
 

@@ -7,9 +7,10 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urljoin, urlsplit
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from support.helpers import TINY, write_images
 from support.pages import Node, faults, parse
 
 from sskt.server.app import create_app
+from sskt.server.http.tokens import new_token
+from sskt.server.pages.coverage import Coverage, CoverageCache, coverage_of
 from sskt.server.pages.drawing import drawn, percent
 from sskt.server.pages.pages import duration, number, size
 from sskt.server.pages.samples import OPEN, Opened
 from sskt.server.pages.status import RECENT_SECONDS, Recent
-from sskt.server.pages.survey import Survey, Surveys, survey
 from sskt.server.settings import Settings
 from sskt.server.state import State
 from sskt.teacher_cache.api import open_target
@@ -46,7 +48,7 @@ EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 
 @pytest.fixture(scope="module")
 def stock(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures, 3 classes x 10 PNGs of 24x24 pixels, and a cache over it.
+    """A folder of images, 3 classes x 10 PNGs of 24x24 pixels, and a cache over it.
 
     One source in two encodings, 3 seeds and 2, shards of 8 rows, of which two are missing.
     """
@@ -54,9 +56,9 @@ def stock(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for name in ("apple", "bear", "<b>cup&"):
         pixels = rng.integers(0, 256, (10, 24, 24, 3), np.uint8)
-        write_images(folder / "pictures" / "train" / name, pixels)
-    views = Views(open_target(str(folder / "pictures")), parse_policy("pad-crop-flip"))
-    options = stage_options(folder / "pictures", "tiny")
+        write_images(folder / "images" / "train" / name, pixels)
+    views = Views(open_target(str(folder / "images")), parse_policy("pad-crop-flip"))
+    options = stage_options(folder / "images", "tiny")
     for encoding, seeds in (("f32", 3), ("u8", 2)):
         cache_teachers(views, [tiny], parse_encoding(encoding), seeds, folder / "cache", options)
     first = of_encoding(folder / "cache", "f32")
@@ -67,12 +69,12 @@ def stock(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pictures(stock: Path) -> Iterator[Path]:
-    """The pictures, put back after the test."""
-    shutil.copytree(stock / "pictures", stock / "kept")
-    yield stock / "pictures"
-    shutil.rmtree(stock / "pictures")
-    (stock / "kept").rename(stock / "pictures")
+def images(stock: Path) -> Iterator[Path]:
+    """The images, put back after the test."""
+    shutil.copytree(stock / "images", stock / "kept")
+    yield stock / "images"
+    shutil.rmtree(stock / "images")
+    (stock / "kept").rename(stock / "images")
 
 
 @pytest.fixture
@@ -82,8 +84,8 @@ def cache(stock: Path, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def stage_options(pictures: Path, source: str) -> StageOptions:
-    made = {source: {"target": str(pictures)}}
+def stage_options(images: Path, source: str) -> StageOptions:
+    made = {source: {"target": str(images)}}
     return StageOptions(batch_size=8, workers=0, shard_rows=8, made=made)
 
 
@@ -98,9 +100,12 @@ def client(tmp_path: Path) -> Callable[..., TestClient]:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         app = create_app(Settings(cache=str(cache), run=str(run), **changes))
-        return TestClient(app, headers=HTML, follow_redirects=False)
+        return TestClient(app, headers=HTML, follow_redirects=False, base_url="http://localhost")
 
     return make
+
+
+LINKS = {"href", "src", "action"}
 
 
 def state_of(client: TestClient) -> State:
@@ -116,6 +121,10 @@ def get(client: TestClient, url: str, status: int = 200) -> Node:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     page = parse(answer.text)
     assert faults(page) == []
+    for node in page.all():
+        for name in LINKS & node.attributes.keys():
+            assert not node.attributes[name].startswith("/"), "links hold under any path prefix"
+            node.attributes[name] = urljoin(url, node.attributes[name])
     return page
 
 
@@ -127,11 +136,11 @@ def facts(node: Node) -> dict[str, str]:
 def test_the_page_says_what_the_store_holds(cache: Path, client: Callable[..., TestClient]) -> None:
     page = get(client(cache), "/")
     sets = list_label_sets(cache)
-    cards = page.all("article")
-    assert [card.one("h3").text for card in cards] == [s.name for s in sets]
-    for card, label_set in zip(cards, sets, strict=True):
-        shown = facts(card.one("dl"))
-        assert shown["Target"] == "pictures train, 30 samples"
+    summaries = page.all("article")
+    assert [summary.one("h3").text for summary in summaries] == [s.name for s in sets]
+    for summary, label_set in zip(summaries, sets, strict=True):
+        shown = facts(summary.one("dl"))
+        assert shown["Target"] == "images train, 30 samples"
         assert shown["Source"] == "tiny (tiny:build), 12 classes"
         assert shown["Views"] == "pad-crop-flip (padding 4)"
         assert shown["Encoding"] == str(label_set.encoding)
@@ -140,12 +149,12 @@ def test_the_page_says_what_the_store_holds(cache: Path, client: Callable[..., T
         assert shown["Gradient error"] == (
             f"{error['T=1']['gradient']:.2g} at T=1, {error['T=3']['gradient']:.2g} at T=3"
         )
-        assert card.one("code", title=label_set.digest).text == label_set.digest[:12]
-        assert label_set.digest in card.one("details").text
-        assert label_set.spec["source"]["weights"] in card.one("details").text
-        rows = card.one("table").one("tbody").all("tr")
+        assert summary.one("code", title=label_set.digest).text == label_set.digest[:12]
+        assert label_set.digest in summary.one("details").text
+        assert label_set.spec["source"]["weights"] in summary.one("details").text
+        rows = summary.one("table").one("tbody").all("tr")
         assert [row.all("td")[1].text for row in rows] == [percent(c) for c in label_set.coverage()]
-    shown_words = [card.one("caption").text for card in cards]
+    shown_words = [summary.one("caption").text for summary in summaries]
     assert sorted(shown_words) == [
         "1 of 3 seeds whole; seeds 1-2 incomplete",
         "2 seeds, all whole",
@@ -158,9 +167,9 @@ def test_what_is_drawn_is_what_is_stored(cache: Path, client: Callable[..., Test
     rows = page.one("table").one("tbody").all("tr")
     for seed, row in enumerate(rows):
         stored = [label_set.has(label_set.shard(seed, b)) for b in range(label_set.blocks)]
-        picture = row.one("svg")
-        assert picture.attributes["aria-label"] == f"{sum(stored)} of 4 blocks stored"
-        assert cells(picture.one("path", class_="stored").attributes["d"], 4) == stored
+        image = row.one("svg")
+        assert image.attributes["aria-label"] == f"{sum(stored)} of 4 blocks stored"
+        assert cells(image.one("path", class_="stored").attributes["d"], 4) == stored
 
 
 def cells(path: str, blocks: int) -> list[bool]:
@@ -177,22 +186,22 @@ def cells(path: str, blocks: int) -> list[bool]:
 def test_large_drawings_are_small_and_right(seeds: int, blocks: int) -> None:
     rng = np.random.default_rng(0)
     stored = rng.random((seeds, blocks)) < np.linspace(1.5, 0, blocks)
-    drawing = drawn(Survey(stored, stored.mean(1), 0))
+    drawing = drawn(Coverage(stored, stored.mean(1), 0))
     paths = [row.paths for row in drawing.rows] or [drawing.paths]
     assert sum(len(path) for each in paths for path in each.values()) < 120_000
     assert len(drawing.rows) == (seeds if seeds <= 16 else 0)
     assert 0 < drawing.height <= 64 * 100
     assert (drawing.width + 12) // 100 >= min(blocks, 64) - 1
-    whole = drawn(Survey(np.ones_like(stored), np.ones(seeds), 0))
+    whole = drawn(Coverage(np.ones_like(stored), np.ones(seeds), 0))
     for each in [row.paths for row in whole.rows] or [whole.paths]:
         assert list(each) == ["stored"]
-    none = drawn(Survey(np.zeros_like(stored), np.zeros(seeds), 0))
+    none = drawn(Coverage(np.zeros_like(stored), np.zeros(seeds), 0))
     assert not any(row.paths for row in none.rows) and not none.paths
 
 
 def test_a_survey_counts_what_the_store_counts(cache: Path) -> None:
     for label_set in list_label_sets(cache):
-        found = survey(label_set)
+        found = coverage_of(label_set)
         assert found.shares.tolist() == pytest.approx(label_set.coverage())
         assert found.bytes == label_set.stored_bytes()
         assert found.stored.sum() == sum(
@@ -215,32 +224,32 @@ def test_a_place_that_does_not_answer_keeps_no_page_waiting(cache: Path) -> None
     good, slow = list_label_sets(cache)
     place: Any = SlowPlace()
     stuck = replace(slow, place=place)
-    surveys = Surveys(patience=0.2)
-    assert isinstance(surveys.of([good])[0], Survey)
-    assert surveys.of([stuck]) == [None]
-    found = surveys.of([good, stuck])
-    assert isinstance(found[0], Survey) and found[1] is None, "what is known is shown"
+    coverages = CoverageCache(patience=0.2)
+    assert isinstance(coverages.of([good])[0], Coverage)
+    assert coverages.of([stuck]) == [None]
+    found = coverages.of([good, stuck])
+    assert isinstance(found[0], Coverage) and found[1] is None, "what is known is shown"
     place.answer.set()
-    surveys.patience = 30
-    assert surveys.of([stuck]) == ["the bucket is gone"]
+    coverages.patience = 30
+    assert coverages.of([stuck]) == ["the bucket is gone"]
 
 
 def test_a_new_shard_is_seen_after_some_seconds_and_not_at_once(cache: Path) -> None:
     now = [0.0]
-    surveys = Surveys(lambda: now[0], patience=30)
+    coverages = CoverageCache(lambda: now[0], patience=30)
     label_set = of_encoding(cache, "u8")
 
     def stored() -> int:
-        (found,) = surveys.of([label_set])
-        assert isinstance(found, Survey)
+        (found,) = coverages.of([label_set])
+        assert isinstance(found, Coverage)
         return int(found.stored.sum())
 
     assert stored() == 8
     label_set.commit_path(label_set.shard(0, 0)).unlink()
     assert stored() == 8, "kept"
     now[0] += 2.5
-    surveys.of([label_set])
-    surveys.settle()
+    coverages.of([label_set])
+    coverages.settle()
     assert stored() == 7
 
 
@@ -264,7 +273,7 @@ def test_the_numbers_are_those_that_were_counted(
     assert figures["Sent"][1] == "60.0 KiB ever"
     assert figures["Requests"][1] == "0 being served, 60 ever"
     assert figures["Latency"] == ["18 ms median", "p95 24 ms, p99 25 ms"]
-    assert figures["Slabs in memory"] == ["75 % hits", "75 % ever"]
+    assert figures["Labels already decoded"] == ["75 % hits", "75 % ever"]
     assert figures["Labels"][0] in {f"{number(120_000 / s)} /s" for s in np.arange(1, 20, 0.001)}
     route = page.one("table", class_="numbers").one("tbody").one("tr")
     assert route.text.startswith("/zarr/{path} 60 60.0 KiB")
@@ -319,6 +328,23 @@ def test_what_is_being_computed_is_shown(cache: Path, client: Callable[..., Test
     assert get(client(cache), "/").one(id="live-queue").text == ""
 
 
+def test_tokens_are_listed_with_their_last_use(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    used = new_token(tokens, "lab", ["compute"], None)
+    new_token(tokens, "spare", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    browser.headers["Authorization"] = f"Bearer {used}"
+    rows = get(browser, "/").one(id="live-tokens").one("tbody").all("tr")
+    assert rows[0].text.startswith("lab compute, read 20") and rows[0].text.endswith(" UTC")
+    assert rows[1].text == "spare read not since the start"
+    metrics = browser.get("/metrics").text
+    assert 'sskt_token_last_used_timestamp_seconds{token="lab"} 1.' in metrics
+    assert "spare" not in metrics and used not in metrics
+    assert get(client(cache), "/").one(id="live-tokens").text == ""
+
+
 def test_an_empty_cache_says_how_to_fill_it(
     tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
@@ -345,13 +371,13 @@ def test_a_damaged_set_is_named_and_hides_no_other(
 
 
 def test_what_others_wrote_is_never_markup(
-    pictures: Path, tmp_path: Path, client: Callable[..., TestClient]
+    images: Path, tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
     network = tmp_path / "evil.py"
     network.write_text(TINY.read_text() + f"\nCLASSES = [{EVIL!r} + str(i) for i in range(12)]\n")
     source = open_source(parse_source(f"evil={network}:build"))
-    target = replace(open_target(str(pictures)), name=EVIL)
-    options = stage_options(pictures, "evil")
+    target = replace(open_target(str(images)), name=EVIL)
+    options = stage_options(images, "evil")
     views = Views(target, parse_policy("pad-crop-flip"))
     cache_teachers(views, [source], parse_encoding("f32"), 1, tmp_path / "c", options)
     (tmp_path / "c" / EVIL.replace("/", "")).mkdir()
@@ -372,13 +398,13 @@ def test_what_others_wrote_is_never_markup(
 
 
 def test_a_sample_shows_the_view_and_what_every_source_says(
-    cache: Path, pictures: Path, client: Callable[..., TestClient]
+    cache: Path, images: Path, client: Callable[..., TestClient]
 ) -> None:
     first, other = of_encoding(cache, "f32"), of_encoding(cache, "u8")
     browser = client(cache)
     page = get(browser, f"/sets/{first.name}/samples/25?seed=1")
     about = facts(page.one("dl"))
-    target = open_target(str(pictures))
+    target = open_target(str(images))
     assert about["Id"] == target.ids[25]
     assert about["True class"] == target.label_text(25)
     assert about["Checksum"] == "none stored yet"
@@ -392,11 +418,11 @@ def test_a_sample_shows_the_view_and_what_every_source_says(
     assert [top5(each) for each in shown] == [expected_top5(s, 12, 0) for s in (first, other)]
     bars = [float(bar.attributes["width"]) for bar in shown[0].all("rect", class_="bar")]
     assert bars == [float(f"{float(p) * 100:.2f}") for p in exact(first, 12, 0)]
-    picture = page.one("img")
-    answer = browser.get(picture.attributes["src"])
+    image = page.one("img")
+    answer = browser.get(image.attributes["src"])
     assert answer.headers["content-type"] == "image/png"
     pixels = np.asarray(Image.open(io.BytesIO(answer.content)))
-    assert pixels.shape == (int(picture.attributes["height"]), int(picture.attributes["width"]), 3)
+    assert pixels.shape == (int(image.attributes["height"]), int(image.attributes["width"]), 3)
     views = Views(target, parse_policy("pad-crop-flip"))
     times = 320 // 24
     assert (pixels == views[12, 0].repeat(times, 0).repeat(times, 1)).all()
@@ -436,16 +462,77 @@ def test_the_browser_leads_from_sample_to_sample(
     assert here["Next seed"] == f"/sets/{name}/samples/5?seed=0"
     assert "prev" not in links(0, 0) and "next" not in links(29, 0)
     for _ in range(20):
-        lead = browser.get(here["Random"]).headers["location"]
+        lead = urljoin(here["Random"], browser.get(here["Random"]).headers["location"])
         assert 8 <= int(urlsplit(lead).path.rsplit("/", 1)[1]) < 30, "block 0 is not labelled"
         assert parse_qs(urlsplit(lead).query) == {"seed": ["2"]}
     jump = browser.get(f"/sets/{name}/samples?row=17&seed=1")
-    assert (jump.status_code, jump.headers["location"]) == (303, f"/sets/{name}/samples/17?seed=1")
+    assert jump.status_code == 303
+    lead = urljoin(f"/sets/{name}/samples", jump.headers["location"])
+    assert lead == f"/sets/{name}/samples/17?seed=1"
     strip = get(browser, f"/sets/{name}?row=24&seed=1").one("ul", class_="strip").all("li")
     assert [li.one("a").text for li in strip] == [str(row) for row in range(24, 30)]
     assert [li.one("p").text for li in strip] == ["not labelled yet"] * 6
     digest = of_encoding(cache, "f32").digest
     assert get(browser, f"/sets/{digest[:8]}").one("h1").text == name
+
+
+def test_every_link_holds_under_a_path_prefix(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    """As behind a proxy that takes the prefix off: nothing leaves it, and nothing is missing."""
+    browser = client(cache)
+    name = of_encoding(cache, "f32").name
+    prefix = "http://localhost/labs/vision"
+    left = ["/", f"/sets/{name}/samples?row=3&seed=0", "/no/such/page", "/sets/none"]
+    seen = {"/no/such/page", "/sets/none"}
+    while left:
+        path = left.pop()
+        answer = browser.get(path)
+        if answer.is_redirect:
+            links = [answer.headers["location"]]
+        elif not answer.headers["content-type"].startswith("text/html"):
+            continue
+        else:
+            nodes = parse(answer.text).all()
+            links = [n.attributes[key] for n in nodes for key in LINKS & n.attributes.keys()]
+        for link in links:
+            url = urljoin(prefix + path, link)
+            assert url.startswith(f"{prefix}/"), (path, link)
+            bare = url.removeprefix(prefix).partition("#")[0]
+            if bare.partition("?")[0] not in seen:
+                seen.add(bare.partition("?")[0])
+                left.append(bare)
+                assert browser.get(bare).status_code in (200, 303), (path, link)
+    assert {"/", f"/sets/{name}", f"/sets/{name}/samples/0", "/metrics"} <= seen
+    assert any(path.endswith("view.png") for path in seen)
+
+
+def test_a_browser_without_a_token_gets_a_page(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    new_token(tokens, "lab", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    page = get(browser, "/", 401)
+    assert page.one("h1").text == "Token needed" and "as the password, the token" in page.text
+    assert "Basic" in browser.get("/").headers["www-authenticate"]
+    assert browser.get("/", headers={"Accept": "*/*"}).json()["title"] == "token needed"
+
+
+def test_an_unknown_failure_says_where_to_report_it(
+    cache: Path, client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*anything: object) -> None:
+        raise ValueError("an error of the server itself")
+
+    browser = client(cache)
+    monkeypatch.setattr("sskt.server.pages.status._live", fails)
+    page = get(browser, "/", 500)
+    trackers = [url for url in metadata("sskt").get_all("Project-URL") or [] if "issue" in url]
+    where = trackers[0].partition(", ")[2] if trackers else "the maintainers"
+    assert "Please report this" in page.text and where in page.text
+    assert len(page.one("code").text) == 16, "the request id"
+    assert "an error of the server itself" not in page.text
 
 
 @pytest.mark.parametrize("end", ["30?seed=0", "0?seed=3", "-1?seed=0", "0?seed=-1", f"{10**30}"])
@@ -466,38 +553,38 @@ def test_samples_that_are_not_there(
     assert browser.get(f"/sets/{name}/samples/x").status_code == 422
 
 
-def test_without_the_files_the_labels_are_still_shown_and_why_there_are_no_pictures(
-    cache: Path, pictures: Path, client: Callable[..., TestClient]
+def test_without_the_files_the_labels_are_still_shown_and_why_there_are_no_images(
+    cache: Path, images: Path, client: Callable[..., TestClient]
 ) -> None:
-    moved = pictures.with_name("elsewhere")
-    pictures.rename(moved)
+    moved = images.with_name("elsewhere")
+    images.rename(moved)
     label_set = of_encoding(cache, "u8")
     page = get(client(cache), f"/sets/{label_set.name}/samples/4?seed=1")
     assert not page.all("img")
-    assert "The target's files are not at hand here" in page.text
+    assert "The files of the target cannot be read here" in page.text
     assert top5(page.all("div", class_="source")[0]) == expected_top5(label_set, 4, 1)
     strip = get(client(cache), f"/sets/{label_set.name}")
-    assert not strip.all("img") and "No pictures." in strip.text
+    assert not strip.all("img") and "No images." in strip.text
 
     victim = sorted((moved / "train" / "apple").iterdir())[0]
-    moved.rename(pictures)
-    (pictures / "train" / "apple" / victim.name).write_bytes(b"other bytes")
+    moved.rename(images)
+    (images / "train" / "apple" / victim.name).write_bytes(b"other bytes")
     page = get(client(cache), f"/sets/{label_set.name}/samples/0?seed=0")
     assert "target.fingerprint" in page.text and not page.all("img")
 
 
-def test_a_picture_that_changed_is_named(
-    cache: Path, pictures: Path, client: Callable[..., TestClient]
+def test_an_image_that_changed_is_named(
+    cache: Path, images: Path, client: Callable[..., TestClient]
 ) -> None:
-    victim = sorted((pictures / "train" / "apple").iterdir())[2]
-    row = list(open_target(str(pictures)).ids).index(f"apple/{victim.name}")
+    victim = sorted((images / "train" / "apple").iterdir())[2]
+    row = list(open_target(str(images)).ids).index(f"apple/{victim.name}")
     pixels = np.array(Image.open(victim))
     length = victim.stat().st_size
     pixels[:] = 7
     Image.fromarray(pixels).save(victim)
     victim.write_bytes(victim.read_bytes().ljust(length, b"\0"))
     page = get(client(cache), f"/sets/{of_encoding(cache, 'u8').name}/samples/{row}?seed=0")
-    assert facts(page.one("dl"))["Checksum"] == "differs: the source saw another picture"
+    assert facts(page.one("dl"))["Checksum"] == "differs: the source saw another image"
 
 
 def test_a_set_cannot_make_the_server_run_code(

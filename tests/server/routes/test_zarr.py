@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import http.client
+import json
 import os
 import shutil
 import threading
@@ -12,21 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.random_labels import make_labels
+from support.random_labels import SEEDS, make_labels
 from support.servers import serving
 
-from sskt.server import state
 from sskt.server.compute.queue import Queue
 from sskt.server.http.problems import Problem
-from sskt.server.routes.zarr import open_local, ranges, valid_key
+from sskt.server.routes.zarr import open_local, ranges
 from sskt.server.state import Sets
-from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
 from sskt.teacher_cache.storage.local import LocalPlace
 
 
@@ -53,16 +53,16 @@ def url(cache: Path) -> Iterator[str]:
 
 
 def get(
-    url: str, path: str, method: str = "GET", **headers: str
+    url: str, path: str, method: str = "GET", body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """The path is sent as it is, dots and all."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     named = {key.replace("_", "-"): value for key, value in headers.items()}
-    connection.request(method, path, headers=named)
+    connection.request(method, path, body, named)
     answer = connection.getresponse()
-    body = answer.read()
+    found = answer.read()
     connection.close()
-    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, found
 
 
 def test_every_file_is_served_byte_for_byte(cache: Path, url: str) -> None:
@@ -186,15 +186,6 @@ def test_a_range_is_what_it_says(first: int, last: int, size: int) -> None:
         assert (data[start:stop] == data[first : last + 1]).all() and stop - start >= 1
 
 
-@given(st.text(alphabet="ab./\\%\0~", max_size=12))
-def test_keys_never_climb(path: str) -> None:
-    key = valid_key(path)
-    if key is not None:
-        parts = key.split("/")
-        assert all(part and not part.startswith(".") for part in parts)
-        assert "\0" not in key and "\\" not in key
-
-
 def test_a_link_out_is_no_file(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "root-other"
     for folder in (root / "a", outside):
@@ -278,15 +269,14 @@ def test_a_slow_look_at_the_cache_holds_up_nobody_else(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (label_set,) = list_label_sets(cache)
-    looking, go_on, look = threading.Event(), threading.Event(), Sets._look
+    looking, go_on, look = threading.Event(), threading.Event(), Sets._opened
 
-    def slow(sets: Sets) -> None:
+    def slow(sets: Sets, name: str, **how: bool) -> Any:
         looking.set()
         assert go_on.wait(30)
-        look(sets)
+        return look(sets, name, **how)
 
-    monkeypatch.setattr(state, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(Sets, "_look", slow)
+    monkeypatch.setattr(Sets, "_opened", slow)
     answers = []
     with serving(cache) as url:
 
@@ -318,16 +308,216 @@ def test_a_name_that_is_no_folder_computes_nothing(tmp_path: Path) -> None:
         assert len(Queue(tmp_path / "run/queue", 1).state()) == 1
 
 
-def test_an_unreadable_set_hides_no_other(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cache / "private").mkdir()
-    (cache / "private" / "zarr.json").mkdir()  # an OSError that root gets, too
-    try:
-        sets = Sets(LocalPlace(cache))
-        assert len(sets.all()) == 1
-        assert "private" in sets.damaged and str(cache) not in sets.damaged["private"]
-    finally:
-        shutil.rmtree(cache / "private")
+def test_only_files_of_label_sets_are_served(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    label_set = make_labels(cache, without=[(1, 0), (1, 1)])
+    notes = cache / "notes"
+    notes.mkdir()
+    (notes / "passwords.txt").write_text("secret")
+    (notes / "zarr.json").write_text("secret")
+    outside = tmp_path / "outside"
+    (outside / "c" / "2").mkdir(parents=True)
+    (outside / "c" / "2" / "0").write_text("secret")
+    inside = {
+        "passwords.txt": "file",
+        "other/zarr.json": "file",
+        "labels/passwords.txt": "file",
+        "labels/c/1/0/1": "file",
+        "labels/c/1/1/0": outside / "c" / "2" / "0",
+        "labels/c/01/1/0": "file",
+        "labels/c/9/0/0": "file",
+        "labels/c/0/0/0.json": "file",
+        "view_check/c/9/0.json": "file",
+        "labels/c/1/0/0.0123456789abcdef.partial": "file",
+        "view_check/c/1/9": "file",
+        "view_check/c/1/0/0": "file",
+        "labels/c/1/0": "folder",
+    }
+    for key, what in inside.items():
+        path = label_set.path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(what, Path):
+            path.symlink_to(what)
+        elif what == "file":
+            path.write_text("secret")
+    with serving(cache) as url:
+        keys = ["notes/passwords.txt", "notes/zarr.json", "notes/c/0/0", label_set.name]
+        for key in [*keys, *(f"{label_set.name}/{key}" for key in inside)]:
+            for method in ("GET", "HEAD"):
+                status, _, body = get(url, f"/zarr/{key}", method)
+                assert status in (404, 500) and b"secret" not in body, key
+        files = json.loads(get(url, f"/v1/label-sets/{label_set.name}/files")[2])["files"]
+        assert not set(files) & set(inside)
+        assert len(files) == 3 + 3 * 7
+        assert all(get(url, f"/zarr/{label_set.name}/{key}")[0] == 200 for key in files)
 
+
+def test_reading_never_makes_a_label_set_grow(tmp_path: Path) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    about = f"/v1/label-sets/{label_set.name}"
+    with serving(
+        tmp_path / "cache", on_demand=True, run=tmp_path / "run", wait_seconds=0, max_seeds=8
+    ) as url:
+
+        def read(seed: int) -> tuple[int, str]:
+            status, _, body = get(url, f"/zarr/{label_set.name}/labels/c/{seed}/0/0")
+            return status, json.loads(body)["detail"]
+
+        def post(*seeds: int) -> tuple[int, Any]:
+            body = json.dumps({"seeds": seeds}).encode()
+            path = f"{about}:compute"
+            status, _, told = get(url, path, "POST", body, Content_Type="application/json")
+            return status, json.loads(told)
+
+        for seed in (SEEDS, 7, 4099, 2**31 - 1):
+            status, said = read(seed)
+            assert status == 404 and f"has seeds 0 to {SEEDS - 1}, not {seed}" in said
+            assert (":compute with" if seed < 8 else "cache-teachers --seeds") in said
+        assert Queue(tmp_path / "run/queue", 1).state() == []
+        assert open_label_set(label_set.place).seeds == SEEDS
+
+        status, told = post(0, 8)
+        assert (status, told["max_seeds"]) == (422, 8) and "--max-seeds" in told["detail"]
+        assert open_label_set(label_set.place).seeds == SEEDS
+        assert post(4)[0] == 202
+        assert open_label_set(label_set.place).seeds == 5
+        assert json.loads(get(url, about)[2])["seeds"] == 5
+        assert read(4)[0] == 503, "waits for the labels"
+        assert read(5)[0] == 404
+
+
+UNREADABLE = {
+    "folder": "not a regular file",
+    "fifo": "not a regular file",
+    "loop": "Too many levels of symbolic links",
+    "foreign group": "not a label set's metadata",
+    "deep": "recursion",
+    "no JSON": "not a label set's metadata",
+    "lost": "has lost its zarr.json",
+    "link out": "leaves the cache",
+    "odd name": "rename the folder",
+    "newer": "update sskt",
+}
+
+
+def unreadable(cache: Path, kind: str, model: Path) -> str:
+    """Puts something that is not a readable label set into a cache; the name of its folder."""
+    name = "a copy #1" if kind == "odd name" else "broken"
+    if kind == "link out":
+        shutil.copytree(model, cache.parent / "elsewhere")
+        (cache / name).symlink_to(cache.parent / "elsewhere")
+        return name
+    shutil.copytree(model, cache / name)
+    document = cache / name / "zarr.json"
+    text = document.read_text()
+    if kind != "odd name":
+        document.unlink()
+    if kind == "folder":
+        document.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(document)
+    elif kind == "loop":
+        document.symlink_to(document)
+    elif kind in ("foreign group", "deep", "no JSON"):
+        texts = {"foreign group": '{"zarr_format": 3, "node_type": "group", "attributes": {}}'}
+        document.write_text(texts.get(kind, "[" * 10**5 if kind == "deep" else "{"))
+    elif kind == "newer":
+        document.write_text(text.replace('"format": 1', '"format": 2'))
+    return name
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_label_set_hides_no_other(tmp_path: Path, kind: str) -> None:
+    cache = tmp_path / "cache"
+    label_set = make_labels(cache)
+    name = quote(unreadable(cache, kind, label_set.path))
+    with serving(cache) as url:
+        found = json.loads(get(url, "/v1/label-sets")[2])
+        assert [s["name"] for s in found["label_sets"]] == [label_set.name]
+        ((broken, reason),) = found["damaged"].items()
+        assert quote(broken) == name and UNREADABLE[kind] in reason
+        assert str(tmp_path) not in reason
+        assert get(url, "/readyz")[0] == get(url, "/")[0] == 200
+        assert get(url, f"/zarr/{label_set.name}/zarr.json")[0] == 200
+        assert get(url, f"/v1/label-sets/{label_set.digest[:6]}/coverage")[0] == 200
+        for path in (f"/v1/label-sets/{name}", f"/zarr/{name}/zarr.json"):
+            status, _, body = get(url, path)
+            if kind == "odd name":
+                assert status == 404
+            else:
+                assert status == 500 and UNREADABLE[kind] in json.loads(body)["detail"]
+    (tmp_path / "cache").rename(tmp_path / "gone")
+
+
+def test_a_copy_of_a_label_set_is_another_one(tmp_path: Path) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    shutil.copytree(label_set.path, tmp_path / "cache" / "copy")
+    with serving(tmp_path / "cache") as url:
+        for name in (label_set.name, "copy"):
+            assert get(url, f"/zarr/{name}/labels/c/0/0/0")[0] == 200
+        status, _, body = get(url, f"/v1/label-sets/{label_set.digest[:12]}")
+        assert status == 404 and f"{label_set.name}; give a name" in json.loads(body)["detail"]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "n" * 4000, "a%23b", "a#b", "%00", "..", "a%2fb"])
+def test_names_that_no_label_set_has(url: str, name: str) -> None:
+    for path in (f"/v1/label-sets/{name}/coverage", f"/zarr/{name}/zarr.json", f"/sets/{name}"):
+        status, _, body = get(url, path)
+        assert status in (400, 404) and b"Traceback" not in body, path
+
+
+def test_a_label_set_that_is_made_anew_is_never_an_error(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    label_set = make_labels(cache)
+    statuses: list[tuple[int, str, bytes]] = []
+    ended = threading.Event()
+
+    def make_anew() -> None:
+        for rows in (256, 512, 1024, 512):
+            gone = label_set.path.rename(cache / ".gone.partial")
+            shutil.rmtree(gone)
+            time.sleep(0.05)
+            make_labels(cache, rows=rows)
+            time.sleep(0.15)
+        ended.set()
+
+    with serving(cache) as url:
+        ids = np.array([0, 700], "<i8").tobytes()
+        query = f"/v1/labels:batch?set={label_set.name}&seed=0"
+        maker = threading.Thread(target=make_anew)
+        maker.start()
+        while not ended.is_set():
+            for method, path, body in (
+                ("POST", query, ids),
+                ("GET", f"/zarr/{label_set.name}/labels/c/0/0/0", None),
+                ("GET", f"/v1/label-sets/{label_set.name}/coverage", None),
+                ("GET", "/v1/label-sets", None),
+            ):
+                kind = "application/octet-stream"
+                status, _, told = get(url, path, method, body, Content_Type=kind)
+                statuses.append((status, path, told[:300] if status > 499 else b""))
+        maker.join()
+        assert {s[0] for s in statuses} <= {200, 404, 409, 503}, statuses
+        assert get(url, query, "POST", ids, Content_Type=kind)[0] == 200
+    assert sum(s[0] == 200 for s in statuses) > 20
+
+
+def test_a_lost_mount_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    sets = Sets(LocalPlace(tmp_path / "cache"))
+    assert [s.name for s in sets.all()] == [label_set.name]
+    shutil.rmtree(label_set.path)
+    sets._until = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sets, "_device", -1)
+        for call in (sets.all, lambda: sets.get(label_set.name)):
+            with pytest.raises(Problem) as told:
+                call()
+            assert told.value.status == 503
+    assert sets.all() == [], "removed label sets are no lost mount"
+
+
+def test_a_cache_that_cannot_be_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable(_: LocalPlace) -> list[str]:
         raise PermissionError(errno.EACCES, "Permission denied", str(cache))
 
@@ -398,7 +588,8 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
 
     import psutil
 
-    big = cache / "set" / "big"
+    key, data = first_shard(cache)
+    big = cache / key.removeprefix("/zarr/")
     size, clients = 64 * 2**20, 12
     with big.open("wb") as file:
         file.truncate(size)
@@ -419,7 +610,7 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
     try:
         for _ in range(clients):
             one = socket.create_connection(address)
-            one.sendall(b"GET /zarr/set/big HTTP/1.1\r\nHost: x\r\n\r\n")
+            one.sendall(f"GET {key} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             held.append(one)
         assert all(one.recv(15) == b"HTTP/1.1 200 OK" for one in held)
         deadline = time.monotonic() + 0.5
@@ -430,7 +621,7 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
     finally:
         for one in held:
             one.close()
-        big.unlink()
+        big.write_bytes(data)
 
 
 def test_a_cache_that_is_gone_is_no_missing_shard(cache: Path, url: str) -> None:

@@ -425,7 +425,7 @@ def test_bytes_and_not_characters_are_compared(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_utf8_is_kept(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "a/x.png")
+    write_files(tmp_path / "train", "a/x.png", "b/x.png")
     folder = tmp_path / "train" / "a"
     shutil.copy(folder / "x.png", folder / os.fsdecode(b"\xff.png"))
     target = open_target(str(tmp_path))
@@ -434,13 +434,97 @@ def test_a_name_that_is_no_utf8_is_kept(tmp_path: Path) -> None:
     assert target.fingerprint != target.limited(1).fingerprint
 
 
-def test_hidden_files_and_other_files_are_ignored(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "a/x.PNG", "a/.hidden.png", "a/.dir/y.png", ".c/x.png")
-    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
-    (tmp_path / "train" / "README").write_text("no folder")
+def test_what_is_left_out_is_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = tmp_path / "train"
+    write_files(train, "a/x.PNG", "a/.hidden.png", "a/.dir/y.png", ".c/x.png", "b/x.png")
     target = open_target(str(tmp_path))
-    assert target.classes == ("a",)
-    assert list(target.ids) == ["a/x.PNG"]
+    assert (target.classes, list(target.ids)) == (("a", "b"), ["a/x.PNG", "b/x.png"])
+    assert not caplog.records
+    write_files(train, "@eaDir/x/y.png", "a/@eaDir/x.PNG/SYNOPHOTO_THUMB.png", "loose.png")
+    write_files(train, "a/one", "b/deep/two", "b/three.svg", "b/Thumbs.db")
+    (train / "a" / "notes.txt").write_text("no image")
+    (train / "README").write_text("no folder")
+    assert open_target(str(tmp_path)).identity() == target.identity()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"left out of {train}: 3 without an ending, 2 @eaDir folders, 1 beside the class "
+        "folders, 1 .txt, 1 .svg; images and clips are known by their endings, a manifest "
+        "can name others"
+    )
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "avif"])
+def test_uncommon_endings_are_samples(ending: str, tmp_path: Path) -> None:
+    write_files(tmp_path, "a/x.png", "b/x.png")
+    (tmp_path / "b" / "x.png").rename(tmp_path / "b" / f"x.{ending}")
+    assert list(open_target(str(tmp_path)).ids) == ["a/x.png", f"b/x.{ending}"]
+
+
+SPLITS_IN_WORDS = [
+    ("Train", "Test"),
+    ("TRAIN", "VAL"),
+    ("Training", "Testing"),
+    ("training", "validation"),
+    ("seg_train", "seg_test"),
+    ("seg_train/seg_train", "seg_test/seg_test"),
+    ("train", "valid"),
+]
+
+
+@pytest.mark.parametrize(("train", "test"), SPLITS_IN_WORDS)
+def test_splits_are_found_in_any_case_and_by_their_usual_names(
+    train: str, test: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path / train, "a/x.png", "b/y.png", "b/z.png")
+    write_files(tmp_path / test, "a/x.png", "b/y.png")
+    target = open_target(str(tmp_path))
+    assert (target.split, target.classes, len(target)) == ("train", ("a", "b"), 3)
+    split = evaluation_split(DatasetSpec(str(tmp_path)))
+    assert split in ("test", "val", "validation")
+    assert len(open_target(str(tmp_path), split)) == 2
+    with pytest.raises(MissingData, match="no folder"):
+        open_target(str(tmp_path), "val" if split == "test" else "test")
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (["images/a/x.png", "images/b/x.png"], r"one class folder, images; .*--target .*/images$"),
+        (["photos/x.png"], r"one class folder, photos; .*of images without labels.*--target"),
+        (["x.png", "masks/x.png"], r"one class folder, masks; .*1 images .* move masks away"),
+        (["Training/a/x.png", "train_2/x.png", "Train/b/x.png"], "folders Train, Training, each"),
+        (["test/a/x.png", "a/x.png"], "has a folder test but no folder train; .*--split"),
+        (["Val/x.png", "a/x.png"], "has a folder Val but no folder train; .*rename"),
+        (["train/train/x.png", "train/test/x.png"], "a folder test, which is the name of a split"),
+        (["train/x.png", "car/x.png"], r"If train is a class like car .*/train/CLASS"),
+    ],
+)
+def test_what_is_no_set_of_classes_is_refused_with_the_likely_cause(
+    files: list[str], what: str, tmp_path: Path
+) -> None:
+    write_files(tmp_path, *files)
+    with pytest.raises(MissingData, match=what) as caught:
+        open_target(str(tmp_path))
+    assert "expected DIR[/SPLIT]/CLASS/FILE" in str(caught.value) or "rename" in str(caught.value)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    write_files(tmp_path / "one", "train/car/x.png", "train/plane/x.png", "train/train/x.png")
+    assert open_target(str(tmp_path / "one")).classes == ("car", "plane", "train")
+    write_files(tmp_path / "two", "car/x.png", "plane/x.png", "Train/x.png")
+    assert open_target(str(tmp_path / "two")).classes == ("Train", "car", "plane")
+
+
+@pytest.mark.parametrize("split", ["", "train", "Test"])
+def test_a_folder_without_class_folders_has_no_labels(split: str, tmp_path: Path) -> None:
+    write_files(tmp_path / split, "b.png", "a.jpg")
+    target = open_target(str(tmp_path), split.casefold() or "train")
+    assert list(target.ids) == ["a.jpg", "b.png"]
+    assert (target.classes, target.labels.tolist()) == ((), [-1, -1])
+    assert target.label_text(0) is None
+    assert target.read(1).shape == (4, 5, 3)
 
 
 def test_nested_files_belong_to_the_outer_class(tmp_path: Path) -> None:
@@ -485,9 +569,11 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_folders_without_classes_or_at_all_name_the_layout(tmp_path: Path) -> None:
-    write_files(tmp_path / "train", "x.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "x.txt").touch()
     layout = re.escape("expected DIR[/SPLIT]/CLASS/FILE")
-    with pytest.raises(MissingData, match=f"no class folders in .*train; {layout}"):
+    expected = rf"no class folders in .*train.*left out: \.txt; {layout}"
+    with pytest.raises(MissingData, match=expected):
         open_target(str(tmp_path))
     with pytest.raises(MissingData, match=f"no folder .*nowhere; {layout}"):
         open_target(str(tmp_path / "nowhere"))
@@ -540,7 +626,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     """A pipe that is named like an image would hang its reader for ever."""
-    write_files(tmp_path, "a/x.png")
+    write_files(tmp_path, "a/x.png", "b/x.png")
     os.mkfifo(tmp_path / "a" / "y.png")
     with pytest.raises(MissingData, match=r"a/y\.png is no file that can be read"):
         open_target(str(tmp_path))

@@ -307,11 +307,21 @@ def test_rm_of_seeds(broken: Path, several: Path, made: Path, sskt: Sskt) -> Non
     status, out, err = sskt("rm", "--cache", several, name, "--seeds", "1", "--yes")
     assert status == 0 and f"removed {name}: seeds 1" in out, err
     left = open_label_set(several / name)
-    assert left.coverage() == [1.0, 0.0]
+    assert left.coverage() == [1.0]
+    for array in left.arrays:
+        assert json.loads((several / name / array / "zarr.json").read_bytes())["shape"][0] == 1
     assert not [k for k in contents(several / name) if "/c/1/" in k]
     more = ("--seeds", 2, "--encoding", "topk-5", "--on-error", "skip")
     assert sskt(*stage_arguments(broken, several, *more))[0] == 0
     assert contents(several / name) == contents(made / "topk-5" / name)
+
+
+def test_rm_of_seeds_that_are_not_the_last(several: Path, made: Path, sskt: Sskt) -> None:
+    name = only(made / "f16").name
+    assert sskt("rm", "--cache", several, name, "--seeds", "0", "--yes")[0] == 0
+    assert open_label_set(several / name).coverage() == [0.0, 1.0]
+    assert sskt("rm", "--cache", several, name, "--seeds", "0-1", "--yes")[0] == 0
+    assert open_label_set(several / name).coverage() == [0.0]
 
 
 @pytest.mark.parametrize("seeds", ["2", "1-2", "-1", "x", "1-0", "", "0,,1"])
@@ -461,7 +471,7 @@ def test_export_from_f32_is_what_the_source_would_have_given(
     }
     other.pop("made")
     assert one == other
-    assert sskt("verify", "--cache", tmp_path / "to", "--recompute", 8)[0] == 0
+    assert sskt("verify", "--cache", tmp_path / "to", "--recompute", 8, "--source", SOURCE)[0] == 0
     status, out, _ = sskt(*exporting(made / "f32", encoding, tmp_path / "to"))
     assert status == 0 and "0 shards written, 8 were there already" in out
     assert "gradient error relative to the stored labels: " in out

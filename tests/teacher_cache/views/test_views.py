@@ -112,7 +112,7 @@ def test_batch_is_indexing_one_by_one_in_any_order(name: str) -> None:
 
 def test_files_and_arrays_of_the_same_pixels_have_the_same_views(tmp_path: Path) -> None:
     images = pattern(4, 20, 26)
-    write_images(tmp_path / "train" / "a", images)
+    write_images(tmp_path, images)
     policy = parse_policy("pad-crop-flip")
     in_files = Views(open_target(str(tmp_path)), policy)
     in_memory = Views(target_of(images), policy)
@@ -415,7 +415,7 @@ def test_an_image_of_any_shape_has_a_view_or_is_refused(
     info, p = POLICIES[policy.name], policy.parameters
     long = max(height, width) / min(height, width) * float(p.get("resize", p.get("size", 0)))
     resized = "center" in text and long * float(p.get("resize", p.get("size", 0))) > 1.7e8
-    shape = (p["size"], p["size"], 3) if "size" in p else (height, width, 3)
+    shape = tuple(map(int, (p["size"], p["size"], 3))) if "size" in p else (height, width, 3)
     try:
         if info.per_clip is None:
             view = views_of(text, image[None]).of_image(image, sample, seed)
@@ -432,8 +432,8 @@ def test_an_image_of_any_shape_has_a_view_or_is_refused(
 
 
 def test_an_image_too_long_to_be_resized_is_skipped_by_name(tmp_path: Path) -> None:
-    write_images(tmp_path / "a", pattern(2, 20, 26))
-    Image.new("RGB", (8000, 1)).save(tmp_path / "a" / "long.png")
+    write_images(tmp_path, pattern(2, 20, 26))
+    Image.new("RGB", (8000, 1)).save(tmp_path / "long.png")
     views = Views(open_target(str(tmp_path)), parse_policy("resize-center-crop"))
     seen = views.seen(np.arange(3), [0, 1])
     assert seen.rows.tolist() == [0, 1]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.independent_reader import open_set
 from support.servers import serving
 
@@ -34,6 +35,7 @@ from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data import soft_label_loader as module
+from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop.setup import make_plan
@@ -88,7 +90,7 @@ def test_the_labels_of_a_batch_are_those_of_its_samples_and_stay_so(
     for seed, batches in kept:  # long after the loader went on
         assert sorted(s for b in batches for s in b.samples.tolist()) == list(range(60))
         for batch in batches:
-            assert batch.checked == 4
+            assert batch.checked == len(batch)
             require_right(batch, seed, target, label_cache)
 
 
@@ -209,6 +211,42 @@ def test_a_changed_image_is_named(target: Target, label_cache: Path) -> None:
     images[:, 12, 12] ^= 1
     with pytest.raises(ViewMismatch, match=r"sample \d+ under view seed 0 is not the image"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "workers", "device"])
+def test_one_changed_image_of_a_batch_is_named(
+    images: Path, tiny: Source, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 60 in a single batch, whose file keeps its size (PNGs without compression)."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in (folder / "train").glob("*/*.png"):
+        Image.open(path).save(path, compress_level=0)
+    views = Views(open_target(str(folder)), parse_policy("pad-crop-flip:padding=0"))
+    how = StageOptions(batch_size=8, workers=0)
+    cache_teachers(views, [tiny], parse_encoding("f16"), 1, tmp_path / "cache", how)
+    if where == "device":  # the way of a GPU, without one
+        monkeypatch.setattr(module, "feed_of", lambda views, *rest, **more: resident(views))
+    memory = 8.0 if where in ("memory", "device") else 3e5 / 2**30
+
+    def loader() -> SoftLabelLoader:
+        given = {"memory": memory, "workers": 2 if where == "workers" else 0, "batch_size": 60}
+        return loader_of(open_target(str(folder)), tmp_path / "cache", **given)
+
+    (batch,) = loader()
+    assert batch.checked == len(batch) == 60
+    path = folder / "train" / "bear" / "0017.png"
+    changed, size = np.array(Image.open(path)), path.stat().st_size
+    changed[12, 12, 1] ^= 1
+    Image.fromarray(changed).save(path, compress_level=0)
+    assert path.stat().st_size == size
+    with pytest.raises(ViewMismatch, match=r"sample 37 under view seed 0 .* 1 of 60 views"):
+        list(loader())
+
+
+def resident(views: Views) -> ResidentFeed:
+    feed = resident_feed(views, torch.device("cpu"))
+    assert feed is not None
+    return feed
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.views.policies import parse_policy
-from sskt.teacher_cache.views.views import Views
+from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.loader import in_memory
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
@@ -67,7 +67,7 @@ def compare_with_live(config: TrainConfig, sources: list[Source], samples: Any) 
     live = Trainer(make_plan(dataclasses.replace(config, live=True), sources))
     labels = StoredLabels(stored.plan.label_sets, stored.plan.device)
     window = labels.enter(Window(1, ((0, len(stored.views.target)),)), None)
-    assert window.check(samples, stored.views.batch(samples, 1)) > 0
+    assert window.check(samples, checks_of(stored.views.batch(samples, 1))) == len(samples)
     labels.close()
     loss, grads = gradients(stored, samples, 1)
     live_loss, live_grads = gradients(live, samples, 1)
@@ -943,4 +943,38 @@ def test_empty_labels_of_a_view_that_was_seen_are_refused(
     opened.write(shard, encoded, opened.read_checks(0, shard.start, shard.stop))
     opened.close()
     with pytest.raises(CorruptStore, match="empty though their views were seen; run sskt verify"):
+        Trainer(make_plan(config)).train_epoch()
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+    "a sum of 12,000": ("f32", lambda rows: rows["labels"].__iadd__(np.float32(9.4))),
+    "a NaN": ("f16", lambda rows: rows["labels"].__setitem__((3, 5), np.nan)),
+    "a positive logarithm": ("f16", lambda rows: rows["labels"].__setitem__((3, 5), 0.5)),
+    "u8 without 255": ("u8", lambda rows: np.minimum(rows["labels"], 254, out=rows["labels"])),
+    "an index beyond the classes": (
+        "topk-3",
+        lambda rows: rows["index"].__setitem__((3, 1), 12),
+    ),
+    "top-k of more than 1": ("topk-3", lambda rows: rows["value"].__setitem__((3, 1), 1.0)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_labels_that_are_no_distribution_are_refused(
+    config: TrainConfig, images: Path, tiny: Source, tmp_path: Path, fault: str
+) -> None:
+    name, change = FAULTS[fault]
+    views = Views(open_target(str(images)), parse_policy("none"))
+    how = StageOptions(workers=0, shard_rows=16)
+    cache_teachers(views, [tiny], parse_encoding(name), 1, tmp_path, how)
+    config = dataclasses.replace(config, cache=tmp_path, policy="none")
+    (found,) = make_plan(config).label_sets.values()
+    assert Trainer(make_plan(config)).train_epoch()["views_checked"] == 60
+    opened = create_label_set(tmp_path, found.spec, found.classes, 1)
+    shard = opened.shard(0, 1)
+    encoded = opened.read(0, shard.start, shard.stop)
+    change(encoded)
+    opened.write(shard, encoded, opened.read_checks(0, shard.start, shard.stop))
+    opened.close()
+    with pytest.raises(CorruptStore, match=r"of sample (16|19) .* is no probability distribution"):
         Trainer(make_plan(config)).train_epoch()

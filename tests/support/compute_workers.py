@@ -1,4 +1,4 @@
-"""Owner processes for the tests of computing on demand, with faults that a file switches on."""
+"""Compute workers for the tests of computing on demand, with faults that a file switches on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import get_worker_info
 
 from sskt.server.compute.queue import COMPUTING, Queue
-from sskt.server.compute.worker import own
+from sskt.server.compute.worker import run_compute_worker
 from sskt.server.settings import Settings
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.views.views import Views
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["sskt.server.compute.worker"])
 
 
 @contextlib.contextmanager
-def owner(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BaseProcess]:
-    """An owner while it is needed; ``status``: how it ends."""
-    process = _context.Process(target=_own, args=(settings,), name="owner")
+def compute_worker(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BaseProcess]:
+    """A compute worker while it is needed; ``status``: how it ends."""
+    process = _context.Process(target=_own, args=(settings,), name="compute")
     process.start()
     try:
         yield process
@@ -39,7 +41,7 @@ def owner(settings: Settings, status: int = -signal.SIGTERM) -> Iterator[BasePro
 
 
 def start_grandchild(settings: Settings, pids: Any) -> None:
-    """Starts an owner and waits to be killed."""
+    """Starts a compute worker and waits to be killed."""
     process = multiprocessing.get_context("fork").Process(target=_own, args=(settings,))
     process.start()
     pids.send(process.pid)
@@ -47,27 +49,29 @@ def start_grandchild(settings: Settings, pids: Any) -> None:
 
 
 def grandparent(settings: Settings, pids: Any) -> BaseProcess:
-    """A process whose child is an owner."""
+    """A process whose child is a compute worker."""
     process = _context.Process(target=start_grandchild, args=(settings, pids))
     process.start()
     return process
 
 
 def written(settings: Settings) -> int:
-    """Shards that owners have come to write."""
+    """Shards that compute workers have come to write."""
     path = Path(settings.run) / "written"
     return len(path.read_text()) if path.exists() else 0
 
 
 def _own(settings: Settings) -> None:
     _inject(Path(settings.run))
-    own(settings)
+    run_compute_worker(settings)
 
 
 def _inject(run: Path) -> None:
-    """While a file is there in ``run``: ``die`` kills once between the two files of a shard,
-    ``poison`` when seed 2 is computed; ``full``: no room on the disk."""
+    """While a file exists in ``run``, a fault: ``die`` kills once between the two files of a shard,
+    ``poison`` kills when seed 2 is computed, ``full`` leaves no room on the disk, ``loader`` kills
+    the loader processes."""
     forward, write, fsync, replace = Source.forward, LabelSet.write, os.fsync, os.replace
+    seen = Views.seen
 
     def forwarding(self: Source, stills: Any) -> Any:
         if (run / "poison").exists() and _computing(run, 2):
@@ -78,6 +82,11 @@ def _inject(run: Path) -> None:
         with (run / "written").open("a") as log:
             log.write("x")
         write(self, *shard)
+
+    def viewing(self: Views, *of: Any) -> Any:
+        if (run / "loader").exists() and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seen(self, *of)
 
     def syncing(handle: int) -> None:
         if (run / "full").exists():
@@ -93,6 +102,7 @@ def _inject(run: Path) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(Source, "forward", forwarding)
     patch.setattr(LabelSet, "write", writing)
+    patch.setattr(Views, "seen", viewing)
     patch.setattr(os, "fsync", syncing)
     patch.setattr(os, "replace", replacing)
 

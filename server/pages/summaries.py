@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import Request
 
+from sskt.server.pages.coverage import Coverage, CoverageCache
 from sskt.server.pages.drawing import Drawing, drawn
-from sskt.server.pages.survey import Survey, Surveys
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 _LIST = re.compile(r"\[\n\s+([-0-9.e+,\s]+?)\n\s+\]")
@@ -23,11 +23,11 @@ def as_text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A label set as the page shows it. ``survey``: None while it is being looked at."""
+class Summary:
+    """A label set as the page shows it. ``coverage``: None while it is being read."""
 
     label_set: LabelSet
-    survey: Survey | None
+    coverage: Coverage | None
     drawing: Drawing | None
     trouble: str
 
@@ -62,12 +62,14 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def cards_of(request: Request, sets: list[LabelSet]) -> list[Card]:
-    """The sets with what is known of their files now."""
-    cards = []
-    surveys: Surveys = request.app.state.surveys
-    for label_set, found in zip(sets, surveys.of(sets), strict=True):
-        known = found if isinstance(found, Survey) else None
+def summaries_of(request: Request, sets: list[LabelSet]) -> list[Summary]:
+    """The sets with what is known now of their files."""
+    summaries = []
+    coverages: CoverageCache = request.app.state.coverages
+    for label_set, found in zip(sets, coverages.of(sets), strict=True):
+        known = found if isinstance(found, Coverage) else None
         drawing = drawn(known) if known else None
-        cards.append(Card(label_set, known, drawing, found if isinstance(found, str) else ""))
-    return cards
+        summaries.append(
+            Summary(label_set, known, drawing, found if isinstance(found, str) else "")
+        )
+    return summaries

@@ -1,7 +1,7 @@
-"""What is stored of each label set, looked up in the background and kept for some seconds.
+"""Which shards of each label set are stored, read in the background and kept for some seconds.
 
-A big set has hundreds of thousands of files, and a bucket answers slowly: a page shows what was
-found last, and waits only a moment for what nobody has looked at yet.
+A large set has hundreds of thousands of files, and an object store answers slowly: a page shows
+what was found last, and waits only a moment for a set that was not read before.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.local import LocalPlace
 
 FRESH_SECONDS = 2.0
-"""How long a survey holds, at least; one that takes long holds ``REST`` times as long."""
+"""How long a coverage is kept, at least; one that takes long is kept ``REST`` times as long."""
 REST = 20
 PATIENCE_SECONDS = 1.0
-"""How long a page waits for surveys that it has never had."""
+"""How long a page waits for coverages that were not read before."""
 
 _log = logging.getLogger("sskt.server")
 
 
 @dataclass(frozen=True)
-class Survey:
+class Coverage:
     """stored: bool ``[S, B]``, by seed and block. shares: of each seed's samples, ``[S]``.
 
     bytes: of the metadata and of whole shards.
@@ -44,7 +44,7 @@ class Survey:
 
     @property
     def whole(self) -> list[int]:
-        """The seeds of which everything is stored."""
+        """The seeds of which every shard is stored."""
         return np.flatnonzero(self.stored.all(1)).tolist()
 
     @property
@@ -53,8 +53,8 @@ class Survey:
         return float(self.shares.mean()) if len(self.shares) else 0.0
 
 
-def survey(label_set: LabelSet) -> Survey:
-    """Looks at every file of a set. Raises ``SsktError`` if its place cannot be reached."""
+def coverage_of(label_set: LabelSet) -> Coverage:
+    """Looks at every file of a set. Raises ``SsktError`` if its storage cannot be reached."""
     size = _sizes(label_set)
     stored = np.zeros((label_set.seeds, label_set.blocks), bool)
     total = sum(size(key) or 0 for key in [GROUP, *(f"{a}/{GROUP}" for a in label_set.arrays)])
@@ -65,7 +65,7 @@ def survey(label_set: LabelSet) -> Survey:
         total += sum(size(key) or 0 for key in label_set.shard_keys(shard))
     counts = np.full(label_set.blocks, label_set.shard_rows)
     counts[-1:] = label_set.samples - (label_set.blocks - 1) * label_set.shard_rows
-    return Survey(stored, stored @ counts / max(1, label_set.samples), total)
+    return Coverage(stored, stored @ counts / max(1, label_set.samples), total)
 
 
 def _sizes(label_set: LabelSet) -> Callable[[str], int | None]:
@@ -87,30 +87,32 @@ def _sizes(label_set: LabelSet) -> Callable[[str], int | None]:
 
 @dataclass
 class _Kept:
-    found: Survey | str | None = None
+    found: Coverage | str | None = None
     until: float = 0.0
     running: Future[None] | None = None
 
 
 @dataclass
-class Surveys:
-    """The surveys of one worker process. ``clock``: seconds."""
+class CoverageCache:
+    """The coverages of one worker process. ``clock``: seconds."""
 
     clock: Callable[[], float] = time.monotonic
     patience: float = PATIENCE_SECONDS
     _kept: dict[tuple[str, int], _Kept] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "sskt-survey"))
+    _pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "sskt-coverage")
+    )
 
-    def of(self, sets: Iterable[LabelSet]) -> list[Survey | str | None]:
-        """For each set its survey, why there is none, or None: it is still being looked at."""
+    def of(self, sets: Iterable[LabelSet]) -> list[Coverage | str | None]:
+        """For each set its coverage, why there is none, or None while it is still being read."""
         kept = [self._asked(label_set) for label_set in sets]
         first = [k.running for k in kept if k.found is None and k.running]
         wait(first, self.patience)
         return [k.found for k in kept]
 
     def settle(self) -> None:
-        """Waits until nothing is being looked at."""
+        """Waits until nothing is being read."""
         with self._guard:
             running = [kept.running for kept in self._kept.values() if kept.running]
         wait(running)
@@ -125,13 +127,13 @@ class Surveys:
 
     def _look(self, label_set: LabelSet, kept: _Kept) -> None:
         begun = self.clock()
-        found: Survey | str = "cannot be looked at; the server's log says why"
+        found: Coverage | str = "cannot be read; the server's log has the cause"
         try:
-            found = survey(label_set)
+            found = coverage_of(label_set)
         except (SsktError, OSError) as error:
             found = str(error)
         except Exception:
-            _log.exception("survey of %s", label_set.name)
+            _log.exception("coverage of %s", label_set.name)
         with self._guard:
             kept.found, kept.running = found, None
             kept.until = self.clock() + max(FRESH_SECONDS, REST * (self.clock() - begun))
