@@ -60,7 +60,7 @@ class LocalPlace:
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
         for path in (self.path / under).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+            with contextlib.suppress(OSError):  # a partial file that is whole by now; a link loop
                 about = path.stat()
                 if stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
@@ -72,6 +72,10 @@ class LocalPlace:
             found = (self.path / key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return 0
         return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
