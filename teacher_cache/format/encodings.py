@@ -252,7 +252,7 @@ def decoded(
     """
     if encoding.name == "topk":
         top = np.exp(encoded["value"].astype(np.float64))
-        rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0) / max(classes - encoding.k, 1)
+        rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0) / (classes - encoding.k or 1)
         p = np.repeat(rest, classes, axis=1)
         np.put_along_axis(p, encoded["index"].astype(np.int64), top, axis=1)
         p **= 1 / temperature
