@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.format.encodings import probabilities
+from sskt.teacher_cache.format.encodings import decoded
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.targets.base import Target
 
@@ -134,7 +134,7 @@ def _add(
     if not kept.any():
         return
     rows = {key: values[kept] for key, values in encoded.items()}
-    p = probabilities(encoding, rows, classes)
+    p = decoded(encoding, rows, classes)
     total.entropy -= float((p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum())
     total.confidence += float(p.max(axis=1).sum())
     if truth is None:

@@ -17,7 +17,7 @@ from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import Report, decoded
+from sskt.teacher_cache.tools.verify import Report, first_row
 from sskt.teacher_cache.views.views import Views, check_of
 
 
@@ -59,11 +59,11 @@ def compare(
         BadImage: If the sample cannot be read now.
     """
     encoded = label_set.read(seed, sample, sample + 1)
-    stored = decoded(label_set, encoded)
+    stored = first_row(label_set, encoded)
     if label_set.encoding.skipped(encoded)[0]:
         return Comparison(sample, seed, stored, stored, 0.0, True, True)
     view, log_p = _recomputed(label_set, views, source, sample, seed)
-    again = decoded(label_set, label_set.encoding.encode(log_p))
+    again = first_row(label_set, label_set.encoding.encode(log_p))
     check = int(label_set.read_checks(seed, sample, sample + 1)[0])
     distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)
     return Comparison(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
-from sskt.teacher_cache.format.encodings import Encoded, probabilities
+from sskt.teacher_cache.format.encodings import Encoded, decoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
@@ -170,10 +170,10 @@ def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray
         CorruptStore: If it cannot be read.
     """
     encoded = label_set.read(seed, sample, sample + 1)
-    return None if label_set.encoding.skipped(encoded)[0] else decoded(label_set, encoded)
+    return None if label_set.encoding.skipped(encoded)[0] else first_row(label_set, encoded)
 
 
-def decoded(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
+def first_row(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
     """The first row of some stored rows at T = 1: float32 ``[C]``."""
-    p = probabilities(label_set.encoding, encoded, len(label_set.classes))
+    p = decoded(label_set.encoding, encoded, len(label_set.classes))
     return np.asarray(p[0].astype(np.float32))
