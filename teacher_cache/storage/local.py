@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,13 +54,14 @@ class LocalPlace:
         require_folder(self.path)
         folders = [path for path in self.path.iterdir() if path.is_dir()]
         ours = [path.name for path in folders if is_set_name(path.name)]
-        others = [path.name for path in folders if (path / GROUP).exists()]
+        others = [p.name for p in folders if not is_set_name(p.name) and _exists(p / GROUP)]
         return set_names([*ours, *others], str(self))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
         for path in (self.path / under).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+            # A partial file may be whole by now, a link may lead nowhere or to itself.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), _looping():
                 about = path.stat()
                 if stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
@@ -69,10 +70,12 @@ class LocalPlace:
     def size(self, key: str, *, fresh: bool = False) -> int | None:
         """See ``Place``; 0 for what is no file."""
         try:
-            found = (self.path / key).stat()
+            with _looping():
+                found = (self.path / key).stat()
+                return found.st_size if stat.S_ISREG(found.st_mode) else 0
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+        return 0
 
     def refresh(self) -> None:
         """Nothing is remembered."""
@@ -140,6 +143,24 @@ class LocalPlace:
                 with contextlib.closing(Locks(lock)) as locks:
                     if locks.claim(METADATA) and locks.abandoned(leftover):
                         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _exists(path: Path) -> bool:
+    """False also if this process may not know."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _looping() -> Iterator[None]:
+    """Ends where links form a loop, which is no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
 
 
 def _md5() -> Any:
