@@ -76,6 +76,11 @@ class TrainConfig:
         partial: Accept a target of which a part is stored, where an official list names more.
         decoder: Decoder of clips. auto: that of the label sets, else pyav.
         strict_fingerprint: Compare files by contents, not by name and size only.
+        columns: Names of the columns of a manifest that are not called path, label or labels,
+            split, class_name, as path=COLUMN,label=COLUMN.
+        label_separator: Separator of several labels of a sample in a manifest; none: a label is
+            always one name. Default: | in a column labels.
+        allow_outside_root: Accept files of a manifest outside of the folder of the data.
         eval_every: Epochs between two evaluations. The last epoch is always followed by one.
         policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
             default.
@@ -159,6 +164,9 @@ class TrainConfig:
     partial: bool = False
     decoder: Annotated[str, OneOf((AUTO, "pyav", "decord"))] = AUTO
     strict_fingerprint: bool = False
+    columns: str = ""
+    label_separator: str = ""
+    allow_outside_root: bool = False
     eval_every: Count = 1
     policy: str = AUTO
     frame_sampling: str = ""

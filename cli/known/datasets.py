@@ -45,7 +45,7 @@ def datasets(as_json: bool) -> None:
             "about": "your own images, or clips (files, or folders of image_00001.jpg ...)",
             "splits": own,
             "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
-            "layout": FOLDER_LAYOUT,
+            "layout": f"{FOLDER_LAYOUT}; without labels DIR[/SPLIT]/FILE",
         },
         {
             "name": "a manifest",

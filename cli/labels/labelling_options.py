@@ -19,6 +19,7 @@ Command = Callable[..., Any]
 
 GROUPS = {
     "Data": ("target", "root", "split", "limit", "partial", "strict", "download", "decoder"),
+    "Manifests": ("columns", "label_separator", "allow_outside_root"),
     "Sources": (
         "sources",
         "weights",
@@ -105,6 +106,23 @@ _OPTIONS = (
     ),
     click.option("--download", is_flag=True, help="Let torchvision download the target."),
     click.option(
+        "--columns",
+        default="",
+        metavar="path=COLUMN,...",
+        help="Names of the columns that are not called path, label or labels, split, class_name.",
+    ),
+    click.option(
+        "--label-separator",
+        default="",
+        help="Separator of several labels of a sample; none: a label is always one name. Default: "
+        "| in a column labels.",
+    ),
+    click.option(
+        "--allow-outside-root",
+        is_flag=True,
+        help="Accept files outside of --root, or else of the folder of the manifest.",
+    ),
+    click.option(
         "--weights",
         multiple=True,
         metavar="[NAME=]FILE",
@@ -115,6 +133,13 @@ _OPTIONS = (
         multiple=True,
         metavar="[NAME:]key=value,...",
         help="Preprocessing of a source: size, mean=a/b/c, std, channels=bgr and scale.",
+    ),
+    click.option(
+        "--logits-are",
+        multiple=True,
+        metavar="[NAME=]KIND",
+        help="What a source's network returns if not logits: probabilities or log-probabilities. "
+        "KIND logits accepts logits that look like probabilities.",
     ),
     click.option(
         "--batchnorm",

@@ -108,7 +108,7 @@ class Opened:
 
 
 def _opened(label_set: LabelSet, root: str | None) -> Views:
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views
 
     sampling = str(label_set.attributes["made"].get("frame_sampling", ""))
     if ".py:" in sampling:

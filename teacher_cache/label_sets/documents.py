@@ -28,6 +28,9 @@ def read_attributes(place: Place) -> Document:
         if bereft(place):
             raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
         raise MissingData(f"no label set at {place}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CorruptStore(f"{place.where(GROUP)} cannot be read ({reason})") from error
 
 
 def bereft(place: Place) -> bool:

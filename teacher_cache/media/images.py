@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -25,6 +26,9 @@ MOST_PIXELS = 2 * 89_478_485
 
 # Pillow goes by the content, whatever a file is called, and some of its other formats run programs.
 _FORMATS = ("PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "AVIF")
+_BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II\*\0|MM\0\*|P[1-6]\s|RIFF....WEBP|....ftypavi[fs]", re.DOTALL
+)
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -63,6 +67,16 @@ def read_image(path: Path) -> UInt8:
             f"cannot decode image {path}: {what} ({len(data)} bytes); "
             "replace the file, or leave it out with --on-error skip"
         ) from error
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins like an image of a known format. Raises ``MissingData``."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise MissingData(f"cannot read {path}: {error.strerror}") from error
+    return bool(_BEGINNINGS.match(head))
 
 
 def _decode_jpeg(data: bytes) -> UInt8:

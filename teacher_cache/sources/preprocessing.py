@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.sources.known_networks import imagenet_classes, places365_classes
@@ -16,7 +12,6 @@ from sskt.teacher_cache.sources.names import SOURCES, SourceName
 from sskt.teacher_cache.sources.source import Preprocessing
 
 FIELDS = ("size", "mean", "std", "channels", "scale")
-CPU = torch.device("cpu")
 NEEDED = ("mean", "std", "size")
 
 
@@ -46,7 +41,7 @@ def _field(key: str, value: str) -> Any:
 
 
 def undeclared(given: Iterable[str], wanted: SourceName, text: str) -> list[str]:
-    """Of size, mean and std those that nobody gave: not in ``given``, --preprocessing, @SIZE."""
+    """Which of size, mean and std are missing in ``given``, --preprocessing and @SIZE."""
     known = {*given, *(item.partition("=")[0] for item in text.split(","))}
     known |= {"size"} if wanted.size is not None else set()
     return [key for key in NEEDED if key not in known]
@@ -67,24 +62,3 @@ def class_names(
             f"source {wanted.name}: {what} has {len(names)} names, the network {count} outputs"
         )
     return tuple(str(name) for name in names)
-
-
-@contextmanager
-def rng_kept(device: torch.device) -> Iterator[None]:
-    """Whatever a user's network draws inside, the global random numbers go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-def count_outputs(
-    wanted: SourceName, network: nn.Module, size: int, device: torch.device = CPU
-) -> int:
-    """C of a network that gives logits ``[n, C]`` for pictures of ``size``; else ``InputError``.
-
-    What the network itself raises comes through.
-    """
-    with rng_kept(device), torch.inference_mode():
-        output = network.eval()(torch.zeros(1, 3, size, size, device=device))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise InputError(f"source {wanted.name}: the network must return logits [n, C]")
-    return int(output.shape[1])

@@ -22,14 +22,7 @@ from sskt.teacher_cache.targets.scan import (
     sort,
     subfolders,
 )
-from sskt.teacher_cache.targets.spec import DatasetSpec
-
-SPLIT_NAMES = {
-    "train": ("train", "training", "seg_train"),
-    "val": ("val", "valid", "validation", "seg_val"),
-    "test": ("test", "testing", "seg_test"),
-}
-"""Names of the folder of a split, in any case."""
+from sskt.teacher_cache.targets.spec import SPLIT_NAMES, DatasetSpec, named_like
 
 _SPLIT_LIKE = frozenset(name for names in SPLIT_NAMES.values() for name in names)
 _log = logging.getLogger("sskt")
@@ -114,10 +107,8 @@ def find_split(folder: Path, split: str) -> Path | None:
         return folder / split
     if not is_folder(folder):
         return None
-    split = split.casefold()
-    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
     folders = subfolders(folder)
-    found = [name for name in folders if name.casefold() in names]
+    found = named_like(split, folders)
     # A folder of images beside other class folders is the class that it is called.
     if not all(name.casefold() in _SPLIT_LIKE for name in folders):
         found = [name for name in found if subfolders(folder / name)]

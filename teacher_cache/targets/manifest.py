@@ -1,35 +1,48 @@
-"""A user's own list of files with their labels: CSV or Parquet.
+"""A user's own list of files, with their labels: CSV or Parquet.
 
-Columns: ``path``; ``label`` (a class's name or number) or ``labels`` (several: ``a|b``, in
-Parquet also a list); if wanted ``split``, and ``class_name`` for a ``label`` that is a number.
-Other columns are ignored: a manifest often carries more. Classes are those of the whole
+Columns: ``path``; ``label`` (a class's name or number) or ``labels`` (several: ``a|b``, or a
+list), if labels are known; if wanted ``split``, and ``class_name`` for a ``label`` that is a
+number. Other columns are ignored: a manifest often carries more. Classes are those of the whole
 manifest, so that they are the same in each split.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
+import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName, first_line
-from sskt.teacher_cache.media.images import EXTENSIONS
+from sskt.teacher_cache.media.images import EXTENSIONS, is_image
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
-from sskt.teacher_cache.targets.scan import FOLDER, MISSING, sizes_of, sizes_of_clips
-from sskt.teacher_cache.targets.spec import DatasetSpec
+from sskt.teacher_cache.targets.scan import FOLDER, MISSING, entries, sizes_of, sizes_of_clips
+from sskt.teacher_cache.targets.spec import DatasetSpec, named_like
 
 COLUMNS = ("path", "label", "labels", "split", "class_name")
-MANIFEST_LAYOUT = "the columns path and label (or labels), and if wanted split and class_name"
+MANIFEST_LAYOUT = (
+    "a column path, if labels are known label or labels, and if wanted split and class_name"
+)
 
 MOST_CLASSES = 1_000_000
 """A larger class number is a mistake: it would make as many names."""
 
+ONE_NAME = "none"
+"""The label separator that says that a label is one name, whatever is in it."""
+
+_log = logging.getLogger("sskt")
 _NUMBER = re.compile(r"(-?\d+)(\.0*)?", re.ASCII)
+_LIST = re.compile(r"\[.*\]|\(.*\)", re.DOTALL)
+_DIGITS = re.compile(r"\d+( +\d+)+", re.ASCII)
 
 Labels = tuple[str, ...]
 T = TypeVar("T")
@@ -53,28 +66,39 @@ class _Table:
 
 
 def open_manifest(spec: DatasetSpec) -> Target:
-    """The rows of ``split``, in the manifest's order; without a column ``split`` all are train.
+    """Opens the rows of a split, in the manifest's order.
 
-    A relative path is taken from ``root``, or else from the manifest's folder; ids are the paths
-    as written. Files are images, or clips (video files, folders of extracted frames).
-    ``label`` gives int64 ``[N]``, -1 where it is empty or -1; ``labels`` int64 ``[N, C]``, all 0
-    where it is empty. If all labels are whole numbers, they count from class 0, and the classes
-    are named by ``class_name`` or else by their numbers; if not, classes are sorted by the bytes
-    of their names. The target is named after the file. Raises ``MissingData`` for files that
-    are not there, ``InputError`` naming the line of what is wrong, ``UnknownName`` (split).
+    Without a column ``split`` all rows are train. A relative path is taken from ``root``, or else
+    from the manifest's folder; ids are the paths as written. Files are images, or clips (video
+    files, folders of extracted frames). If all labels are whole numbers, they count from class 0,
+    and the classes are named by ``class_name`` or else by their numbers; if not, classes are
+    sorted by the bytes of their names.
+
+    Args:
+        spec: The dataset; ``target`` is the manifest.
+
+    Returns:
+        The target, named after the file. Labels are int64 ``[N]``, -1 where none is given; or,
+        if samples may have several, int64 ``[N, C]``, all 0 where none is given.
+
+    Raises:
+        MissingData: If files are missing; names the first line.
+        InputError: If a row is wrong, or may be meant in two ways; names the line and the option.
+        UnknownName: If no row is of the split.
     """
-    path, split, folder = Path(spec.target), spec.split, spec.folder
-    table = _read(path)
+    path, folder = Path(spec.target), spec.folder
+    table = _read(spec)
     known = _splits(table)
+    split = spec.split if spec.split in known else "".join(named_like(spec.split, known))
     if split not in known:
-        raise UnknownName(f"split of {path}", split, known)
+        raise UnknownName(f"split of {path}", spec.split, known)
     chosen = range(len(table.paths))
     rows = [row for row in chosen if table.splits is None or table.splits[row] == split]
-    names, sizes, clips = _files(table, rows, folder)
+    names, sizes, clips = _files(table, rows, folder, anywhere=spec.allow_outside_root)
     classes, index = _classes(table)
     return Target(
         path.stem,
-        split,
+        spec.split,
         classes,
         _labels(table, rows, index, len(classes)),
         names,
@@ -84,9 +108,9 @@ def open_manifest(spec: DatasetSpec) -> Target:
     )
 
 
-def manifest_splits(path: Path) -> list[str]:
+def manifest_splits(spec: DatasetSpec) -> list[str]:
     """The splits that a manifest names, in its order; ``train`` if it has no such column."""
-    return _splits(_read(path))
+    return _splits(_read(spec))
 
 
 def _splits(table: _Table) -> list[str]:
@@ -95,13 +119,23 @@ def _splits(table: _Table) -> list[str]:
     found = list(dict.fromkeys(table.splits))
     if "" in found:
         raise InputError(f"{table.at(table.splits.index(''))}: no split; name one in every row")
+    for name in found:
+        if alike := [other for other in named_like(name, found) if other != name]:
+            first, second = sorted((name, alike[0]), key=found.index)
+            raise InputError(
+                f"{table.at(table.splits.index(second))}: split {second!r}, but {first!r} in "
+                f"{table.unit} {table.numbers[table.splits.index(first)]}; write one name for one "
+                "split"
+            )
     return found
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
-def _files(table: _Table, rows: Sequence[int], folder: Path) -> tuple[Names, Int64, bool]:
+def _files(
+    table: _Table, rows: Sequence[int], folder: Path, *, anywhere: bool
+) -> tuple[Names, Int64, bool]:
     names = [table.paths[row] for row in rows]
     first: dict[str, int] = {}
     if len(set(names)) < len(names):
@@ -118,6 +152,8 @@ def _files(table: _Table, rows: Sequence[int], folder: Path) -> tuple[Names, Int
             f"{table.unit} {table.numbers[rows[row]]}: {folder / names[row]}; relative paths are "
             "taken from --root, or else from the manifest's folder"
         )
+    if not anywhere:
+        _require_inside(table, rows, names, sizes, folder)
     kinds = _kinds(table, rows, names, sizes, folder)
     if len(kinds) > 1:
         raise InputError(
@@ -129,6 +165,34 @@ def _files(table: _Table, rows: Sequence[int], folder: Path) -> tuple[Names, Int
         sizes_of_clips(folder, names) if "clip" in kinds else sizes,
         "clip" in kinds,
     )
+
+
+def _require_inside(
+    table: _Table, rows: Sequence[int], names: Sequence[str], sizes: Int64, folder: Path
+) -> None:
+    """Raises ``InputError`` for a file outside the folder of the data, also through a link."""
+    root = os.path.realpath(folder)
+
+    def inside(name: str) -> bool:
+        found = os.path.realpath(folder / name)
+        return found == root or found.startswith(f"{root.rstrip('/')}/")
+
+    parents: dict[str, bool] = {}
+    for row, name, size in zip(rows, names, sizes.tolist(), strict=True):
+        parent = name[: name.rfind("/") + 1]
+        if parent not in parents:
+            parents[parent] = inside(parent)
+        good = parents[parent]
+        if size == FOLDER:
+            links = (entry.path for entry in entries(folder / name) if entry.is_symlink())
+            good = inside(name) and all(map(inside, map(os.path.abspath, links)))
+        elif good and os.path.islink(folder / name):  # noqa: PTH114 (a Path costs more)
+            good = inside(name)
+        if not good:
+            raise InputError(
+                f"{table.at(row)}: {name} lies outside of {folder}, or is a link to such a file; "
+                "give the folder of all files with --root, or add --allow-outside-root"
+            )
 
 
 def _kinds(
@@ -143,6 +207,8 @@ def _kinds(
         kind = kind_of.get("." + name.rpartition(".")[2].lower())
         if is_folder:
             kind = "clip" if is_frame_folder(folder / name) else None
+        elif kind is None and is_image(folder / name):
+            kind = "image"
         if kind is None:
             raise InputError(
                 f"{table.at(row)}: {name} is no image ({', '.join(sorted(EXTENSIONS))}), no clip "
@@ -191,6 +257,48 @@ def _name_classes(
         names[number] = name
 
 
+def _require_one_name(table: _Table) -> None:
+    """Raises ``InputError`` for a label that may be several, such as ``cat,dog`` or ``[0, 1]``."""
+    texts = list(dict.fromkeys(text for labels in table.labels for text in labels))
+    cut: dict[str, tuple[str, list[str]]] = {}
+    for text in texts:
+        mark = next((mark for mark in ",;|" if mark in text), None)
+        if mark:
+            cut[text] = mark, [part.strip() for part in text.split(mark)]
+    parts = Counter(part for _, found in cut.values() for part in set(found))
+    for text in texts:
+        mark, found = cut.get(text, ("", []))
+        advice = f"--label-separator {mark!r} if it is several"
+        if _LIST.fullmatch(text) or _DIGITS.fullmatch(text):
+            advice = "--columns labels=COLUMN if it is a list of several"
+        # "great white shark, white shark" is one name, unless its parts are names as well.
+        elif not mark or (
+            mark != "|"
+            and f"{mark} " in text
+            and not any(parts[part] > 1 or part in texts for part in found)
+        ):
+            continue
+        row = next(row for row, labels in enumerate(table.labels) if text in labels)
+        raise InputError(
+            f"{table.at(row)}: the label {text!r} looks like several; give {advice}, or "
+            f"--label-separator {ONE_NAME} if it is the name of one class"
+        )
+
+
+def _require_no_multi_hot(table: _Table) -> None:
+    """Raises ``InputError`` for labels that are 0 and 1 of each class instead of its name."""
+    rows = [row for row, labels in enumerate(table.labels) if len(labels) > 1]
+    if not rows or not {text for labels in table.labels for text in labels} <= {"0", "1"}:
+        return
+    one_length = len({len(labels) for labels in table.labels}) == 1
+    for row in rows:
+        if one_length or len(set(table.labels[row])) < len(table.labels[row]):
+            raise InputError(
+                f"{table.at(row)}: labels {list(table.labels[row])} look like a 0 or 1 for each "
+                "class; write the names or numbers of the classes that are present instead"
+            )
+
+
 def _labels(table: _Table, rows: Sequence[int], index: dict[str, int], classes: int) -> Int64:
     if not table.several:
         single = (index[labels[0]] if (labels := table.labels[row]) else -1 for row in rows)
@@ -206,10 +314,11 @@ def _labels(table: _Table, rows: Sequence[int], index: dict[str, int], classes: 
 Columns = dict[str, list[Any]]
 
 
-def _read(path: Path) -> _Table:
+def _read(spec: DatasetSpec) -> _Table:
+    path, separator = Path(spec.target), spec.label_separator
     read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
     try:
-        unit, numbers, columns = read(path)
+        unit, numbers, columns = read(path, _named(spec.columns))
     except OSError as error:
         what = error.strerror or first_line(error)
         raise MissingData(f"cannot read manifest {path}: {what}") from error
@@ -229,17 +338,39 @@ def _read(path: Path) -> _Table:
             values.append(known[key])
         return values
 
-    several = "labels" in columns
-    return _Table(
+    several = "labels" in columns or separator not in ("", ONE_NAME)
+    labels: list[Labels] = [()] * len(numbers)
+    if "label" in columns or "labels" in columns:
+        name = "labels" if "labels" in columns else "label"
+        labels = cleaned(name, partial(_many, separator or "|") if several else _one)
+    table = _Table(
         path,
         unit,
         numbers,
         cleaned("path", _path),
-        cleaned("labels", _many) if several else cleaned("label", _one),
+        labels,
         cleaned("split", _text) if "split" in columns else None,
         cleaned("class_name", _text) if "class_name" in columns else None,
         several,
     )
+    if several:
+        _require_no_multi_hot(table)
+    elif not separator:
+        _require_one_name(table)
+    return table
+
+
+def _named(columns: str) -> dict[str, str]:
+    """``path=file,label=tag`` to the manifest's name of each of our columns."""
+    found: dict[str, str] = {}
+    for item in filter(None, columns.split(",")):
+        name, _, theirs = (part.strip() for part in item.partition("="))
+        if name not in COLUMNS:
+            raise UnknownName("column in --columns", name, COLUMNS)
+        if not theirs or name in found or theirs in found.values():
+            raise InputError(f"--columns {columns}: expected NAME=COLUMN, each once, found {item}")
+        found[name] = theirs
+    return found
 
 
 def _path(value: object) -> str:
@@ -269,23 +400,59 @@ def _one(value: object) -> Labels:
     return (text,) if text else ()
 
 
-def _many(value: object) -> Labels:
-    parts = value if isinstance(value, tuple) else _text(value).split("|")
+def _many(separator: str, value: object) -> Labels:
+    parts: Sequence[object]
+    if isinstance(value, tuple):
+        parts = value
+    elif _LIST.fullmatch(text := _text(value)):
+        parts = _listed(text)
+    else:
+        parts = [text] if separator == ONE_NAME else text.split(separator)
     texts = tuple(_text(part) for part in parts)
-    if texts == ("",):
+    if texts in ((), ("",)):
         return ()
     if "" in texts:
         raise ValueError(f"an empty name in {value!r}")
     return texts
 
 
-def _check_columns(path: Path, found: list[str]) -> None:
-    twice = len(set(found)) < len(found)
-    if "path" not in found or ("label" in found) == ("labels" in found) or twice:
-        raise InputError(f"{path} has the columns {found}; expected {MANIFEST_LAYOUT}")
+def _listed(text: str) -> Sequence[object]:
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"expected a list such as ['a', 'b'], found {text!r}") from None
+    if not isinstance(found, list | tuple):
+        raise ValueError(f"expected a list such as ['a', 'b'], found {text!r}")
+    return found
 
 
-def _read_csv(path: Path) -> tuple[str, list[int], Columns]:
+def _ours(path: Path, header: list[str], named: Mapping[str, str]) -> list[str]:
+    """Our names of a manifest's columns, empty for those that are not read."""
+    for name, theirs in named.items():
+        if theirs not in header:
+            raise InputError(
+                f"{path} has no column {theirs!r}, which --columns names as {name}; it has {header}"
+            )
+    renamed = {theirs: name for name, theirs in named.items()}
+    hidden = {*named, *(("label", "labels") if {"label", "labels"} & {*named} else ())}
+    found = [renamed.get(name, "" if name in hidden else name) for name in header]
+    twice = len(set(header)) < len(header)
+    if "path" not in found or ("label" in found and "labels" in found) or twice:
+        raise InputError(
+            f"{path} has the columns {header}; expected {MANIFEST_LAYOUT}; say which is which with "
+            "--columns path=COLUMN,label=COLUMN"
+        )
+    if "label" not in found and "labels" not in found:
+        _log.warning(
+            "%s has no column label or labels, so its samples have no labels; it has %s: name one "
+            "with --columns label=COLUMN",
+            path,
+            ", ".join(header),
+        )
+    return [name if name in COLUMNS else "" for name in found]
+
+
+def _read_csv(path: Path, named: Mapping[str, str]) -> tuple[str, list[int], Columns]:
     with path.open("rb") as start:
         if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{path} is UTF-16; save it as UTF-8")
@@ -295,9 +462,9 @@ def _read_csv(path: Path) -> tuple[str, list[int], Columns]:
         reader = csv.reader(file, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
-            _check_columns(path, header)
-            columns: Columns = {name: [] for name in header if name in COLUMNS}
-            places = [(values, header.index(name)) for name, values in columns.items()]
+            ours = _ours(path, header, named)
+            columns: Columns = {name: [] for name in ours if name}
+            places = [(values, ours.index(name)) for name, values in columns.items()]
             for cells in reader:
                 if len(cells) not in (0, len(header)):
                     what = f"expected {len(header)} cells, found {len(cells)}"
@@ -311,7 +478,7 @@ def _read_csv(path: Path) -> tuple[str, list[int], Columns]:
     return "line", numbers, columns
 
 
-def _read_parquet(path: Path) -> tuple[str, list[int], Columns]:
+def _read_parquet(path: Path, named: Mapping[str, str]) -> tuple[str, list[int], Columns]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -320,9 +487,9 @@ def _read_parquet(path: Path) -> tuple[str, list[int], Columns]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _check_columns(path, names)
-            table = file.read(columns=[name for name in names if name in COLUMNS])
+            ours = dict(zip(names, _ours(path, names, named), strict=True))
+            table = file.read(columns=[name for name in names if ours[name]])
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
-    columns: Columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    columns = {ours[name]: table.column(name).to_pylist() for name in table.column_names}
     return "row", list(range(1, table.num_rows + 1)), columns

@@ -12,7 +12,7 @@ from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.folder import find_split, open_folder
 from sskt.teacher_cache.targets.manifest import manifest_splits, open_manifest
 from sskt.teacher_cache.targets.registry import TARGETS, default_policy, is_manifest, is_own
-from sskt.teacher_cache.targets.spec import DatasetSpec
+from sskt.teacher_cache.targets.spec import DatasetSpec, named_like
 
 Progress = Callable[[int, int], None]
 
@@ -82,8 +82,9 @@ def evaluation_split(spec: DatasetSpec) -> str:
         fold = split.removeprefix("train")
         return evaluation + fold if evaluation + fold in TARGETS[name].splits else evaluation
     if is_manifest(name):
-        splits = manifest_splits(Path(name))
+        splits = manifest_splits(spec)
         found = [s for s in ("test", "val", "validation") if s in splits]
+        found += [s for s in ("test", "val") if named_like(s, splits)]
     else:
         found = [s for s in ("test", "val", "validation") if (Path(name) / s).is_dir()]
         found += [s for s in ("test", "val") if find_split(Path(name), s)]

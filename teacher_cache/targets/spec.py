@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,22 @@ from sskt.teacher_cache.errors import MissingData, UnknownName, first_line
 from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT, TARGETS, is_manifest, is_own
+
+_RECORDED_IF_SET = ("partial", "strict", "columns", "label_separator", "allow_outside_root")
+
+SPLIT_NAMES = {
+    "train": ("train", "training", "seg_train"),
+    "val": ("val", "valid", "validation", "seg_val"),
+    "test": ("test", "testing", "seg_test"),
+}
+"""Names of a split in folders and manifests, in any case."""
+
+
+def named_like(split: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are the name of a split: in another case, or another usual name."""
+    split = split.casefold()
+    known = next((known for known in SPLIT_NAMES.values() if split in known), (split,))
+    return [name for name in names if name.casefold() in known]
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,11 @@ class DatasetSpec:
         partial: Whether an official list may name files that are missing.
         decoder: Decoder of clips: ``pyav`` or ``decord``.
         strict: Whether the identity covers the contents of files, not only names and sizes.
+        columns: Manifests only: names of the columns that have another name, such as
+            ``path=file,label=tag``.
+        label_separator: Manifests only: what separates several labels of a sample; ``none`` if a
+            label is always one name. Default: ``|`` in a column ``labels``.
+        allow_outside_root: Manifests only: whether files may lie outside the folder of the data.
     """
 
     target: str
@@ -39,6 +60,9 @@ class DatasetSpec:
     partial: bool = False
     decoder: str = "pyav"
     strict: bool = False
+    columns: str = ""
+    label_separator: str = ""
+    allow_outside_root: bool = False
 
     @property
     def folder(self) -> Path:
@@ -108,7 +132,7 @@ class DatasetSpec:
     def provenance(self) -> dict[str, Any]:
         """What a label set records in order to open the dataset again."""
         full = self.absolute()
-        more = {key: True for key in ("partial", "strict") if getattr(self, key)}
+        more = {key: value for key in _RECORDED_IF_SET if (value := getattr(self, key))}
         return {"target": full.target, "root": full.root, "limit": full.limit, **more}
 
 

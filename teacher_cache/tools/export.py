@@ -138,7 +138,7 @@ def _export_shard(source: LabelSet, target: LabelSet, shard: Shard) -> None:
     if shard.seed == shard.block == 0 and not skipped.all():
         first = {key: rows[:ERROR_ROWS] for key, rows in kept.items()}
         log_p = _log_p(source.encoding, first, len(source.classes))
-        target.record("error", measured_error(target.encoding, log_p))
+        target.add_attribute("error", measured_error(target.encoding, log_p))
     encoded = target.encoding.empty(len(skipped), len(target.classes))
     for key, rows in _encode(source, target, kept).items():
         encoded[key][~skipped] = rows

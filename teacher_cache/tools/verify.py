@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -16,21 +15,16 @@ from torch import Tensor
 from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.encodings import Encoded, as_tensors, soft_labels
 from sskt.teacher_cache.format.metadata import BOUND
-from sskt.teacher_cache.format.spec import label_set_spec, require, tolerance_of
+from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
-from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import CacheName
-from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.open import load_target
-from sskt.teacher_cache.targets.spec import DatasetSpec
-from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
-from sskt.teacher_cache.views.policies import POLICIES, Policy
-from sskt.teacher_cache.views.views import Views, check_of, open_views
+from sskt.teacher_cache.tools.reopen import Reopen, reopen
+from sskt.teacher_cache.views.views import Views, check_of
 
 
 @dataclass
@@ -124,7 +118,7 @@ def bind(
         unbound = {key: value for key, value in target.attributes.items() if key != BOUND}
         report = verify(replace(target, attributes=unbound), progress, binder=target)
         if not report.unbound:
-            target.record(BOUND, True)
+            target.add_attribute(BOUND, True)
     return report
 
 
@@ -166,86 +160,6 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
             f"{first}; delete {label_set.place_of(shard)} and cache it again"
         )
     return ""
-
-
-@dataclass(frozen=True)
-class Reopen:
-    """What to open instead of what the label set recorded; None or empty keeps the record."""
-
-    target: str | None = None
-    root: Path | None = None
-    source: str | None = None
-    weights: Path | None = None
-    device: str = "cpu"
-
-
-def reopen(label_set: LabelSet, instead: Reopen) -> tuple[Views, Source]:
-    """The target and the live source a set was made from, checked against its spec.
-
-    Raises ``SpecMismatch`` if what is opened now is something else, ``MissingData``.
-    """
-    made = label_set.attributes["made"]
-    spec = label_set.spec
-    views = reopen_views(label_set, instead)
-    text = instead.source or made.get("source")
-    if not text:
-        raise MissingData(f"label set {label_set.name} records no source; give it with --source")
-    weights = instead.weights or (Path(made["weights"]) if made.get("weights") else None)
-    source = open_source(
-        parse_source(text),
-        weights=weights,
-        preprocessing=made.get("preprocessing", ""),
-        precision=spec["source"]["precision"],
-        device=instead.device,
-        batchnorm=spec["source"]["batchnorm"],
-    )
-    now = label_set_spec(views, source, label_set.encoding)
-    require(now, spec, label_set.name)
-    return views, source
-
-
-def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
-    """The views a set was made over. Raises ``SpecMismatch`` if they are not the same now."""
-    target, sampling = reopen_target(label_set, instead), None
-    if target.clips:
-        sampling = parse_frame_sampling(
-            label_set.attributes["made"].get("frame_sampling", "center")
-        )
-    views = open_views(target, reopen_policy(label_set), sampling)
-    require({"views": views.identity()}, label_set.spec, label_set.name)
-    return views
-
-
-def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
-    """The samples a set was made over. Raises ``SpecMismatch`` if they are not the same now."""
-    made, spec = label_set.attributes["made"], label_set.spec
-    name = instead.target or made.get("target") or spec["target"]["name"]
-    target = load_target(
-        DatasetSpec(
-            name,
-            spec["target"]["split"],
-            root=instead.root or made.get("root"),
-            limit=made.get("limit"),
-            partial=made.get("partial", False),
-            decoder=spec["views"].get("decoder", "pyav"),
-            strict=made.get("strict", False),
-        )
-    )
-    target = open_views(target, reopen_policy(label_set)).target
-    require({"target": target.identity()}, spec, label_set.name)
-    return target
-
-
-def reopen_policy(label_set: LabelSet) -> Policy:
-    """The view policy of a set."""
-    views = label_set.spec["views"]
-    name, version = views["policy"], views["version"]
-    if name not in POLICIES or version != Policy(name).version:
-        raise CorruptStore(
-            f"label set {label_set.name} has views of policy {name}, version {version}, which this "
-            "version of sskt does not know; update sskt"
-        )
-    return Policy(name, version, dict(views["parameters"]))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ VIEW_FIELDS = (
     "partial",
     "decoder",
     "strict_fingerprint",
+    "columns",
+    "label_separator",
+    "allow_outside_root",
     "policy",
     "download",
 )

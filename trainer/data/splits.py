@@ -35,6 +35,9 @@ def dataset_of(
         partial=config.partial,
         decoder=config.used_decoder,
         strict=config.strict_fingerprint,
+        columns=config.columns,
+        label_separator=config.label_separator,
+        allow_outside_root=config.allow_outside_root,
     )
 
 

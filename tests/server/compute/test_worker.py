@@ -420,7 +420,7 @@ def test_a_full_disk(state: State, settings: Settings, made: dict[int, Path]) ->
         until(lambda: not isinstance(_outcome(state, 1, 0), Problem))
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shard = {key for key in files if "/c/1/" in key}
-    assert len(shard) == 2 and all(files[key] == wanted[key] for key in shard)
+    assert len(shard) == 3 and all(files[key] == wanted[key] for key in shard)
 
 
 def _outcome(state: State, seed: int, block: int) -> Problem | None:
@@ -446,7 +446,7 @@ def test_a_compute_worker_killed_in_mid_shard(
         wait(state, 1, 2)
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shards = {key for key in files if "/c/1/" in key}
-    assert len(shards) == 4 and all(files[key] == wanted[key] for key in shards)
+    assert len(shards) == 6 and all(files[key] == wanted[key] for key in shards)
     assert not list(Path(settings.cache).rglob("*.partial"))
 
 

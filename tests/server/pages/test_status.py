@@ -98,7 +98,7 @@ def client(tmp_path: Path) -> Callable[..., TestClient]:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         app = create_app(Settings(cache=str(cache), run=str(run), **changes))
-        return TestClient(app, headers=HTML, follow_redirects=False)
+        return TestClient(app, headers=HTML, follow_redirects=False, base_url="http://localhost")
 
     return make
 

@@ -680,7 +680,7 @@ def test_a_slow_client_does_not_hold_the_file_in_memory(cache: Path, url: str) -
     try:
         for _ in range(clients):
             one = socket.create_connection(address)
-            one.sendall(f"GET {key} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            one.sendall(f"GET {key} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             held.append(one)
         assert all(one.recv(15) == b"HTTP/1.1 200 OK" for one in held)
         deadline = time.monotonic() + 0.5

@@ -135,14 +135,14 @@ def test_labelling_with_loader_processes(
 
 
 def test_looking(filled: str, local: Path, sskt: Sskt, tmp_path: Path) -> None:
-    for command in (("ls",), ("verify", "--recompute", 6)):
+    for command in (("ls",), ("verify", "--recompute", 6, "--source", SOURCE)):
         there = sskt(*command, "--cache", filled, "--json")
         here = sskt(*command, "--cache", local, "--json")
         assert there[0] == here[0] == 0, there[2]
         assert json.loads(there[1]) == json.loads(here[1]) and json.loads(here[1])
     for cache in (filled, local):
         png = tmp_path / f"{len(str(cache))}.png"
-        more = ("--sample", 17, "--seed", 1, "--png", png, "--json")
+        more = ("--sample", 17, "--seed", 1, "--png", png, "--json", "--source", SOURCE)
         status, out, err = sskt("inspect", "--cache", cache, *more)
         assert status == 0, err
         assert json.loads(out)["view_matches"] and png.stat().st_size
@@ -337,9 +337,9 @@ def test_updates_at_once_are_all_kept(cache: str, local: Path) -> None:
     def update(number: int) -> None:
         writer = create_label_set(cache, model.spec, model.classes, 1)
         start.wait()
-        writer.record(f"key {number}", number)
+        writer.add_attribute(f"key {number}", number)
         writer.grow(number + 2)
-        writer.record("first", number)
+        writer.add_attribute("first", number)
         writer.close()
 
     with ThreadPoolExecutor(6) as pool:

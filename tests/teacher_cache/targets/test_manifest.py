@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def test_real_clips_by_a_manifest(data: Path, tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path / "clips.csv", path=files[:2], label=[file.parent.name for file in files[:2]]
     )
-    target = open_target(str(manifest), decoder="pyav")
+    target = open_target(str(manifest), decoder="pyav", root=data)
     assert target.clips
     assert list(target.ids) == [str(file) for file in files[:2]]
     assert target.frames is not None
@@ -203,7 +204,185 @@ def test_without_a_split_column_all_is_train(tmp_path: Path) -> None:
         evaluation_split(DatasetSpec(str(manifest)))
 
 
+@pytest.mark.parametrize("split", ["Train", "TRAINING"])
+def test_a_split_is_found_in_any_case(split: str, tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    manifest = write_manifest(
+        tmp_path / "m.csv", path=names(3), label=["a", "b", "a"], split=[split, "Validation", split]
+    )
+    target = open_target(str(manifest))
+    assert (target.split, list(target.ids)) == ("train", ["0.jpg", "2.jpg"])
+    assert evaluation_split(DatasetSpec(str(manifest))) == "val"
+    assert list(open_target(str(manifest), "val").ids) == ["1.jpg"]
+
+
+@pytest.mark.parametrize("other", ["Train", "training"])
+def test_two_names_of_one_split_are_refused(other: str, tmp_path: Path) -> None:
+    """Otherwise the rows of one of them would be left out in silence."""
+    write_images(tmp_path, 3)
+    manifest = write_manifest(
+        tmp_path / "m.csv", path=names(3), label=["a", "b", "a"], split=["train", "test", other]
+    )
+    with pytest.raises(InputError, match=rf"line 4: split '{other}', but 'train' in line 2; write"):
+        open_target(str(manifest))
+
+
+# --- labels that may be meant in two ways -----------------------------------------------------
+
+SEVERAL = [
+    (["a,b", "a", "c"], "line 2: the label 'a,b' looks like several; give --label-separator ','"),
+    (["a", "c;b", "x"], "line 3: the label 'c;b' looks like several; give --label-separator ';'"),
+    (["a", "c", "a|b"], r"line 4: the label 'a\|b' looks like several; .*--label-separator '\|'"),
+    (["sea, sky", "sky", "c"], "line 2: the label 'sea, sky' looks like several"),
+    (["sea, sky", "sea, sun", "c"], "line 2: the label 'sea, sky' looks like several"),
+    (["['a', 'b']", "a", "b"], r"line 2: .* looks like several; give --columns labels=COLUMN"),
+    (["[0, 1, 1]", "[1, 0, 0]", "[0, 0, 1]"], r"line 2: .*--columns labels=COLUMN"),
+    (["0 1 1", "1 0 0", "0 0 1"], r"line 2: the label '0 1 1' looks like several"),
+]
+
+
+@pytest.mark.parametrize(("labels", "what"), SEVERAL)
+def test_labels_that_look_like_several_are_refused_with_both_ways(
+    labels: list[str], what: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, 3)
+    manifest = str(write_manifest(tmp_path / "m.csv", path=names(3), label=labels))
+    with pytest.raises(InputError, match=f"{what}.*, or --label-separator none if it is the name"):
+        open_target(manifest)
+    target = open_target(manifest, label_separator="none")
+    assert [target.label_text(row) for row in range(3)] == labels
+
+
+def test_a_name_may_hold_a_comma(tmp_path: Path) -> None:
+    """As many of ImageNet's do."""
+    write_images(tmp_path, 2)
+    labels = ["great white shark, white shark", "tiger shark, Galeocerdo cuvieri"]
+    target = open_target(str(write_manifest(tmp_path / "m.csv", path=names(2), label=labels)))
+    assert target.classes == tuple(labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_separator_says_that_there_are_several(column: str, kind: str, tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    rows = ["cat; dog", "dog", "", "bird;cat"]
+    manifest = write_manifest(tmp_path / f"m.{kind}", path=names(4), **{column: rows})
+    target = open_target(str(manifest), label_separator=";")
+    assert target.classes == ("bird", "cat", "dog")
+    assert target.labels.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_lists_in_words_are_read(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    rows = ["['cat', 'dog']", "[]", '["a, b"]']
+    target = open_target(str(write_manifest(tmp_path / "m.csv", path=names(3), labels=rows)))
+    assert target.classes == ("a, b", "cat", "dog")
+    assert target.labels.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    broken = write_manifest(tmp_path / "m.csv", path=names(3), labels=["[cat, dog]", "a", "b"])
+    with pytest.raises(InputError, match=r"line 2: labels: expected a list such as \['a', 'b'\]"):
+        open_target(str(broken))
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 1], [1, 0, 0]], [[1, 0], [0, 1]], [[0, 1, 0, 0], [1]]])
+@pytest.mark.parametrize("kind", ["parquet", "csv of lists", "csv"])
+def test_multi_hot_labels_are_refused(kind: str, rows: list[list[int]], tmp_path: Path) -> None:
+    write_images(tmp_path, 2)
+    labels: list[Any] = rows
+    if kind != "parquet":
+        labels = [str(row) if kind != "csv" else "|".join(map(str, row)) for row in rows]
+    manifest = write_manifest(
+        tmp_path / f"m.{kind.partition(' ')[0]}", path=names(2), labels=labels
+    )
+    with pytest.raises(InputError, match=r"(line 2|row 1): labels .* a 0 or 1 for each class"):
+        open_target(str(manifest))
+
+
+# --- columns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_other_names(kind: str, tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    manifest = str(
+        write_manifest(
+            tmp_path / f"m.{kind}",
+            file=names(3),
+            tag=["a", "b", "b"],
+            label=["x", "y", "z"],
+            part=["train", "test", "train"],
+        )
+    )
+    target = open_target(manifest, columns="path=file, label=tag, split=part")
+    assert (list(target.ids), target.classes) == (["0.jpg", "2.jpg"], ("a", "b"))
+    several = open_target(manifest, columns="path=file,labels=tag")
+    assert several.labels.tolist() == [[1, 0], [0, 1], [0, 1]]
+    for columns, what in {
+        "path=image": "has no column 'image', which --columns names as path; it has .*'file'",
+        "file=path": "unknown column in --columns 'file'",
+        "path": "expected NAME=COLUMN, each once, found path",
+        "path=file,label=file": "expected NAME=COLUMN, each once, found label=file",
+    }.items():
+        with pytest.raises(InputError, match=what):
+            open_target(manifest, columns=columns)
+    with pytest.raises(InputError, match=r"expected a column path.*--columns path=COLUMN"):
+        open_target(manifest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_manifest_without_labels(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, 2)
+    target = open_target(str(write_manifest(tmp_path / f"m.{kind}", path=names(2), tag=["a", "b"])))
+    assert (target.classes, target.labels.tolist()) == ((), [-1, -1])
+    assert target.label_text(0) is None
+    (record,) = caplog.records
+    assert "no labels; it has path, tag: name one with --columns label=COLUMN" in record.message
+
+
 # --- files ------------------------------------------------------------------------------------
+
+
+def test_files_outside_of_the_root_need_an_option(tmp_path: Path) -> None:
+    inside = tmp_path / "data"
+    write_images(inside / "deep", 2)
+    write_images(tmp_path / "other", 3)
+    write_frames(tmp_path / "other" / "clip", 2)
+    (inside / "link.jpg").symlink_to(tmp_path / "other" / "0.jpg")
+    (inside / "folder").symlink_to(tmp_path / "other")
+    (inside / "deep" / "near.jpg").symlink_to(inside / "deep" / "0.jpg")
+    write_frames(inside / "clip", 2)
+    (inside / "clip" / "image_00002.jpg").unlink()
+    (inside / "clip" / "image_00002.jpg").symlink_to(tmp_path / "other" / "1.jpg")
+    outside = [
+        *("../other/0.jpg", "deep/../../other/0.jpg", str(tmp_path / "other" / "1.jpg")),
+        *("link.jpg", "folder/2.jpg", "clip", "folder/clip"),
+    ]
+    for name in outside:
+        clips = name.endswith("clip")
+        listed = [name] if clips else ["deep/0.jpg", name]
+        rows = ["a", "b"][: len(listed)]
+        manifest = str(write_manifest(inside / "m.csv", path=listed, label=rows))
+        line = f"line {len(listed) + 1}: {re.escape(name)} lies outside of {re.escape(str(inside))}"
+        with pytest.raises(InputError, match=rf"{line}, or is a link .*--allow-outside-root"):
+            open_target(manifest)
+        target = open_target(manifest, allow_outside_root=True)
+        assert list(target.ids) == listed
+        assert target.made["allow_outside_root"] is True
+    listed = ["deep/0.jpg", "deep/../deep/1.jpg", str(inside / "deep" / "near.jpg")]
+    manifest = str(write_manifest(inside / "m.csv", path=listed, label=["a", "b", "b"]))
+    assert list(open_target(manifest).ids) == listed
+    manifest = str(write_manifest(tmp_path / "m.csv", path=["data/link.jpg"], label=["a"]))
+    assert len(open_target(manifest)) == 1
+
+
+def test_files_of_any_ending_that_begin_like_images(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    for number, name in enumerate(("bare", "x.jfif", "x.data")):
+        (tmp_path / f"{number}.jpg").rename(tmp_path / name)
+    listed = ["bare", "x.jfif", "x.data"]
+    target = open_target(str(write_manifest(tmp_path / "m.csv", path=listed, label=["a"] * 3)))
+    assert [target.read(row).ndim for row in range(3)] == [3, 3, 3]
 
 
 def test_paths_are_relative_to_root_or_to_the_manifest(tmp_path: Path) -> None:
@@ -216,10 +395,8 @@ def test_paths_are_relative_to_root_or_to_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"3 of 3 files of .*m\.csv are missing"):
         open_target(str(apart))
     full = [str(tmp_path / "data" / name) for name in names(3)]
-    absolute = open_target(
-        str(write_manifest(tmp_path / "lists" / "m.csv", path=full, label=["a", "b", "a"])),
-        root=tmp_path / "nowhere",
-    )
+    listed = write_manifest(tmp_path / "lists" / "m.csv", path=full, label=["a", "b", "a"])
+    absolute = open_target(str(listed), root=tmp_path)
     assert list(absolute.ids) == full
     assert absolute.paths is not None
     assert list(absolute.paths) == [Path(path) for path in full]
@@ -334,9 +511,9 @@ def test_a_name_that_is_no_utf8_is_kept_in_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"has the columns \[\]; expected the columns path and label \(or labels\)"),
+        ("", r"has the columns \[\]; expected a column path, if labels"),
         ("path;label\n0.jpg;a\n", r"has the columns \['path;label'\]; expected"),
-        ("path\n0.jpg\n", r"has the columns \['path'\]; expected"),
+        ("label\n0.jpg\n", r"has the columns \['label'\]; expected .*--columns path=COLUMN"),
         ("path,label,labels\n0.jpg,a,a\n", r"has the columns \['path', 'label', 'labels'\]"),
         ("path,label,label\n0.jpg,a,b\n", r"has the columns \['path', 'label', 'label'\]"),
         ("0.jpg,a\n1.jpg,b\n", r"has the columns \['0.jpg', 'a'\]"),
@@ -402,7 +579,7 @@ def test_parquet_types(tmp_path: Path) -> None:
         ({"path": ["0.jpg"], "label": [["a"]]}, "row 1: label: expected one value, found a list"),
         ({"path": ["0.jpg"], "labels": [["a", ""]]}, "row 1: labels: an empty name in"),
         ({"path": ["0.jpg"], "label": [{"a": 1}]}, "row 1: label: unhashable type"),
-        ({"path": ["0.jpg"]}, r"has the columns \['path'\]; expected the columns path and"),
+        ({"label": ["0.jpg"]}, r"has the columns \['label'\]; expected a column path, "),
         ({"path": ["0.jpg", "gone.jpg"], "label": ["a", "b"]}, "first row 2: .*gone.jpg"),
     ],
 )
