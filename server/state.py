@@ -25,7 +25,7 @@ from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_set_name
-from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.label_sets.create import open_label_set, without_copies
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -157,7 +157,8 @@ class Sets:
                 continue
             if label_set is not None:
                 listed.append(label_set)
-        self._listed, self.damaged = listed, damaged
+        self._listed, copies = without_copies(listed)
+        self.damaged = damaged | {name: str(error) for name, error in copies.items()}
         self._known = {n: known for n, known in self._known.items() if n in set(names)}
 
     def _opened(self, name: str, *, fresh: bool = False) -> LabelSet | None:

@@ -397,7 +397,7 @@ UNREADABLE = {
     "fifo": "not a regular file",
     "loop": "Too many levels of symbolic links",
     "foreign group": "not a label set's metadata",
-    "deep": "recursion",
+    "deep": "not a label set's metadata",
     "no JSON": "not a label set's metadata",
     "lost": "has lost its zarr.json",
     "link out": "leaves the cache",
@@ -517,14 +517,15 @@ def test_a_shard_that_is_no_file_is_damage(tmp_path: Path, kind: str, array: str
             assert ask(0, 600)[0] == 500
 
 
-def test_a_copy_of_a_label_set_is_another_one(tmp_path: Path) -> None:
+def test_a_copy_of_a_label_set_is_told(tmp_path: Path) -> None:
     label_set = make_labels(tmp_path / "cache")
     shutil.copytree(label_set.path, tmp_path / "cache" / "copy")
     with serving(tmp_path / "cache") as url:
-        for name in (label_set.name, "copy"):
-            assert get(url, f"/zarr/{name}/labels/c/0/0/0")[0] == 200
+        found = json.loads(get(url, "/v1/label-sets")[2])
+        assert [s["name"] for s in found["label_sets"]] == [label_set.name]
+        assert f"is a copy of {label_set.name}" in found["damaged"]["copy"]
         status, _, body = get(url, f"/v1/label-sets/{label_set.digest[:12]}")
-        assert status == 404 and f"{label_set.name}; give a name" in json.loads(body)["detail"]
+        assert (status, json.loads(body)["name"]) == (200, label_set.name)
 
 
 @pytest.mark.parametrize(
