@@ -7,7 +7,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import stat
 import threading
 import time
@@ -25,6 +24,7 @@ from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.names import is_set_name
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import Place
@@ -38,7 +38,6 @@ REST = 3
 """That lifetime, as a multiple of the time that listing or reading took."""
 RETRY = {"Retry-After": "5"}
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}")
 _METADATA = (GROUP, f"view_check/{GROUP}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -100,7 +99,7 @@ class Sets:
                 reach.
         """
         try:
-            found = self._opened(name, fresh=fresh) if _NAME.fullmatch(name) else None
+            found = self._opened(name, fresh=fresh) if is_set_name(name) else None
         except _Unreadable as error:
             raise Problem(500, DAMAGED, str(error)) from error
         if found is not None:
@@ -179,7 +178,7 @@ class Sets:
                 version, last = self._version(name), self._known.get(name)
                 same = last is not None and last.version == version
                 label_set = last.label_set if last and same else open_label_set(place)
-                if not _NAME.fullmatch(name):
+                if not is_set_name(name):
                     raise CorruptStore(
                         "the name of a label set has only letters, digits, '.', '_' and '-'; "
                         "rename the folder"
