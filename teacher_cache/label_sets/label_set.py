@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
@@ -42,7 +42,7 @@ from sskt.teacher_cache.format.spec import Spec, tolerance_of
 from sskt.teacher_cache.label_sets.documents import parse_attributes
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalPlace, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
     from numpy.typing import ArrayLike
@@ -185,7 +185,13 @@ class LabelSet:
         return self.place.size(self.commit_key(shard), fresh=fresh) is not None
 
     def missing(self, seeds: Iterable[int]) -> list[Shard]:
-        """The shards of ``seeds`` that are not stored now."""
+        """The shards of ``seeds`` that are not stored now.
+
+        Raises:
+            MissingData: If the folder of the set is gone, as on a file system that is not mounted
+                any more. It would be labelled anew otherwise.
+        """
+        self._require_folder()
         self.place.refresh()
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
 
@@ -436,6 +442,7 @@ class LabelSet:
                     raise FileNotFoundError(key)
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
+                self._require_folder()
                 raise self._damage(shard, f"{key} is gone or empty") from error
             except (OSError, ValueError) as error:
                 damage = error
@@ -443,7 +450,12 @@ class LabelSet:
                     break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
+    def _require_folder(self) -> None:
+        if isinstance(self.place, LocalPlace) and not self.place.there():
+            raise MissingData(f"label set {self.name}: {lost(self.place.path)}")
+
     def _lacks(self, shard: Shard) -> IncompleteLabels:
+        self._require_folder()
         return IncompleteLabels(
             f"label set {self.name}: seed {shard.seed} lacks samples {shard.start} to "
             f"{shard.stop - 1}"
