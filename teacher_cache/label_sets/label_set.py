@@ -425,7 +425,9 @@ class LabelSet:
         """
         key, layout = self.shard_key(array, shard), self.layout(array)
         part = functools.partial(self.place.read_part, key)
-        for fresh in (False, True):  # the set may have been made again since the record was read
+        damage: Exception
+        # The set may have been made again since the record was read, or an answer been cut.
+        for fresh in (False, True):
             record = self.shard_record(shard, fresh=fresh)
             if record is None and self.bound:
                 raise self._lacks(shard)
@@ -435,11 +437,10 @@ class LabelSet:
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
                 raise self._damage(shard, f"{key} is gone or empty") from error
-            except NotAsRecorded as error:
-                damage: Exception = error
             except (OSError, ValueError) as error:
                 damage = error
-                break
+                if self.place.is_local and not isinstance(error, NotAsRecorded):
+                    break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
     def _lacks(self, shard: Shard) -> IncompleteLabels:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError
-from sskt.teacher_cache.format.encodings import Encoded, Encoding, measured_error
+from sskt.teacher_cache.format.encodings import ERROR_ROWS, Encoded, Encoding, measured_error
 from sskt.teacher_cache.format.spec import label_set_spec
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS, create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -32,9 +32,6 @@ from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.views.loader_processes import reporting_dead_workers
 from sskt.teacher_cache.views.views import Views
-
-ERROR_ROWS = 512
-"""Rows on which a set's encoding error is measured (the first ones of seed 0)."""
 
 POLL_SECONDS = 0.1
 """Pause between looks at shards that another process is labelling."""
@@ -299,7 +296,7 @@ class _Pending:
             rows = np.concatenate(self.sample)[:ERROR_ROWS]
             self.label_set.add_attribute("error", measured_error(self.label_set.encoding, rows))
         self.label_set.write(self.shard, self.encoded, self.checks)
-        if not self.label_set.has(self.shard):
+        if not self.label_set.has(self.shard, fresh=True):  # another writer may have stored it
             raise CorruptStore(f"label set {self.label_set.name}: a shard vanished on writing")
         self.label_set.release(self.shard)
 
