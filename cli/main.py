@@ -31,6 +31,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Training": {
         "train": ("sskt.cli.training.train", "Train a network from soft labels, or from scratch."),
+        "evaluate": ("sskt.cli.training.after", "Measure a trained network on a split."),
+        "predict": ("sskt.cli.training.after", "Classify files with a trained network."),
+        "export-model": ("sskt.cli.training.after", "Write a trained network for other programs."),
         "compare": ("sskt.cli.training.compare", "Compare runs: table, curves, significance."),
         "sweep": ("sskt.cli.training.sweep", "Train over temperatures and alphas."),
         "reproduce": ("sskt.cli.training.reproduce", "Reproduce a table or figure of the paper."),

@@ -7,6 +7,7 @@ returns the labels as they are stored, with their view checks, and has one budge
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -35,6 +36,8 @@ PIECE = 4 * 2**20
 """Bytes of rows that are decoded at once."""
 LISTED_SECONDS = 10.0
 """Lifetime of a listing of a bucket; a tenth of it if a file is missing from the listing."""
+LOCKS = 64
+"""Locks of shards, so that two threads do not decode the same one."""
 
 _ATTEMPTS = 5
 _LISTINGS = 1024
@@ -74,6 +77,7 @@ class RowCache:
         self._templates: dict[str, Encoded] = {}
         self._warned: set[str] = set()
         self._guard = threading.Lock()
+        self._decoding = [threading.Lock() for _ in range(LOCKS)]
 
     def row_bytes(self, label_set: LabelSet) -> int:
         """Bytes of one row with its view check."""
@@ -97,10 +101,11 @@ class RowCache:
         """
         rows, hit = self._room(label_set, len(ids)), True
         for part in parts_of(label_set, seeds, ids):
-            lacking = self._copy(label_set, part, rows)
-            if lacking:
+            if self._copy(label_set, part, rows):
                 hit = False
-                self._decode(label_set, part, lacking, rows)
+                with self._decoding[hash(part.shard) % LOCKS]:
+                    if lacking := self._copy(label_set, part, rows):
+                        self._decode(label_set, part, lacking, rows)
         self._metrics.slab(hit)
         return rows
 
@@ -163,6 +168,7 @@ class RowCache:
         wanted = {chunk: (rows, to) for chunk, rows, to in part.chunks(size)}
         for _ in range(_ATTEMPTS):
             key = self._stored(label_set, shard)
+            label_set.shard_record(shard, fresh=True)
             for first, last in _runs(lacking, most):
                 start = shard.start + first * size
                 piece = _read(
@@ -171,7 +177,7 @@ class RowCache:
                 chunks = {}
                 for chunk in range(first, last):
                     at = slice((chunk - first) * size, (chunk - first + 1) * size)
-                    chunks[chunk] = {name: array[at].copy() for name, array in piece.items()}
+                    chunks[chunk] = {name: array[at] for name, array in piece.items()}
                     rows, to = wanted[chunk]
                     for name, array in out.items():
                         array[to] = chunks[chunk][name][rows]
@@ -347,5 +353,7 @@ def _stat(path: str) -> tuple[object, ...] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return ()  # which is damage: reading it says so
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns, found.st_ino

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import math
 import multiprocessing
@@ -19,6 +18,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from sskt.server.http.auth import is_loopback
 from sskt.server.http.logs import log_config
 from sskt.server.http.protocol import LimitedProtocol, many_files
 from sskt.server.http.tokens import Tokens
@@ -74,6 +74,11 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         signal.signal(signal.SIGTERM, _stop)
+        if settings.token_file and not is_loopback(settings.host):
+            _log.warning(
+                "tokens and labels are sent unencrypted to other machines unless a proxy in front "
+                "of this server offers https (docs/deployment.md)"
+            )
         with compute_worker(settings):
             if ready:
                 ready(f"http://{host_name(settings.host)}:{port}")
@@ -109,16 +114,6 @@ def require_allowed(settings: Settings) -> None:
             f"--host {settings.host} can be reached from other machines, so --token-file is "
             "required; make one with sskt token new NAME --token-file FILE"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def host_name(host: str) -> str:

@@ -24,6 +24,8 @@ class Settings:
     of it (a token from one address). header_seconds, body_seconds: for a client to send them.
     request_seconds: until the first byte of an answer. send_seconds: a client that takes nothing
     for so long is cut off.
+    allowed_hosts: names that clients may use for the server besides those of the loopback; without
+    any, all of them if there is a token file.
     log: json or text. root: where the targets are now, for the sample browser and for computing.
     started: by the machine's monotonic clock.
     """
@@ -34,6 +36,7 @@ class Settings:
     port: int = 8080
     workers: int = 1
     token_file: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     on_demand: bool = False
     device: str = "auto"
     root: str | None = None
@@ -53,7 +56,7 @@ class Settings:
     body_seconds: float = 30
     request_seconds: float = 60
     send_seconds: float = 60
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic, compare=False)
 
     def as_json(self) -> str:
         """For ``from_environment``."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
 import os
-import re
 import stat
 import threading
 import time
@@ -24,7 +24,8 @@ from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
-from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.format.names import is_set_name
+from sskt.teacher_cache.label_sets.create import open_label_set, without_copies
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -37,7 +38,6 @@ REST = 3
 """That lifetime, as a multiple of the time that listing or reading took."""
 RETRY = {"Retry-After": "5"}
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}")
 _METADATA = (GROUP, f"view_check/{GROUP}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -99,7 +99,7 @@ class Sets:
                 reach.
         """
         try:
-            found = self._opened(name, fresh=fresh) if _NAME.fullmatch(name) else None
+            found = self._opened(name, fresh=fresh) if is_set_name(name) else None
         except _Unreadable as error:
             raise Problem(500, DAMAGED, str(error)) from error
         if found is not None:
@@ -157,7 +157,8 @@ class Sets:
                 continue
             if label_set is not None:
                 listed.append(label_set)
-        self._listed, self.damaged = listed, damaged
+        self._listed, copies = without_copies(listed)
+        self.damaged = damaged | {name: str(error) for name, error in copies.items()}
         self._known = {n: known for n, known in self._known.items() if n in set(names)}
 
     def _opened(self, name: str, *, fresh: bool = False) -> LabelSet | None:
@@ -178,11 +179,6 @@ class Sets:
                 version, last = self._version(name), self._known.get(name)
                 same = last is not None and last.version == version
                 label_set = last.label_set if last and same else open_label_set(place)
-                if not _NAME.fullmatch(name):
-                    raise CorruptStore(
-                        "the name of a label set has only letters, digits, '.', '_' and '-'; "
-                        "rename the folder"
-                    )
                 self._known[name] = _Known(version, label_set, _lifetime(begun))
                 return label_set
             open_label_set(place)  # says whether it has lost a file
@@ -266,6 +262,12 @@ def make_state(settings: Settings) -> State:
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),
         Queue(run / "queue", settings.queue) if settings.on_demand else None,
     )
+
+
+async def label_set_of(state: State, name: str) -> LabelSet:
+    """As ``Sets.get``, in a thread if a disk or a bucket may have to be waited for."""
+    known = state.sets.recent(name)
+    return known if known is not None else await asyncio.to_thread(state.sets.get, name)
 
 
 def state_of(request: HTTPConnection) -> State:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig as TrainConfig
     from sskt.trainer.data.soft_label_batch import SoftLabelBatch as SoftLabelBatch
     from sskt.trainer.data.soft_label_loader import SoftLabelLoader as SoftLabelLoader
+    from sskt.trainer.loop.trained import TrainedNetwork as TrainedNetwork
+    from sskt.trainer.loop.trained import open_run as open_run
     from sskt.trainer.losses import kl_divergence as kl_divergence
     from sskt.trainer.losses import soft_cross_entropy as soft_cross_entropy
     from sskt.trainer.losses import soft_focal as soft_focal
@@ -83,6 +85,7 @@ _MODULES = {
     "sskt.trainer.config": ("TrainConfig",),
     "sskt.trainer.data.soft_label_batch": ("SoftLabelBatch",),
     "sskt.trainer.data.soft_label_loader": ("SoftLabelLoader",),
+    "sskt.trainer.loop.trained": ("TrainedNetwork", "open_run"),
     "sskt.trainer.losses": ("kl_divergence", "soft_cross_entropy", "soft_focal", "total_loss"),
     "sskt.trainer.models.heads": ("SSKTNetwork",),
 }

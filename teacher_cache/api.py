@@ -27,7 +27,8 @@ from sskt.teacher_cache.sources import registry as zoo
 from sskt.teacher_cache.sources import source as frozen
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
 from sskt.teacher_cache.sources.names import SourceName, parse_source
-from sskt.teacher_cache.sources.preprocessing import class_names, count_outputs
+from sskt.teacher_cache.sources.outputs import count_outputs, parse_outputs
+from sskt.teacher_cache.sources.preprocessing import class_names
 from sskt.teacher_cache.sources.source import Preprocessing, Source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
@@ -170,6 +171,7 @@ def open_source(
     device: str | torch.device = AUTO,
     batchnorm: str = EVAL,
     batch_size: int = 64,
+    logits_are: str = "",
 ) -> Source:
     """Builds a source (a teacher), loads its weights and freezes it.
 
@@ -182,6 +184,9 @@ def open_source(
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: cuda if there is one.
         batchnorm: ``eval``, or ``batch`` for BatchNorm over each batch, as in the paper's code.
         batch_size: Samples of such a batch.
+        logits_are: What the network returns if it is not logits: ``probabilities`` or
+            ``log-probabilities``; ``logits`` says that they are although they look like
+            probabilities.
 
     Returns:
         The source, in evaluation mode and without gradients.
@@ -199,6 +204,7 @@ def open_source(
         precision="float32" if precision == "float32" else "bfloat16",
         device=frozen.usable_device(str(device)),
         batchnorm=parse_batchnorm(batchnorm, batch_size),
+        outputs=parse_outputs(logits_are),
     )
 
 
@@ -217,13 +223,15 @@ def freeze(
     batchnorm: str = EVAL,
     batch_size: int = 64,
     code: str | None = None,
+    logits_are: str = "",
 ) -> Source:
     """Makes a source (a teacher) of an own module: evaluation mode, no gradients.
 
     Its input is ``(view / 255 * scale - mean) / std`` of the whole view resized to ``size``.
 
     Args:
-        module: Takes float32 ``[n, 3, size, size]`` and returns logits ``[n, C]``. It is changed:
+        module: Takes float32 ``[n, 3, size, size]`` and returns logits ``[n, C]``, or an object
+            that has them as ``logits``. It is changed:
             it moves to the device and its parameters lose their gradients.
         name: Name of the source: letters, digits, - and _.
         size: Pixels of the input.
@@ -238,6 +246,9 @@ def freeze(
         batch_size: Samples of such a batch.
         code: Identifies the code of the module beside its weights; default: a SHA-256 of its
             printed structure and of the source text of its class.
+        logits_are: What the network returns if it is not logits: ``probabilities`` or
+            ``log-probabilities``; ``logits`` says that they are although they look like
+            probabilities.
 
     Returns:
         The source.
@@ -268,7 +279,7 @@ def freeze(
     wanted = SourceName(name)
     kind = type(module)
     try:
-        count = count_outputs(wanted, module.cpu(), size)
+        count = count_outputs(name, module.cpu(), size)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"source {name} does not take input of {size} pixels: {first_line(error)}"
@@ -283,6 +294,7 @@ def freeze(
         device=frozen.usable_device(str(device)),
         code=_code_of(module) if code is None else code,
         batchnorm=parse_batchnorm(batchnorm, batch_size),
+        outputs=parse_outputs(logits_are),
     )
 
 

@@ -12,9 +12,8 @@ from sskt.cli.output import as_json, print_json
 OWN_NETWORKS = (
     "your own (they are programs: open only what you trust):",
     "  NAME=FILE.py:factory or NAME=package.module:factory, a function without arguments that",
-    "    gives a torch Module; beside it SIZE, MEAN, STD (where needed CHANNELS, SCALE, CLASSES)",
-    "  NAME=FILE.pt (TorchScript) or NAME=FILE.pt2 (torch.export), with FILE.pt.json or",
-    "    FILE.pt2.json beside it, or --preprocessing",
+    "    returns a torch Module; beside it SIZE, MEAN, STD (where needed CHANNELS, SCALE, CLASSES)",
+    "  NAME=FILE.pt2 (torch.export), with FILE.pt2.json beside it, or --preprocessing",
     "  NAME:timm/ARCH for timm networks with other classes",
 )
 

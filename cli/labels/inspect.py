@@ -11,11 +11,10 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
-    device_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    target_option,
 )
 from sskt.cli.output import as_json, print_json, print_table, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
 @click.command(
     "inspect",
     cls=GroupedCommand,
+    groups={
+        "Labels": ("cache", "sample", "seed"),
+        "Images": ("png", "clip"),
+        "What the labels were made from": (*REOPENED, "live"),
+    },
     examples=(
         "sskt inspect stl10 --sample 3 --seed 1 --png view.png",
         "sskt inspect b900af --sample 17",
@@ -50,9 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--live/--no-live", default=True, show_default=True, help="Recompute the label with its source."
 )
-@root_option
-@target_option
-@device_option
+@reopen_options
 @as_json
 def inspect(
     cache: str,
@@ -62,17 +64,16 @@ def inspect(
     png: Path | None,
     clip: Path | None,
     live: bool,
-    root: Path | None,
-    target: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Look at one sample under one seed: its view, each source's top-5, the spec.
 
     All sets of one target and one view policy are shown together; name one to choose.
     """
     from sskt.teacher_cache.label_sets.find import choose_sets, same_views
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views, stored_probabilities
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views, require_named_sources
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     chosen = choose_sets(cache, sets)
     same_views(chosen)
@@ -89,7 +90,8 @@ def inspect(
             raise IncompleteLabels(
                 f"label set {label_set.name} has no label of sample {sample} under seed {seed} yet"
             )
-    instead = Reopen(target=target, root=root, device=device)
+    instead = Reopen(**given)
+    require_named_sources(instead, chosen)
     shown: dict[str, Any] = {
         "sample": sample,
         "seed": seed,
@@ -123,7 +125,7 @@ def _view_of(
     png: Path | None,
     clip: Path | None,
 ) -> dict[str, Any]:
-    """The view of a sample, its check against the stored one, and pictures of it.
+    """The view of a sample, its check against the stored one, and images of it.
 
     by_f_s: the same views, of clips under every f_s that a source saw them by.
     """
@@ -134,7 +136,7 @@ def _view_of(
     views = next(iter(by_f_s.values()))
     target = views.target
     if clip and not target.clips:
-        raise InputError(f"--clip: target {target.name} has pictures; use --png")
+        raise InputError(f"--clip: target {target.name} has images; use --png")
     view = views[sample, seed]
     shown: dict[str, Any] = {
         "id": target.ids[sample],
@@ -188,7 +190,8 @@ def _write_png(view: Any, path: Path) -> None:
 def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str, Any]:
     import numpy as np
 
-    from sskt.teacher_cache.tools.verify import compare, reopen, stored_probabilities
+    from sskt.teacher_cache.tools.reopen import reopen
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     shown: dict[str, Any] = {
         "label_set": label_set.name,
@@ -202,6 +205,8 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     top = np.argsort(-p, kind="stable")[:5]
     shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
     if instead is not None:
+        from sskt.teacher_cache.tools.recompute import compare
+
         try:
             views, source = reopen(label_set, instead)
         except SsktError as error:
@@ -224,7 +229,9 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     click.echo(f"views    {views['policy']} {views['parameters']}")
     if "id" in shown:
         state = (
-            "as the sources saw it" if shown["view_matches"] else "NOT the picture the sources saw"
+            "as the sources saw it"
+            if shown["view_matches"]
+            else "NOT the image that the sources saw"
         )
         *depth, height, width, _ = shown["view"]["shape"]
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))

@@ -135,6 +135,13 @@ _OPTIONS = (
         help="Preprocessing of a source: size, mean=a/b/c, std, channels=bgr and scale.",
     ),
     click.option(
+        "--logits-are",
+        multiple=True,
+        metavar="[NAME=]KIND",
+        help="What a source's network returns if not logits: probabilities or log-probabilities. "
+        "KIND logits accepts logits that look like probabilities.",
+    ),
+    click.option(
         "--batchnorm",
         type=click.Choice(["eval", "batch"]),
         default="eval",

@@ -16,7 +16,7 @@ from sskt.teacher_cache.errors import SsktError
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet
-    from sskt.teacher_cache.tools.verify import Reopen
+    from sskt.teacher_cache.tools.reopen import Reopen
 
 COLUMNS = (
     "digest",
@@ -88,7 +88,7 @@ def ls(
     chosen, damaged = choose_all(cache, sets)
     found = [summary(s) for s in chosen]
     if audited:
-        from sskt.teacher_cache.tools.verify import Reopen
+        from sskt.teacher_cache.tools.reopen import Reopen
 
         instead = Reopen(target=target, root=root)
         with progress() as bar:
@@ -102,7 +102,7 @@ def ls(
         for shown in found if audited else ():
             _print_audit(shown)
         for name, error in damaged.items():
-            click.echo(f"damaged: {name}: {error}")
+            click.echo(f"unreadable: {name}: {error}")
     if damaged:
         sys.exit(1)
 
@@ -124,7 +124,7 @@ def _row(s: dict[str, Any]) -> list[str]:
 
 def _audit(label_set: LabelSet, instead: Reopen, bar: Any) -> dict[str, Any]:
     from sskt.teacher_cache.tools.audit import audit, truth_of
-    from sskt.teacher_cache.tools.verify import reopen_target
+    from sskt.teacher_cache.tools.reopen import reopen_target
 
     target, why = None, ""
     try:

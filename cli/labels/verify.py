@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
+    REOPENED,
     cache_option,
-    device_option,
-    root_option,
+    reopen_options,
     sets_argument,
-    target_option,
 )
 from sskt.cli.output import as_json, print_json, progress
-from sskt.teacher_cache.errors import InputError
 
 
 @click.command(
     "verify",
     cls=GroupedCommand,
+    groups={
+        "Checks": ("cache", "count", "tolerance", "bind"),
+        "What the labels were made from": REOPENED,
+    },
     examples=(
-        "sskt verify",
         "sskt verify stl10 --recompute 64",
+        "sskt verify --recompute 64 --source tiny=tiny.py:build",
     ),
 )
 @cache_option
@@ -49,13 +50,7 @@ from sskt.teacher_cache.errors import InputError
     is_flag=True,
     help="Bind the shards of sets of older versions to their places, after the check.",
 )
-@click.option("--source", help="Source to open instead of the recorded one (one set only).")
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Its weights, if not the recorded file."
-)
-@root_option
-@target_option
-@device_option
+@reopen_options
 @as_json
 def verify(
     cache: str,
@@ -63,12 +58,8 @@ def verify(
     count: int,
     tolerance: float | None,
     bind: bool,
-    source: str | None,
-    weights: Path | None,
-    root: Path | None,
-    target: str | None,
-    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Check label sets: every checksum, every row, coverage; with --recompute also the labels.
 
@@ -80,11 +71,11 @@ def verify(
     """
     from sskt.teacher_cache.label_sets.find import choose_all
     from sskt.teacher_cache.tools import verify as checks
+    from sskt.teacher_cache.tools.reopen import Reopen, require_named_sources
 
     chosen, damaged = choose_all(cache, sets)
-    if source and len(chosen) > 1:
-        raise InputError(f"--source goes with one label set, found {len(chosen)}; name it")
-    instead = checks.Reopen(target, root, source, weights, device)
+    instead = Reopen(**given)
+    require_named_sources(instead, chosen)
     reports = []
     with progress() as bar:
         for label_set in chosen:
@@ -92,7 +83,9 @@ def verify(
             report = checks.bind(cache, label_set, step) if bind else checks.verify(label_set, step)
             if count:
                 step = bar(f"recomputing {label_set.spec['source']['name']}")
-                report = checks.recompute(
+                from sskt.teacher_cache.tools.recompute import recompute
+
+                report = recompute(
                     label_set, count, report, instead=instead, tolerance=tolerance, progress=step
                 )
             reports.append(report)

@@ -12,7 +12,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
 GROUPS = {
     "Labels": ("cache", "root", "on_demand", "device"),
-    "Network": ("host", "port", "token_file", "allowed_host", "allowed_hosts"),
+    "Network": ("host", "port", "token_file", "allowed_hosts"),
     "Capacity": (
         "workers",
         "memory",
@@ -61,6 +61,14 @@ GROUPS = {
     "--token-file",
     type=click.Path(path_type=Path),
     help="Token file (made by sskt token new). Required unless --host is a loopback address.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name by which clients may address the server, besides localhost; repeatable. "
+    "Default: any name with --token-file, none without.",
 )
 @click.option(
     "--on-demand", is_flag=True, help="Compute missing shards when a client asks for them."
@@ -118,7 +126,13 @@ GROUPS = {
     show_default=True,
     help="Format of the log on standard error.",
 )
-def serve(cache: str | None, token_file: Path | None, root: Path | None, **given: Any) -> None:
+def serve(
+    cache: str | None,
+    token_file: Path | None,
+    allowed_hosts: tuple[str, ...],
+    root: Path | None,
+    **given: Any,
+) -> None:
     """Serve the label sets of a cache, read-only, to any number of trainings.
 
     Trainings read them with sskt train --labels http://HOST:PORT. A browser shows the status page
@@ -133,6 +147,7 @@ def serve(cache: str | None, token_file: Path | None, root: Path | None, **given
         cache=cache,
         token_file=str(token_file.resolve()) if token_file else None,
         root=str(root.resolve()) if root else None,
+        allowed_hosts=tuple(name.lower() for name in allowed_hosts),
         **given,
     )
 

@@ -26,12 +26,12 @@ from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import BadImage, DiskFull, MissingData, SsktError
 from sskt.teacher_cache.label_sets.create import Documents, open_for_writing, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.labeling.run import StageOptions, label_units
+from sskt.teacher_cache.labeling.run import SourceLabels, StageOptions, label_units
 from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache
-from sskt.teacher_cache.tools.verify import Reopen, reopen
+from sskt.teacher_cache.tools.reopen import Reopen, reopen
 from sskt.teacher_cache.views.views import Views
 
 POLL_SECONDS = 0.1
@@ -163,8 +163,8 @@ class ComputeWorker:
             if _any_free(label_set, shards):
                 unit = Unit(label_set.shard_rows, tuple(shards))
                 options = StageOptions(batch_size=batch)
-                sources, sets = [opened.source], [label_set]
-                report = label_units(opened.views, sources, sets, [unit], options, wait=False)
+                pairs = [SourceLabels(opened.source, label_set)]
+                report = label_units(opened.views, pairs, [unit], options, wait=False)
                 written = report.written
             for entry, shard in zip(group, shards, strict=True):
                 if label_set.has(shard, fresh=True):

@@ -1,21 +1,59 @@
-"""Which requests are allowed: by their token, by the site whose page made them."""
+"""Which requests are allowed: by the server's name, their token, and the page that made them."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from sskt.server.http.problems import Problem
 from sskt.server.http.tokens import Token, Tokens
+from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import SsktError
 
 OPEN = frozenset({"/healthz", "/readyz"})
 """Answered without a token."""
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:@/?#\s]+))(?::[0-9]*)?")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own, and reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_unknown_host(scope: Mapping[str, Any], settings: Settings) -> None:
+    """Refuses requests for another server's name.
+
+    A page may let the name of its own server point to this machine (DNS rebinding): the browser
+    then takes this server for that page's own, but still sends the name.
+
+    Raises:
+        Problem: 403.
+    """
+    open_to_all = settings.token_file and (not settings.allowed_hosts or scope["path"] in OPEN)
+    sent = [value for name, value in scope["headers"] if name == b"host"]
+    if open_to_all or not sent:
+        return
+    text = sent[0].decode("latin-1").strip()
+    match = _HOST.fullmatch(text)
+    host = (match[1] or match[2]).lower().removesuffix(".") if match else ""
+    if not is_loopback(host) and host not in settings.allowed_hosts:
+        detail = (
+            f"this server is not known as {text!r}; use localhost, or start sskt serve with "
+            "--allowed-host"
+        )
+        raise Problem(403, "host not allowed", detail)
 
 
 def token_of(scope: Mapping[str, Any], tokens: Tokens | None) -> Token | None:

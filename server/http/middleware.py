@@ -22,7 +22,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sskt.server.http.auth import OPEN, refuse_unsafe, require, token_of
+from sskt.server.http.auth import OPEN, refuse_unknown_host, refuse_unsafe, require, token_of
 from sskt.server.http.logs import REQUEST_ID, shown_path
 from sskt.server.http.problems import Problem, json_answer, problem_of
 from sskt.server.http.protocol import CUT
@@ -175,7 +175,10 @@ class _Exchange:
     async def _handle(self, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
         self.body_left = length.strip(b"0") != b"" or b"transfer-encoding" in headers
+        refuse_unknown_host(self.scope, self.settings)
         token = self.scope["state"]["token"] = token_of(self.scope, self.middleware.state.tokens)
+        if token is not None:
+            self.metrics.token_used(token.name)
         refuse_unsafe(self.scope)
         with self.middleware.counted(self.scope, token):
             if self.body_left:

@@ -93,22 +93,24 @@ class Tokens:
         Raises:
             InputError: If the file cannot be used.
         """
-        tokens = self._now()
         if len(secret) > _LONGEST_SECRET:
             return None
-        digest, found = _hash(secret), None
-        for token in tokens:
-            if hmac.compare_digest(token.hash, digest):
-                found = token
+        digest = _hash(secret)
+        # An unknown token may be new.
+        found = _find(self._now(), digest) or _find(self._now(at_once=True), digest)
         return None if found is None or found.expired() else found
+
+    def all(self) -> list[Token]:
+        """All tokens, expired ones too. Raises ``InputError`` if the file cannot be used."""
+        return self._now()
 
     def require_usable(self) -> None:
         """Raises ``MissingData`` without the file, ``InputError`` if it cannot be used."""
         self._now()
 
-    def _now(self) -> list[Token]:
+    def _now(self, at_once: bool = False) -> list[Token]:
         with self._guard:
-            if time.monotonic() - self._looked >= FRESH_SECONDS:
+            if at_once or time.monotonic() - self._looked >= FRESH_SECONDS:
                 self._look()
                 self._looked = time.monotonic()
             if self._failure is not None:
@@ -126,6 +128,14 @@ class Tokens:
             if str(error) != str(self._failure):
                 _log.error("the token file cannot be read; all requests are refused: %s", error)
             self._tokens, self._signature, self._failure = [], None, error
+
+
+def _find(tokens: list[Token], digest: str) -> Token | None:
+    found = None
+    for token in tokens:
+        if hmac.compare_digest(token.hash, digest):
+            found = token
+    return found
 
 
 def new_token(path: Path, name: str, scopes: Iterable[str], days: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
 import numpy as np
@@ -22,7 +22,7 @@ from sskt.server.routes.batch_formats import RAW, SAFETENSORS
 from sskt.server.routes.compute import may_compute, wait_for, why_not
 from sskt.server.rows import Int64, chunk_numbers, chunk_rows
 from sskt.server.settings import Settings
-from sskt.server.state import State, state_of
+from sskt.server.state import State, label_set_of, state_of
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -129,7 +129,7 @@ async def batch(
     name, seeds, ids = await _parsed(request, name, seed)
     if len(ids) > (most := state.settings.max_ids):
         raise _too_many(f"{len(ids)} ids, at most {most}", most)
-    label_set = state.sets.recent(name) or await asyncio.to_thread(state.sets.get, name)
+    label_set = await label_set_of(state, name)
     _require_rows(label_set, ids)
     row_bytes = state.rows.row_bytes(label_set)
     _require_fitting(label_set, seeds, ids, row_bytes, state.settings)
@@ -184,12 +184,12 @@ async def _parsed(
     try:
         wanted = BatchRequest.model_validate_json(body)
     except ValidationError as error:
-        found = [
+        wrong = [
             {"where": ".".join(map(str, e["loc"])), "message": e["msg"]}
             for e in error.errors(include_url=False, include_context=False, include_input=False)
         ]
-        first = f"{found[0]['where'] or 'body'}: {found[0]['message']}"
-        raise Problem(422, "invalid request", first, errors=found[:20]) from error
+        first = f"{wrong[0]['where'] or 'body'}: {wrong[0]['message']}"
+        raise Problem(422, "invalid request", first, errors=wrong[:20]) from error
     ids = np.array(wanted.ids, np.int64)
     if isinstance(wanted.seed, int):
         return wanted.set, wanted.seed, ids
@@ -290,7 +290,7 @@ def _missing(
         detail += f"; it has seeds 0 to {label_set.seeds - 1}"
     if state.on_demand is not None:
         detail += f"; POST /v1/label-sets/{label_set.name}:compute has them computed"
-    about = {
+    about: dict[str, Any] = {
         "seeds": np.unique(each[missing])[:NAMED].tolist(),
         "ids": np.unique(ids[missing])[:NAMED].tolist(),
         "rows": int(missing.sum()),

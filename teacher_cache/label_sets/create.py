@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import CorruptStore
+from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.encodings import encoding_of
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP, new_documents, shard_rows_of
 from sskt.teacher_cache.format.shards import layout_of
@@ -21,6 +21,7 @@ from sskt.teacher_cache.label_sets.documents import array_document, bereft, read
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
+from sskt.teacher_cache.storage.http.place import HttpPlace
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache
@@ -164,26 +165,80 @@ def _create_objects(place: Place, documents: Documents) -> None:
 
 
 Damaged = dict[str, CorruptStore]
-"""What is wrong with each label set that cannot be opened, by its name."""
+"""Why each label set that cannot be opened cannot, by its name."""
 
 
-def look_over(cache: CacheName) -> tuple[list[LabelSet], Damaged]:
-    """All label sets of a cache, by name: those that open, and why the others do not.
+def look_over(
+    cache: CacheName, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[list[LabelSet], Damaged]:
+    """Opens the label sets of a cache. One that cannot be read hides no other.
 
-    Raises ``MissingData`` if there is no such folder.
+    Args:
+        cache: Where the label sets are.
+        wanted: Whether a label set of that name is opened; the others are not touched.
+
+    Returns:
+        The label sets that open, by name, and why the others do not. Of several folders with the
+        same label set only one is opened; the others are copies of it.
+
+    Raises:
+        MissingData: If the cache is a folder that does not exist.
+        InputError: If the cache cannot be reached.
     """
     home = open_cache(cache)
-    sets: list[LabelSet] = []
+    found: list[LabelSet] = []
     damaged: Damaged = {}
-    for name in home.folders():
-        place = home.below(name)
-        if place.size(GROUP) is None and not bereft(place):
-            continue
+    known = home.damaged() if isinstance(home, HttpPlace) else {}
+    for name in filter(wanted, home.folders()):
         try:
-            sets.append(open_label_set(place))
+            if name in known:  # asking for it would wait until the server can read it
+                raise CorruptStore(
+                    f"label set {name}: the label server cannot read it: {known[name]}"
+                )
+            label_set = _opened_if_any(home.below(name))
         except CorruptStore as error:
             damaged[name] = error
-    return sets, damaged
+            continue
+        if label_set is not None:
+            found.append(label_set)
+    sets, copies = without_copies(found)
+    return sets, damaged | copies
+
+
+def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
+    """Sorts out the copies of label sets in other folders of the same cache.
+
+    Args:
+        found: The label sets of a cache.
+
+    Returns:
+        One label set of each digest, by name, and what the others are.
+    """
+    by_digest: dict[str, list[LabelSet]] = {}
+    for label_set in found:
+        by_digest.setdefault(label_set.digest, []).append(label_set)
+    sets, damaged = [], {}
+    for alike in by_digest.values():
+        alike.sort(key=lambda s: (s.name != name_of(s.spec), s.name))
+        sets.append(alike[0])
+        for copy in alike[1:]:
+            damaged[copy.name] = CorruptStore(
+                f"label set {copy.name} is a copy of {alike[0].name}; remove one of the two"
+            )
+    return sorted(sets, key=lambda s: s.name), damaged
+
+
+def _opened_if_any(place: Place) -> LabelSet | None:
+    """Opens a label set; None for a folder that is none. Raises ``CorruptStore``."""
+    try:
+        if place.size(GROUP) is None and not bereft(place):
+            return None
+        return open_label_set(place)
+    except MissingData:
+        return None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CorruptStore(f"label set {place.name} cannot be read ({reason})") from error
 
 
 def list_label_sets(cache: CacheName) -> list[LabelSet]:

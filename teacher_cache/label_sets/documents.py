@@ -28,6 +28,9 @@ def read_attributes(place: Place) -> Document:
         if bereft(place):
             raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
         raise MissingData(f"no label set at {place}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CorruptStore(f"{place.where(GROUP)} cannot be read ({reason})") from error
 
 
 def bereft(place: Place) -> bool:
@@ -51,6 +54,6 @@ def parse_attributes(place: Place, data: bytes) -> Document:
             raise CorruptStore(f"label set {place.name}: its spec does not match its digest")
         if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
             raise CorruptStore(f"label set {place.name}: its classes do not match its spec")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStore(f"{place.where(GROUP)} is not a label set's metadata") from error
     return attributes

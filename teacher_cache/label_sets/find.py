@@ -19,10 +19,13 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.sources.names import SourceName
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.http.place import HttpPlace
-from sskt.teacher_cache.storage.open import is_served
+from sskt.teacher_cache.storage.open import is_served, open_cache
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.views.views import Views
+
+_DIGEST = re.compile(r".+\.[0-9a-f]{12}")
+"""Names that end in the digest of a label set. A folder that was renamed need not have one."""
 
 
 def choose_sets(cache: CacheName, wanted: Sequence[str]) -> list[LabelSet]:
@@ -37,18 +40,18 @@ def choose_sets(cache: CacheName, wanted: Sequence[str]) -> list[LabelSet]:
 
 
 def choose_all(cache: CacheName, wanted: Sequence[str]) -> tuple[list[LabelSet], Damaged]:
-    """As ``choose_sets``, but damaged label sets are told beside the others."""
-    sets, damaged = look_over(cache)
+    """As ``choose_sets``, but returns why damaged label sets cannot be read beside the others."""
+
+    def named(name: str) -> bool:
+        return not wanted or any(w in name or name[-12:].startswith(w[:12]) for w in wanted)
+
+    sets, damaged = look_over(cache, lambda name: named(name) or not _DIGEST.fullmatch(name))
     fitting = [
         s for s in sets if not wanted or any(w in s.name or s.digest.startswith(w) for w in wanted)
     ]
-    broken = {
-        name: error
-        for name, error in damaged.items()
-        if not wanted or any(w in name or name[-12:].startswith(w[:12]) for w in wanted)
-    }
+    broken = {name: error for name, error in damaged.items() if named(name)}
     if not fitting and not broken:
-        names = sorted([*(s.name for s in sets), *damaged])
+        names = open_cache(cache).folders()
         what = f"matches {' or '.join(wanted)}" if wanted else "is there"
         raise MissingData(
             f"no label set in {cache} {what}"
@@ -71,17 +74,21 @@ def readable_sets(
         MissingData: If the cache is a folder that does not exist.
         CorruptStore: If a set that cannot be read may be one of those wanted.
     """
-    everything, damaged = look_over(cache)
+    sources: Sequence[SourceName | None] = wanted or [None]
+
+    def could_be(name: str) -> list[SourceName | None]:
+        return [source for source in sources if _could_be(name, source, target)]
+
+    # A label set that was renamed is found by what it holds, and passed over if it is damaged.
+    sets, damaged = look_over(cache, lambda n: bool(could_be(n)) or not _DIGEST.fullmatch(n))
     for name, error in damaged.items():
-        sources: Sequence[SourceName | None] = wanted or [None]
-        for source in sources:
-            if _could_be(name, source, target):
-                raise CorruptStore(
-                    f"{error}; it may be the label set that is wanted: remove it (sskt rm) and "
-                    f"cache it again, or name another one with --source "
-                    f"{source.name if source else 'NAME'}#DIGEST"
-                ) from error
-    return [s for s in everything if first_difference(target, s.spec["target"]) is None]
+        for source in could_be(name):
+            raise CorruptStore(
+                f"{error}; it may be the label set that is wanted: remove it (sskt rm) and "
+                f"cache it again, or name another one with --source "
+                f"{source.name if source else 'NAME'}#DIGEST"
+            ) from error
+    return [s for s in sets if first_difference(target, s.spec["target"]) is None]
 
 
 def find_label_set(cache: CacheName, source: SourceName, views: Views) -> LabelSet | None:
@@ -133,8 +140,9 @@ def find_alike(cache: CacheName, label_set: LabelSet, views: Views) -> LabelSet 
     spec = label_set.spec
     seen = views.identity() | {"f_s": spec["views"]["f_s"]}
     wanted = spec | {"target": views.target.identity(), "views": seen}
-    sets, damaged = look_over(cache)
-    if error := damaged.get(name_of(wanted)):
+    name = name_of(wanted)
+    sets, damaged = look_over(cache, lambda n: n == name or not _DIGEST.fullmatch(n))
+    if error := damaged.get(name):
         raise CorruptStore(f"{error}; remove it (sskt rm) and cache it again") from error
     digest = digest_of(wanted)
     return next((s for s in sets if s.digest == digest), None)
@@ -158,10 +166,10 @@ def is_of(label_set: LabelSet, source: SourceName) -> bool:
 
 
 def _could_be(name: str, source: SourceName | None, target: Mapping[str, Any]) -> bool:
-    """Whether a set that cannot be read, judged by its folder's name, may be a wanted one."""
+    """Whether a label set, judged by its folder's name, may be a wanted one."""
     readable, _, digest = name.rpartition(".")
-    if not re.fullmatch("[0-9a-f]{12}", digest):
-        return True
+    if not _DIGEST.fullmatch(name):
+        return False
     arch = source.recorded_arch if source else None
     parts = {
         "target": target,

@@ -425,7 +425,9 @@ class LabelSet:
         """
         key, layout = self.shard_key(array, shard), self.layout(array)
         part = functools.partial(self.place.read_part, key)
-        for fresh in (False, True):  # the set may have been made again since the record was read
+        damage: Exception
+        # The set may have been made again since the record was read, or an answer been cut.
+        for fresh in (False, True):
             record = self.shard_record(shard, fresh=fresh)
             if record is None and self.bound:
                 raise self._lacks(shard)
@@ -435,11 +437,10 @@ class LabelSet:
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
                 raise self._damage(shard, f"{key} is gone or empty") from error
-            except NotAsRecorded as error:
-                damage: Exception = error
             except (OSError, ValueError) as error:
                 damage = error
-                break
+                if self.place.is_local and not isinstance(error, NotAsRecorded):
+                    break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
     def _lacks(self, shard: Shard) -> IncompleteLabels:
@@ -469,6 +470,50 @@ class LabelSet:
         self._claimed.discard(shard)
         self._claims.release(SHARDS + shard.seed * self.blocks + shard.block)
 
+    def discard_unsound(self, shards: Iterable[Shard]) -> list[str]:
+        """Makes stored shards missing whose record or files cannot be theirs.
+
+        Of a folder each record is read. Of a bucket, which takes a request for each, only the
+        names and sizes of the files are looked at.
+
+        Args:
+            shards: Shards of the set.
+
+        Returns:
+            What was wrong with each shard that was discarded.
+        """
+        return [what for shard in shards if (what := self._discarded(shard))]
+
+    def _discarded(self, shard: Shard) -> str:
+        assert self._claims is not None
+        if not self._unsound(shard):
+            return ""
+        byte = SHARDS + shard.seed * self.blocks + shard.block
+        if not self._claims.claim(byte):  # another process is labelling it
+            return ""
+        try:
+            what = self._unsound(shard)
+            if what:
+                self.place.delete([self.record_key(shard), self.commit_key(shard)])
+                self._records.pop(shard, None)
+            return what
+        finally:
+            self._claims.release(byte)
+
+    def _unsound(self, shard: Shard) -> str:
+        """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
+        if not self.has(shard):
+            return ""
+        gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
+        if gone:
+            return str(self._damage(shard, f"{gone[0]} is gone or empty"))
+        try:
+            if self.place.is_local:
+                self.shard_record(shard, fresh=True)
+        except CorruptStore as error:
+            return str(error)
+        return ""
+
     def close(self) -> None:
         """Ends writing: gives back all claims. The set stays readable."""
         if self._claims is not None:
@@ -476,7 +521,7 @@ class LabelSet:
         self._claims, self.writable = None, False
         self._claimed.clear()
 
-    def record(self, key: str, value: Any) -> None:
+    def add_attribute(self, key: str, value: Any) -> None:
         """Adds an attribute (once; the same value from every process that would add it)."""
         assert self._claims is not None
 

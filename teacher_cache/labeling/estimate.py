@@ -29,7 +29,7 @@ from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.documents import bereft
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job
-from sskt.teacher_cache.labeling.loader import Order, batches
+from sskt.teacher_cache.labeling.loader import ReadRequest, ViewReader
 from sskt.teacher_cache.labeling.units import Unit, seeds_together, units
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.local import LocalPlace
@@ -183,15 +183,15 @@ def _probe_reading(
     places = max(1, count // size)
     seeds = tuple(range(together))
 
-    def orders() -> Iterator[Order]:
+    def requests() -> Iterator[ReadRequest]:
         for i in range(places + 1):  # the first is not counted
             start = i * _STEP % places * size
-            yield Order(0, start, min(start + size, count), start, seeds)
+            yield ReadRequest(0, start, min(start + size, count), start, seeds)
 
     kept: list[Tensor] = []
     begin, read, spent = 0.0, 0, 0.0
-    stream = batches(views, orders, job.workers, torch.device("cpu"))()
-    for number, batch in enumerate(stream):
+    reader = ViewReader(views, job.workers, torch.device("cpu"))
+    for number, batch in enumerate(reader.read(requests())):
         if batch.error:
             raise MissingData(batch.error)
         # The last one is the first again: labels that come twice would compress to half.

@@ -17,6 +17,7 @@ from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.labeling.run import StageOptions
 from sskt.teacher_cache.labeling.units import MEMORY
 from sskt.teacher_cache.sources.batchnorm import parse_batchnorm
+from sskt.teacher_cache.sources.outputs import parse_outputs
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.targets.open import load_target, policy_of
@@ -56,6 +57,7 @@ class Job:
     weights: tuple[str, ...] = ()
     preprocessing: tuple[str, ...] = ()
     batchnorm: str = "eval"
+    logits_are: tuple[str, ...] = ()
     precision: str = "float32"
     device: str = "auto"
     batch_size: int = 64
@@ -139,6 +141,7 @@ def open_job_sources(job: Job) -> list[Opened]:
         job.precision,
         job.device,
         parse_batchnorm(job.batchnorm, job.batch_size),
+        job.logits_are,
     )
 
 
@@ -149,16 +152,31 @@ def open_sources(
     precision: str,
     device: str,
     batchnorm: str = "eval",
+    logits_are: Sequence[str] = (),
 ) -> list[Opened]:
-    """Sources as a command line names them.
+    """Opens sources as a command line names them.
 
-    weights: ``[NAME=]FILE``; preprocessing: ``[NAME:]key=value,...``. Raises ``InputError`` if
-    one of them does not say for which source.
+    Args:
+        texts: ``--source`` arguments.
+        weights: ``[NAME=]FILE`` each.
+        preprocessing: ``[NAME:]key=value,...`` each.
+        precision: ``float32``, else bfloat16.
+        device: See ``usable_device``.
+        batchnorm: ``eval`` or ``batch-B``.
+        logits_are: ``[NAME=]KIND`` each, see ``parse_outputs``.
+
+    Returns:
+        The sources, with the arguments that open them again.
+
+    Raises:
+        InputError: If an argument does not say for which source it is; and what ``open_source``
+            raises.
     """
     wanted = [parse_source(text) for text in texts]
     names = [w.name for w in wanted]
     files = _by_name(weights, "=", names, "--weights")
     fields = _by_name(preprocessing, ":", names, "--preprocessing")
+    kinds = _by_name(logits_are, "=", names, "--logits-are")
     place = usable_device(device)
     opened = []
     for text, name in zip(texts, wanted, strict=True):
@@ -170,12 +188,14 @@ def open_sources(
             precision="float32" if precision == "float32" else "bfloat16",
             device=place,
             batchnorm=batchnorm,
+            outputs=parse_outputs(kinds.get(name.name, "")),
         )
         arguments = {
             "source": source_at(text, name.file, full_path(name.file)) if name.file else text,
             "weights": full_path(file) if file else None,
             "preprocessing": fields.get(name.name, ""),
         }
+        arguments |= {"logits_are": kinds[name.name]} if name.name in kinds else {}
         opened.append(Opened(source, arguments))
     return opened
 

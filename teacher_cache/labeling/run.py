@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,30 +21,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadImage, CorruptStore, InputError
-from sskt.teacher_cache.format.encodings import Encoded, Encoding, measured_error
+from sskt.teacher_cache.format.encodings import ERROR_ROWS, Encoded, Encoding, measured_error
 from sskt.teacher_cache.format.spec import label_set_spec
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS, create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.labeling.loader import Batch, Order, batches, naming_killed_workers
+from sskt.teacher_cache.labeling.loader import ReadRequest, ViewBatch, ViewReader
 from sskt.teacher_cache.labeling.units import MEMORY, Share, Unit, units
 from sskt.teacher_cache.labeling.writer import Writer
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.views.loader_processes import reporting_dead_workers
 from sskt.teacher_cache.views.views import Views
-
-ERROR_ROWS = 512
-"""Rows on which a set's encoding error is measured (the first ones of seed 0)."""
 
 POLL_SECONDS = 0.1
 """Pause between looks at shards that another process is labelling."""
 
+_log = logging.getLogger("sskt")
+
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How to run, as opposed to what to compute. ``batch_size`` counts samples a forward.
+    """How the stage runs, as opposed to what it computes.
 
-    memory: GiB for labels and views not yet stored. share: only this part of the run; without
-    one, processes on the same folder divide the work by locks.
+    Attributes:
+        batch_size: Samples of a forward pass.
+        workers: Loader processes; None: by the number of cores.
+        on_error: ``fail`` at a sample that cannot be read, or ``skip`` it.
+        shard_rows: Samples in a shard of a new label set.
+        memory: GiB for labels and views that are not stored yet.
+        share: The part of the run that this process does; without one, processes on the same
+            folder divide the work by locks.
+        made: Provenance of new label sets by the name of the source.
     """
 
     batch_size: int = 64
@@ -57,7 +65,15 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a run did: labels per source written, found already there, samples skipped."""
+    """What a labelling run did.
+
+    Attributes:
+        label_sets: The label sets of the run, one for each source, opened for reading.
+        written: Labels that were written, of all sources and seeds.
+        reused: Labels that were stored before.
+        skipped: Ids of the samples that could not be read, in the order of the target.
+        seconds: Duration of the run.
+    """
 
     label_sets: list[LabelSet]
     written: int
@@ -66,10 +82,19 @@ class StageReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SourceLabels:
+    """A source and the label set that its labels go to, open for writing."""
+
+    source: Source
+    label_set: LabelSet
+
+
 Progress = Callable[[int, int], None]
-"""Called with (labels of one source done so far in this run, labels to do)."""
+"""Called with (labels of all sources done so far in this run, labels to do)."""
 
 
+@contextlib.contextmanager
 def open_sets(
     views: Views,
     sources: Sequence[Source],
@@ -77,10 +102,22 @@ def open_sets(
     seeds: int,
     cache: CacheName,
     options: StageOptions,
-) -> list[LabelSet]:
-    """The label sets of this run, created where new.
+) -> Iterator[list[SourceLabels]]:
+    """Opens the label sets of a run for writing, created where they are new; closes them.
 
-    Raises ``InputError`` for sources that cannot be labelled together.
+    Args:
+        views: The target under its policy.
+        sources: Frozen sources with different names.
+        encoding: Encoding of new labels.
+        seeds: Number of view seeds.
+        cache: Where the label sets are.
+        options: How the stage runs.
+
+    Yields:
+        Each source with its label set.
+
+    Raises:
+        InputError: If the sources cannot be labelled together.
     """
     if not sources:
         raise InputError("name at least one --source")
@@ -89,25 +126,17 @@ def open_sets(
         raise InputError(f"each --source needs a name of its own, found {', '.join(names)}")
     for source in sources:
         _require_fixed_batches(source, options)
-    sets: list[LabelSet] = []
-    try:
+    with contextlib.ExitStack() as opened:
+        pairs = []
         for source in sources:
             made = options.made.get(source.name, {})
-            spec = label_set_spec(views, source, encoding)
-            rows = options.shard_rows
-            sets.append(
-                create_label_set(cache, spec, source.classes, seeds, shard_rows=rows, made=made)
+            spec, rows = label_set_spec(views, source, encoding), options.shard_rows
+            label_set = create_label_set(
+                cache, spec, source.classes, seeds, shard_rows=rows, made=made
             )
-    except BaseException:
-        close_sets(sets)
-        raise
-    return sets
-
-
-def close_sets(sets: Sequence[LabelSet]) -> None:
-    """Gives back all claims."""
-    for label_set in sets:
-        label_set.close()
+            opened.callback(label_set.close)
+            pairs.append(SourceLabels(source, label_set))
+        yield pairs
 
 
 def _require_fixed_batches(source: Source, options: StageOptions) -> None:
@@ -134,28 +163,41 @@ def cache_teachers(
 ) -> StageReport:
     """Labels what is missing of seeds ``0 .. seeds - 1`` and returns when it is stored.
 
-    Safe to stop anywhere and to run in several processes at once. Without a share it waits until
-    the whole run is stored. Raises ``BadImage`` for an unreadable sample (or skips it with
-    ``on_error="skip"``: its rows stay empty and are passed over in training), ``DiskFull``,
-    ``TeacherMoved``.
+    It may be stopped anywhere and run in several processes at once. Without a share it waits
+    until the whole run is stored.
+
+    Args:
+        views: The target under its policy.
+        sources: Frozen sources with different names.
+        encoding: Encoding of new labels.
+        seeds: Number of view seeds.
+        cache: Where the label sets are.
+        options: How the stage runs.
+        progress: Called with labels done and to do.
+
+    Returns:
+        What was done.
+
+    Raises:
+        BadImage: If a sample cannot be read, unless it is to be skipped: its rows then hold no
+            label and are left out of trainings.
+        DiskFull: If there is no room.
+        TeacherMoved: If a source changes while it labels.
+        InputError: If the sources cannot be labelled together.
     """
     options = options or StageOptions()
     begin = time.monotonic()
-    sets = open_sets(views, sources, encoding, seeds, cache, options)
-    try:
-        share = options.share or Share()
+    with open_sets(views, sources, encoding, seeds, cache, options) as pairs:
+        share, sets = options.share or Share(), [pair.label_set for pair in pairs]
         todo = units(views, sets, seeds, options.batch_size, options.memory, share.world)
         todo = todo[share.rank :: share.world]
         wait = options.share is None
-        return label_units(views, sources, sets, todo, options, progress, begin=begin, wait=wait)
-    finally:
-        close_sets(sets)
+        return label_units(views, pairs, todo, options, progress, begin=begin, wait=wait)
 
 
 def label_units(
     views: Views,
-    sources: Sequence[Source],
-    sets: Sequence[LabelSet],
+    pairs: Sequence[SourceLabels],
     todo: Sequence[Unit],
     options: StageOptions,
     progress: Progress = lambda done, total: None,
@@ -163,26 +205,55 @@ def label_units(
     begin: float | None = None,
     wait: bool = True,
 ) -> StageReport:
-    """Labels what is missing of some units; ``wait``: also for what others have claimed."""
+    """Labels what is missing of some units of work.
+
+    Args:
+        views: The target under its policy.
+        pairs: The sources with their label sets, open for writing.
+        todo: The units.
+        options: How the stage runs.
+        progress: Called with labels done and to do.
+        begin: Time of ``time.monotonic`` at which the run began; default: now.
+        wait: Whether to wait for shards that other processes are labelling.
+
+    Returns:
+        What was done.
+
+    Raises:
+        As ``cache_teachers``.
+    """
     begin = time.monotonic() if begin is None else begin
+    sets = [pair.label_set for pair in pairs]
     for label_set in sets:
-        label_set.missing(())
+        label_set.place.refresh()
+        shards = [shard for unit in todo if unit.holds(label_set) for shard in unit.shards]
+        for what in label_set.discard_unsound(shards):
+            _log.warning("%s; the shard is labelled again", what)
     wanted, missing = count_labels(sets, todo)
-    run = _Run(views, sources, sets, todo, options, _Counter(progress, missing))
+    run = _Run(views, pairs, todo, options, _Counter(progress, missing))
     if missing:
         run.finish(wait)
     names = [views.target.ids[row] for row in sorted(run.skipped)]
     seconds = time.monotonic() - begin
-    return StageReport(list(sets), run.count.done, wanted - missing, names, seconds)
+    return StageReport(sets, run.count.done, wanted - missing, names, seconds)
 
 
 def count_labels(
     sets: Sequence[LabelSet], todo: Sequence[Unit], *, fresh: bool = False
 ) -> tuple[int, int]:
-    """Labels of some units, and how many of them are missing (``fresh``: not from a listing)."""
+    """Counts the labels of some units.
+
+    Args:
+        sets: The label sets of the run.
+        todo: The units.
+        fresh: Whether to ask the storage for each shard, instead of using an earlier listing.
+
+    Returns:
+        All labels of the units, and those that are missing.
+    """
     wanted = missing = 0
     for unit in todo:
-        for label_set in (s for s in sets if s.shard_rows == unit.rows):
+        for label_set in filter(unit.holds, sets):
             for shard in unit.shards:
                 rows = shard.stop - shard.start
                 wanted += rows
@@ -199,16 +270,16 @@ class _Counter:
         self._progress(self.done, max(self.total, self.done))
 
 
-@dataclass
 class _Pending:
-    """A shard being filled, by the writer thread only."""
+    """A claimed shard of one source that is being filled, by the writer thread only."""
 
-    label_set: LabelSet
-    source: Source
-    shard: Shard
-    encoded: Encoded
-    checks: NDArray[np.uint32]
-    sample: list[NDArray[np.float32]] = field(default_factory=list)
+    def __init__(self, pair: SourceLabels, shard: Shard) -> None:
+        self.source, self.label_set, self.shard = pair.source, pair.label_set, shard
+        rows = shard.stop - shard.start
+        classes = len(self.label_set.classes)
+        self.encoded: Encoded = self.label_set.encoding.empty(rows, classes)
+        self.checks = np.zeros(rows, np.uint32)
+        self.sample: list[NDArray[np.float32]] = []
 
     def put(self, rows: NDArray[np.int64], log_p: Tensor, checks: NDArray[np.uint32]) -> None:
         values = log_p.cpu().numpy()
@@ -223,33 +294,35 @@ class _Pending:
     def store(self) -> None:
         if self.sample:
             rows = np.concatenate(self.sample)[:ERROR_ROWS]
-            self.label_set.record("error", measured_error(self.label_set.encoding, rows))
+            self.label_set.add_attribute("error", measured_error(self.label_set.encoding, rows))
         self.label_set.write(self.shard, self.encoded, self.checks)
-        if not self.label_set.has(self.shard):
+        if not self.label_set.has(self.shard, fresh=True):  # another writer may have stored it
             raise CorruptStore(f"label set {self.label_set.name}: a shard vanished on writing")
         self.label_set.release(self.shard)
 
 
 @dataclass
 class _Run:
-    """One run over units: claims, reads, runs the sources, hands over to the writer thread."""
+    """One run over units: claims shards, reads, runs the sources, hands over to the writer."""
 
     views: Views
-    sources: Sequence[Source]
-    sets: Sequence[LabelSet]
+    pairs: Sequence[SourceLabels]
     todo: Sequence[Unit]
     options: StageOptions
     count: _Counter
     skipped: dict[int, str] = field(default_factory=dict)
-    pending: dict[int, dict[tuple[int, int], _Pending]] = field(default_factory=dict)
+    pending: dict[int, list[_Pending]] = field(default_factory=dict)
 
     def finish(self, wait: bool) -> None:
         """Labels until nothing is missing, or (without ``wait``) until nothing is free."""
-        device = self.sources[0].device
-        feed = batches(self.views, self.claimed, self.options.workers, device)
-        stream = feed()  # starts the workers: processes are forked before there is a thread
+        reader = ViewReader(self.views, self.options.workers, self.pairs[0].source.device)
+        stream = reader.read(self._requests())  # forks its processes before there is a thread
         writer = Writer()
-        with contextlib.closing(writer), naming_killed_workers():
+        failed = (
+            "all shards stored so far are valid: run the same command again, with fewer --workers "
+            "or less --memory"
+        )
+        with contextlib.closing(writer), reporting_dead_workers(failed):
             while True:
                 worked = False
                 for batch in stream:
@@ -260,65 +333,60 @@ class _Run:
                 if not worked:
                     writer.check()
                     time.sleep(POLL_SECONDS)
-                stream = feed()
+                stream = reader.read(self._requests())
 
     def _missing(self) -> bool:
-        for label_set in self.sets:
-            label_set.missing(())
-        return count_labels(self.sets, self.todo)[1] > 0
+        sets = [pair.label_set for pair in self.pairs]
+        for label_set in sets:
+            label_set.place.refresh()
+        return count_labels(sets, self.todo)[1] > 0
 
-    def claimed(self) -> Any:
-        """Orders of the units that nobody is at, claimed when the loader comes to them."""
+    def _requests(self) -> Iterator[ReadRequest]:
+        """The forward batches of the units, whose missing shards are claimed when it is their turn.
+
+        The reader draws them, in this process, when it has nothing else to read.
+        """
         for number, unit in enumerate(self.todo):
-            claims = {
-                (shard.seed, i): shard
+            claimed = [
+                _Pending(pair, shard)
                 for shard in unit.shards
-                for i, label_set in enumerate(self.sets)
-                if label_set.shard_rows == unit.rows and label_set.claim(shard)
-            }
-            if not claims:
+                for pair in self.pairs
+                if unit.holds(pair.label_set) and pair.label_set.claim(shard)
+            ]
+            if not claimed:
                 continue
-            self.pending[number] = {
-                key: self._empty(key[1], shard) for key, shard in claims.items()
-            }
-            seeds = sorted({seed for seed, _ in claims})
+            self.pending[number] = claimed
+            seeds = tuple(sorted({work.shard.seed for work in claimed}))
             first, size = unit.shards[0], self.options.batch_size
             for start in range(first.start, first.stop, size):
                 stop = min(start + size, first.stop)
-                yield Order(number, start, stop, self._context(start, stop), tuple(seeds))
+                yield ReadRequest(number, start, stop, self._context(start, stop), seeds)
 
     def _context(self, start: int, stop: int) -> int:
         """First sample to read: before ``start`` where BatchNorm needs a whole batch."""
-        whole = max((source.batch or 0 for source in self.sources), default=0)
+        whole = max((pair.source.batch or 0 for pair in self.pairs), default=0)
         return max(0, min(start, stop - whole))
 
-    def _empty(self, i: int, shard: Shard) -> _Pending:
-        label_set, rows = self.sets[i], shard.stop - shard.start
-        empty = label_set.encoding.empty(rows, len(label_set.classes))
-        return _Pending(label_set, self.sources[i], shard, empty, np.zeros(rows, np.uint32))
-
-    def _label(self, batch: Batch, writer: Writer) -> None:
-        order, pending = batch.order, self.pending[batch.order.unit]
+    def _label(self, batch: ViewBatch, writer: Writer) -> None:
+        request, pending = batch.request, self.pending[batch.request.unit]
         if batch.error:
             raise InputError(batch.error)
         for row, message in batch.bad:
             if self.options.on_error != "skip":
                 raise BadImage(message)
             self.skipped[row] = message
-        own = batch.rows >= order.start
-        for seed, stills in batch.stills.items():
-            for i, source in enumerate(self.sources):
-                work = pending.get((seed, i))
-                if work is None or not own.any():
-                    continue
-                seen = stills if source.batch is not None or own.all() else stills[own]
-                log_p = source.forward(seen)
-                log_p = log_p[own] if len(log_p) > own.sum() else log_p
-                rows, checks = batch.rows[own], batch.checks[seed][own]
-                writer.put(functools.partial(work.put, rows, log_p, checks))
-                self.count.add(len(rows))
-        if order.stop == next(iter(pending.values())).shard.stop:
-            for source in self.sources:
-                source.check_frozen()
-            for work in self.pending.pop(order.unit).values():
+        own = batch.rows >= request.start
+        for work in pending if own.any() else ():
+            seed, source = work.shard.seed, work.source
+            stills = batch.stills[seed]
+            seen = stills if source.batch is not None or own.all() else stills[own]
+            log_p = source.forward(seen)
+            log_p = log_p[own] if len(log_p) > own.sum() else log_p
+            rows, checks = batch.rows[own], batch.checks[seed][own]
+            writer.put(functools.partial(work.put, rows, log_p, checks))
+            self.count.add(len(rows))
+        if request.stop == pending[0].shard.stop:
+            for pair in self.pairs:
+                pair.source.check_frozen()
+            for work in self.pending.pop(request.unit):
                 writer.put(work.store)

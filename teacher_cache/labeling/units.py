@@ -85,6 +85,10 @@ class Unit:
         """View seeds of the unit."""
         return tuple(shard.seed for shard in self.shards)
 
+    def holds(self, label_set: LabelSet) -> bool:
+        """Whether the shards of the unit are those of this label set."""
+        return label_set.shard_rows == self.rows
+
 
 def units(
     views: Views, sets: Sequence[LabelSet], seeds: int, batch: int, memory: float, world: int = 1

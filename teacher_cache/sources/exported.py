@@ -1,7 +1,7 @@
-"""A user's network as one file: TorchScript, or a torch.export program.
+"""A user's network as one file: a torch.export program.
 
-Such a file is a program, as FILE.py is: open only what you trust. What can be seen before it is
-opened is refused here: pickled objects and compiled libraries in it, which would run at once.
+Such a file is a program, as FILE.py is: open only what you trust. Pickled objects and compiled
+libraries in it, which would run at once, are refused before it is opened.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import operator
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,60 +19,62 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData, SsktError
+from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData, SsktError, first_line
+from sskt.teacher_cache.sources.checkpoints import damaged_member, file_sha256
 from sskt.teacher_cache.sources.known_networks import Loaded
 from sskt.teacher_cache.sources.names import SourceName
+from sskt.teacher_cache.sources.outputs import count_outputs, tensor_of
 from sskt.teacher_cache.sources.preprocessing import (
     FIELDS,
     class_names,
-    count_outputs,
     override_preprocessing,
-    rng_kept,
     undeclared,
 )
-from sskt.teacher_cache.sources.source import Preprocessing, full_float32, state_sha256
+from sskt.teacher_cache.sources.python_code import require_code
+from sskt.teacher_cache.sources.source import Preprocessing
 
 EXAMPLE = '{"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}'
 
 
-class GraphNetwork(nn.Module):
-    """A loaded program as the network of a source.
+class ExportedNetwork(nn.Module):
+    """A torch.export program as the network of a source.
 
     It is on its device already, its memory format is the one it was exported with, and its mode
-    is part of its graph: so ``run`` is a function, no module that would be a part of this, and
-    ``eval``, ``to`` and ``requires_grad_`` leave it as it is. A program for fixed numbers of
-    pictures, ``least`` to ``most`` (None: any), gets a batch in pieces, the last one filled up
-    with copies of its last picture, whose labels are dropped.
+    is part of its graph: so the program's module is no submodule, and ``eval``, ``to`` and
+    ``requires_grad_`` leave it as it is. A program for fixed numbers of images, ``least`` to
+    ``most`` (None: any), gets a batch in pieces; the last piece is filled up with copies of its
+    last image, whose outputs are dropped.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], Any],
-        state: Callable[[], dict[str, Tensor]],
-        least: int = 1,
-        most: int | None = None,
-    ) -> None:
+    def __init__(self, program: Any, least: int, most: int | None) -> None:
         super().__init__()
-        self._run, self._state, self._least, self._most = run, state, least, most
+        module: Any = program.module()
+        self._run: Callable[[Tensor], Any] = lambda x: module(x)
+        self._tensors: Callable[[], dict[str, Tensor]] = module.state_dict
+        constants = {name: operator.attrgetter(name) for name in program.constants}
+        self._constants: Callable[[], dict[str, Tensor]] = lambda: {
+            name: read(module) for name, read in constants.items()
+        }
+        self._least, self._most = least, most
 
     def state_dict(  # type: ignore[override]
         self, *arguments: Any, **options: Any
     ) -> dict[str, Tensor]:
-        """All tensors of the program that its graph reads: parameters, buffers, constants."""
-        return self._state()
+        """All tensors that the graph reads: parameters, buffers, constants."""
+        return {**self._tensors(), **self._constants()}
 
     def forward(self, x: Tensor) -> Any:
+        """Outputs of images, float32 ``[n, 3, H, W]``."""
         x = x.contiguous()
         pieces = torch.split(x, self._most) if self._most else (x,)
         outputs = [self._piece(piece) for piece in pieces]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _piece(self, x: Tensor) -> Any:
-        lacking = self._least - len(x)
-        if lacking <= 0:
-            return self._run(x)
-        output = self._run(torch.cat([x, x[-1:].expand(lacking, -1, -1, -1)]))
-        return output[: len(x)] if isinstance(output, Tensor) else output
+        lacking = max(0, self._least - len(x))
+        filled = torch.cat([x, x[-1:].expand(lacking, -1, -1, -1)]) if lacking else x
+        output = tensor_of(self._run(filled))
+        return output[: len(x)] if lacking and isinstance(output, Tensor) else output
 
 
 @dataclass(frozen=True)
@@ -85,76 +86,60 @@ class _Sidecar:
     classes: list[str] | None
 
 
-def network_file(wanted: SourceName, preprocessing: str, device: torch.device) -> Loaded:
-    """Opens ``wanted.file`` on the device, with the preprocessing that its user declares.
+def network_file(
+    wanted: SourceName, preprocessing: str, device: torch.device, code: str = ""
+) -> tuple[Loaded, str]:
+    """Opens a torch.export program on the device.
 
-    Size, mean and std come from ``FILE.json`` beside it and from ``preprocessing`` (the
-    --preprocessing text, which wins). Raises ``MissingData``, ``InputError`` (undeclared
-    preprocessing, not a classifier), ``BadCheckpoint`` (no TorchScript or export, or unsafe).
+    Args:
+        wanted: The source, with its ``file``. Size, mean and std come from ``FILE.json`` beside it.
+        preprocessing: The --preprocessing text, which wins over ``FILE.json``.
+        device: Where the program is to run.
+        code: What the file must be, ``sha256:...``; empty: anything.
+
+    Returns:
+        The network with its preprocessing and classes, and the SHA-256 of the file as
+        ``sha256:...``.
+
+    Raises:
+        MissingData: If there is no such file.
+        SpecMismatch: If the file is another one than ``code`` says; it was not opened.
+        BadCheckpoint: If the file is no torch.export program, is damaged, or would run code.
+        InputError: If its preprocessing is not declared, or it is no classifier.
     """
     path = wanted.file
     assert path is not None
     if not path.is_file():
         raise MissingData(f"source {wanted.name}: no file {path}")
+    found = f"sha256:{file_sha256(path)}"
+    require_code(wanted, path, found, code)
     sidecar = _read_sidecar(wanted, path.with_name(f"{path.name}.json"))
     missing = undeclared(sidecar.fields, wanted, preprocessing)
     if missing:
         raise InputError(
-            f"source {wanted.name}: {path.name} does not say how its pictures are prepared "
+            f"source {wanted.name}: {path.name} does not say how its images are prepared "
             f"({', '.join(missing)} missing): write {sidecar.path} like {EXAMPLE} (also channels, "
             "scale, classes), or give --preprocessing size=224,mean=R/G/B,std=R/G/B"
         )
     how = override_preprocessing(Preprocessing(**sidecar.fields), preprocessing)
     how = how if wanted.size is None else replace(how, size=wanted.size)
     try:
-        script = _is_script(path)
-        network = _torchscript(path, device) if script else _exported(path, device, how.size)
+        _check_archive(path)
+        network = _opened(path, device, how.size)
     except (BadCheckpoint, InputError) as error:
         raise type(error)(f"source {wanted.name}: {error}") from error
     try:
-        count = count_outputs(wanted, network, how.size, device)
-        _require_eval(wanted, network, how, device)
+        count = count_outputs(wanted.name, network, how.size, device)
     except SsktError:
         raise
     except Exception as error:
-        what = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        last = str(error).strip().rpartition("\n")[2] or type(error).__name__
         raise InputError(
-            f"source {wanted.name}: {path} does not run on batches of any number of pictures of "
-            f"{how.size} pixels ({what[:200]}); check its size, and export it so"
+            f"source {wanted.name}: {path} does not run on images of {how.size} pixels "
+            f"({last[:200]}); check its size, and export it for that size"
         ) from error
-    return network, how, class_names(wanted, count, sidecar.classes, f"classes in {sidecar.path}")
-
-
-def _require_eval(
-    wanted: SourceName, network: nn.Module, how: Preprocessing, device: torch.device
-) -> None:
-    """Raises ``InputError`` if the program was exported in training mode.
-
-    Its mode cannot be asked for, so it is run: labels must not differ from one run to the next
-    (dropout), nor with the rest of the batch (BatchNorm), and running must not change it.
-    """
-    noise = torch.randint(
-        256, (how.size, how.size, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    views = torch.stack([noise, noise // 4, 255 - noise // 8]).to(device)
-    before = state_sha256(network)
-    with rng_kept(device), torch.inference_mode(), full_float32():
-        x = how(views)
-        together, again, *alone = [
-            torch.log_softmax(network(part).float(), dim=1) for part in (x, x, *torch.split(x, 1))
-        ]
-    found = ""
-    if state_sha256(network) != before:
-        found = "running it changes its statistics"
-    elif not torch.allclose(together, again, rtol=1e-3, atol=1e-3):
-        found = "running it twice gives two results"
-    elif not torch.allclose(together, torch.cat(alone), rtol=1e-3, atol=1e-3):
-        found = "a picture's label depends on the others in its batch"
-    if found:
-        raise InputError(
-            f"source {wanted.name}: {wanted.file} was exported in training mode ({found}); call "
-            "network.eval() and export it again"
-        )
+    classes = class_names(wanted, count, sidecar.classes, f"classes in {sidecar.path}")
+    return (network, how, classes), found
 
 
 def _are_names(classes: Any) -> bool:
@@ -187,29 +172,38 @@ def _read_sidecar(wanted: SourceName, path: Path) -> _Sidecar:
     return _Sidecar(path, found, classes)
 
 
-def _is_script(path: Path) -> bool:
-    """TorchScript (or torch.export), by the archive's members. Raises ``BadCheckpoint``."""
+def _check_archive(path: Path) -> None:
+    """Raises ``BadCheckpoint`` if a file is no torch.export program, or would run code."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             inner = {name.partition("/")[2] for name in names}
             if "constants.pkl" in inner:
-                return True
+                raise BadCheckpoint(
+                    f"{path} is TorchScript, which PyTorch has deprecated and sskt does not open; "
+                    "export the network anew: torch.export.save(torch.export.export("
+                    "network.eval(), (torch.zeros(2, 3, SIZE, SIZE),), dynamic_shapes="
+                    "({0: torch.export.Dim.DYNAMIC},)), 'FILE.pt2')"
+                )
             if "models/model.json" in inner or "serialized_exported_program.json" in names:
                 _refuse_what_runs(path, archive)
-                return False
+                if damaged := damaged_member(path):
+                    raise BadCheckpoint(
+                        f"{path} is damaged (the checksum of {damaged} fails); export it again"
+                    )
+                return
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError) as error:
         if zipfile.is_zipfile(path):
             raise BadCheckpoint(f"{path} is damaged ({error}); export it again") from error
     raise BadCheckpoint(
-        f"{path} is neither TorchScript (torch.jit.save) nor a torch.export program: pickled "
-        "networks and weights are not opened as networks; give the network as "
-        "NAME=FILE.py:factory, or weights for a known architecture with --weights"
+        f"{path} is no torch.export program: pickled networks and weights are not opened as "
+        "networks; give the network as NAME=FILE.py:factory, or weights for a known architecture "
+        "with --weights"
     )
 
 
 def _refuse_what_runs(path: Path, archive: zipfile.ZipFile) -> None:
-    """torch.export.load unpickles whatever a program's archive has pickled, and loads libraries."""
+    """Refuses pickled objects and compiled libraries, both of which torch.export.load would run."""
     names = archive.namelist()
     if len(set(names)) < len(names) or any("/aotinductor/" in name for name in names):
         _unsafe(path, "compiled libraries, or two members of one name")
@@ -234,40 +228,19 @@ def _unsafe(path: Path, what: str) -> NoReturn:
     )
 
 
-def _torchscript(path: Path, device: torch.device) -> GraphNetwork:
-    jit: Any = torch.jit
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*torch\.jit", category=FutureWarning)
-        warnings.filterwarnings("ignore", r".*torch\.jit", category=DeprecationWarning)
-        try:
-            program = jit.load(str(path), map_location=device).eval()
-        except Exception as error:
-            what = str(error).splitlines()[0]
-            raise BadCheckpoint(f"{path} cannot be opened as TorchScript ({what[:200]})") from error
-
-    def run(x: Tensor) -> Any:
-        # As written: the optimiser rewrites a graph after its first runs, and with it last bits,
-        # so that labels would depend on how often the network has run before.
-        with jit.optimized_execution(False):
-            return program(x)
-
-    return GraphNetwork(run, program.state_dict)
-
-
-def _exported(path: Path, device: torch.device, size: int) -> GraphNetwork:
+def _opened(path: Path, device: torch.device, size: int) -> ExportedNetwork:
     log = logging.getLogger("torch.export")
     level = log.level
-    log.setLevel(logging.ERROR)  # it would print a traceback of what is said in one line here
+    log.setLevel(logging.ERROR)  # its tracebacks say what the one line of our error says
     try:
         program = torch.export.load(path)
         if device.type != "cpu":
             from torch.export.passes import move_to_device_pass
 
             program = move_to_device_pass(program, device)
-        module = program.module()
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = "a part is missing or damaged" if "warnings above" in what else what[:200]
+        what = first_line(error)[:200]
+        what = "a part is missing or damaged" if "warnings above" in what else what
         raise BadCheckpoint(
             f"{path} cannot be opened as a torch.export program ({what})"
         ) from error
@@ -280,20 +253,11 @@ def _exported(path: Path, device: torch.device, size: int) -> GraphNetwork:
         raise InputError(f"{path}: expected a program of one input [n, 3, H, W]")
     if any(isinstance(n, int) and n != size for n in shape[2:]):
         raise InputError(
-            f"{path} was exported for pictures of {shape[2]} x {shape[3]}, but its preprocessing "
+            f"{path} was exported for images of {shape[2]} x {shape[3]}, but its preprocessing "
             f"says size {size}"
         )
     least, most = _batch_range(program, shape[0])
-    read = [operator.attrgetter(name) for name in program.constants]
-
-    def run(x: Tensor) -> Any:
-        return module(x)
-
-    def state() -> dict[str, Tensor]:
-        constants = zip(program.constants, (get(module) for get in read), strict=True)
-        return {**module.state_dict(), **dict(constants)}
-
-    return GraphNetwork(run, state, least, most)
+    return ExportedNetwork(program, least, most)
 
 
 def _batch_range(program: Any, n: Any) -> tuple[int, int | None]:

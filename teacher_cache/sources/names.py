@@ -20,9 +20,9 @@ SOURCES: dict[str, tuple[int, str]] = {
 DEFAULT_ARCH = "resnet50"
 TIMM = "timm/"
 NETWORK_FILES = (".pt", ".pth", ".torchscript", ".ts", ".pt2")
-"""Suffixes of TorchScript and torch.export files; what a file is, its content says."""
+"""Suffixes of files that may be torch.export programs. The content of a file decides."""
 
-OWN = "NAME=FILE.py:factory, NAME=package.module:factory, NAME=FILE.pt or FILE.pt2, NAME:timm/ARCH"
+OWN = "NAME=FILE.py:factory, NAME=package.module:factory, NAME=FILE.pt2, NAME:timm/ARCH"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SourceName:
     """``NAME[:ARCH][@SIZE]``, or a user's own network, with ``#DIGEST`` for reading.
 
     Own networks: ``NAME=FILE.py:factory`` and ``NAME=package.module:factory`` (``module``),
-    ``NAME=FILE.pt`` (a network file: ``file`` without ``factory``), ``NAME:timm/ARCH``.
+    ``NAME=FILE.pt2`` (a torch.export file: ``file`` without ``factory``), ``NAME:timm/ARCH``.
     """
 
     name: str
@@ -56,9 +56,11 @@ class SourceName:
 
 
 def parse_source(text: str, *, stored: bool = False) -> SourceName:
-    """Reads a ``--source`` argument; for reading ``stored`` labels any name will do.
+    """Reads a ``--source`` argument; to read ``stored`` labels, any name may be given.
 
-    Raises ``UnknownName`` or ``InputError``.
+    Raises:
+        UnknownName: If there is no such source.
+        InputError: If the text has none of the forms of ``SourceName``.
     """
     body, _, digest = text.partition("#")
     body, size = _split_size(body)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.sources.known_networks import imagenet_classes, places365_classes
@@ -16,14 +12,23 @@ from sskt.teacher_cache.sources.names import SOURCES, SourceName
 from sskt.teacher_cache.sources.source import Preprocessing
 
 FIELDS = ("size", "mean", "std", "channels", "scale")
-CPU = torch.device("cpu")
 NEEDED = ("mean", "std", "size")
 
 
 def override_preprocessing(base: Preprocessing, text: str) -> Preprocessing:
-    """``size=227,channels=bgr,scale=255,mean=104/117/123,std=1/1/1`` over ``base``.
+    """Reads ``--preprocessing``.
 
-    A single number for mean or std stands for all three channels. Raises ``InputError``.
+    Args:
+        base: The preprocessing of the network.
+        text: ``size=227,channels=bgr,scale=255,mean=104/117/123,std=1/1/1``; a single number for
+            mean or std stands for all three channels.
+
+    Returns:
+        ``base`` with the fields that ``text`` names.
+
+    Raises:
+        UnknownName: If a field is not known.
+        InputError: If a value cannot be used.
     """
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
@@ -46,7 +51,7 @@ def _field(key: str, value: str) -> Any:
 
 
 def undeclared(given: Iterable[str], wanted: SourceName, text: str) -> list[str]:
-    """Of size, mean and std those that nobody gave: not in ``given``, --preprocessing, @SIZE."""
+    """Which of size, mean and std are missing in ``given``, --preprocessing and @SIZE."""
     known = {*given, *(item.partition("=")[0] for item in text.split(","))}
     known |= {"size"} if wanted.size is not None else set()
     return [key for key in NEEDED if key not in known]
@@ -55,8 +60,20 @@ def undeclared(given: Iterable[str], wanted: SourceName, text: str) -> list[str]
 def class_names(
     wanted: SourceName, count: int, names: Sequence[Any] | None, what: str
 ) -> tuple[str, ...]:
-    """``names`` if they are given (``what`` says by whom), else those of a known source of as many
-    classes, else ``class 0``, ``class 1``, .... Raises ``InputError`` if there are not ``count``.
+    """Names of a network's classes.
+
+    Args:
+        wanted: The source.
+        count: Number of the network's outputs.
+        names: Names that the user gave.
+        what: Where they were given, for messages.
+
+    Returns:
+        ``names``; if there are none, those of a known source with as many classes, else
+        ``class 0``, ``class 1`` and so on.
+
+    Raises:
+        InputError: If there are not ``count`` names.
     """
     if names is None and wanted.name in SOURCES and count == SOURCES[wanted.name][0]:
         names = places365_classes() if wanted.name == "places365" else imagenet_classes()
@@ -67,24 +84,3 @@ def class_names(
             f"source {wanted.name}: {what} has {len(names)} names, the network {count} outputs"
         )
     return tuple(str(name) for name in names)
-
-
-@contextmanager
-def rng_kept(device: torch.device) -> Iterator[None]:
-    """Whatever a user's network draws inside, the global random numbers go on as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-def count_outputs(
-    wanted: SourceName, network: nn.Module, size: int, device: torch.device = CPU
-) -> int:
-    """C of a network that gives logits ``[n, C]`` for pictures of ``size``; else ``InputError``.
-
-    What the network itself raises comes through.
-    """
-    with rng_kept(device), torch.inference_mode():
-        output = network.eval()(torch.zeros(1, 3, size, size, device=device))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise InputError(f"source {wanted.name}: the network must return logits [n, C]")
-    return int(output.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -11,31 +12,47 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from sskt.teacher_cache.errors import InputError, MissingData, SsktError
+from sskt.teacher_cache.errors import (
+    InputError,
+    MissingData,
+    SpecMismatch,
+    SsktError,
+    first_line,
+)
 from sskt.teacher_cache.sources.known_networks import Loaded, three
 from sskt.teacher_cache.sources.names import SourceName
+from sskt.teacher_cache.sources.outputs import count_outputs
 from sskt.teacher_cache.sources.preprocessing import (
     class_names,
-    count_outputs,
     override_preprocessing,
     undeclared,
 )
 from sskt.teacher_cache.sources.source import Preprocessing
 
 
-def own_network(wanted: SourceName, preprocessing: str) -> tuple[Loaded, Path]:
-    """Calls the factory. Also gives the file of its module: what identifies the code.
+def own_network(wanted: SourceName, preprocessing: str, code: str = "") -> tuple[Loaded, str]:
+    """Runs a user's module and calls its factory.
 
-    The module declares SIZE, MEAN and STD unless ``preprocessing`` (the --preprocessing text)
-    gives them, and CHANNELS, SCALE and CLASSES where needed.
-    Raises ``MissingData``, and ``InputError`` for whatever else is wrong with it.
+    Args:
+        wanted: The source. Its module declares SIZE, MEAN and STD, and CHANNELS, SCALE and
+            CLASSES where needed.
+        preprocessing: The --preprocessing text, which wins over the module.
+        code: What the file of the module must be, ``sha256:...``; empty: anything.
+
+    Returns:
+        The network with its preprocessing and classes, and the SHA-256 of the module's file as
+        ``sha256:...``.
+
+    Raises:
+        MissingData: If there is no such file or module.
+        SpecMismatch: If the file is another one than ``code`` says; it was not run.
+        InputError: If the module cannot be used as a source; the message says why.
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            module = load_module(str(wanted.file or wanted.module), f"source {wanted.name}")
-            path = _file_of(wanted, module)
-            place = wanted.file or wanted.module
+            module, found = _loaded(wanted, code)
             if not hasattr(module, wanted.factory):
+                place = wanted.file or wanted.module
                 raise InputError(f"source {wanted.name}: {place} has no '{wanted.factory}'")
             network = getattr(module, wanted.factory)()
     except SsktError:
@@ -49,50 +66,99 @@ def own_network(wanted: SourceName, preprocessing: str) -> tuple[Loaded, Path]:
         )
     how = override_preprocessing(_declared(wanted, module, preprocessing), preprocessing)
     try:
-        count = count_outputs(wanted, network, wanted.size or how.size)
+        count = count_outputs(wanted.name, network, wanted.size or how.size)
     except SsktError:
         raise
     except Exception as error:
         raise _failed(wanted, error) from error
     classes = class_names(wanted, count, getattr(module, "CLASSES", None), "CLASSES")
-    return (network, how, classes), path
+    return (network, how, classes), found
+
+
+def _loaded(wanted: SourceName, code: str) -> tuple[ModuleType, str]:
+    """The module, and the SHA-256 of its file; a file is compared before it is run."""
+    what = f"source {wanted.name}"
+    if wanted.file is not None:
+        content = _content(wanted.file, what)
+        found = code_of(content)
+        require_code(wanted, wanted.file, found, code)
+        return _run(wanted.file, content), found
+    if code:
+        try:
+            spec = importlib.util.find_spec(wanted.module)
+        except ModuleNotFoundError:
+            spec = None  # load_module raises it again, or says that it is not installed
+        if spec is not None:
+            path = _file_of(wanted, spec.origin)
+            require_code(wanted, path, code_of(path.read_bytes()), code)
+    module = load_module(wanted.module, what)
+    path = _file_of(wanted, getattr(module, "__file__", None))
+    return module, code_of(path.read_bytes())
+
+
+def require_code(wanted: SourceName, path: Path, found: str, expected: str) -> None:
+    """Raises ``SpecMismatch`` if a file is not the one that is expected (empty: any)."""
+    if expected and found != expected:
+        raise SpecMismatch(
+            f"source {wanted.name}: {path} is not the file that the labels were made with "
+            f"(source.code: expected {expected}, found {found}); it was not run; give that file"
+        )
+
+
+def code_of(content: bytes) -> str:
+    """What identifies the code of a user: the SHA-256 of its file, as ``sha256:...``."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def load_module(place: str, what: str) -> ModuleType:
-    """The module of ``FILE.py`` or ``package.module``; ``what`` begins each message.
+    """Imports ``package.module``, or runs ``FILE.py``.
 
-    Raises ``MissingData`` if there is none, and whatever the code itself raises.
+    Args:
+        place: The name of the module, or the path of the file.
+        what: The beginning of each message.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingData: If there is none.
+        Exception: Whatever the code itself raises.
     """
-    if not place.endswith(".py"):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if not f"{place}.".startswith(f"{error.name}."):
-                raise
-            raise MissingData(
-                f"{what}: no module {place}; install it or put its folder on PYTHONPATH "
-                "(a file is named with its .py: FILE.py:factory)"
-            ) from error
-    path = Path(place)
+    if place.endswith(".py"):
+        return _run(Path(place), _content(Path(place), what))
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise MissingData(
+            f"{what}: no module {place}; install it or put its folder on PYTHONPATH "
+            "(a file is named with its .py: FILE.py:factory)"
+        ) from error
+
+
+def _content(path: Path, what: str) -> bytes:
     if not path.is_file():
         raise MissingData(f"{what}: no file {path}")
+    return path.read_bytes()
+
+
+def _run(path: Path, content: bytes) -> ModuleType:
     module = ModuleType(f"sskt_own_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     # Compiled here: Python's cache of compiled files may hold an older text of the same second.
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compile(content, str(path), "exec"), module.__dict__)
     return module
 
 
-def _file_of(wanted: SourceName, module: ModuleType) -> Path:
-    known = getattr(module, "__file__", None)
-    path = wanted.file or (Path(known) if known else None)
-    if path is None:
+def _file_of(wanted: SourceName, known: str | None) -> Path:
+    if known is None or not Path(known).is_file():
         raise InputError(
             f"source {wanted.name}: {wanted.module} is no module with a file of its own, so its "
             "code cannot be recorded"
         )
-    return path
+    return Path(known)
 
 
 def _declared(wanted: SourceName, module: ModuleType, preprocessing: str) -> Preprocessing:
@@ -120,6 +186,6 @@ def _declared(wanted: SourceName, module: ModuleType, preprocessing: str) -> Pre
 
 
 def _failed(wanted: SourceName, error: Exception) -> InputError:
-    what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    what = f"{type(error).__name__}: {first_line(error)}"
     place = wanted.file or wanted.module
     return InputError(f"source {wanted.name}: {place}:{wanted.factory} failed: {what}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sskt.teacher_cache.sources.known_networks import (
     torchvision_network,
 )
 from sskt.teacher_cache.sources.names import DEFAULT_ARCH, SOURCES, TIMM, SourceName, parse_source
+from sskt.teacher_cache.sources.outputs import Outputs
 from sskt.teacher_cache.sources.preprocessing import override_preprocessing
 from sskt.teacher_cache.sources.python_code import own_network
 from sskt.teacher_cache.sources.source import Precision, Source, freeze, usable_device
@@ -49,15 +49,34 @@ def open_source(
     precision: Precision = "float32",
     device: torch.device | str = "cpu",
     batchnorm: str = EVAL,
+    code: str = "",
+    outputs: Outputs | None = None,
 ) -> Source:
     """Builds, loads and freezes a source.
 
-    ``weights`` replaces the weights of a known architecture (.safetensors, or a checkpoint that
-    loads with ``weights_only=True``); ``preprocessing`` overrides fields, see
-    ``override_preprocessing``; ``batchnorm`` is ``eval`` or ``batch-B``, see ``parse_batchnorm``.
-    Raises ``UnknownName``, ``MissingData``, ``BadCheckpoint``, ``InputError``.
+    Args:
+        wanted: The source.
+        weights: Replaces the weights of a known architecture: .safetensors, or a checkpoint that
+            loads with ``weights_only=True``.
+        preprocessing: Overrides fields, see ``override_preprocessing``.
+        precision: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
+        device: See ``usable_device``.
+        batchnorm: ``eval`` or ``batch-B``, see ``parse_batchnorm``.
+        code: Of a user's network only: what its file must be, ``sha256:...``, which is compared
+            before the file is run; empty: anything.
+        outputs: What the network returns, see ``parse_outputs``.
+
+    Returns:
+        The source, in evaluation mode and without gradients.
+
+    Raises:
+        UnknownName: If the source is not known.
+        MissingData: If a file, a package or a download is missing.
+        BadCheckpoint: If the weights do not belong to the network.
+        SpecMismatch: If the file of a user's network is another one than ``code`` says.
+        InputError: If the network cannot be used as a source.
     """
-    arch, code = wanted.arch or DEFAULT_ARCH, ""
+    arch, found = wanted.arch or DEFAULT_ARCH, ""
     if (wanted.file is not None or wanted.module) and weights is not None:
         raise InputError(f"source {wanted.name}: --weights goes with a known architecture")
     if wanted.file is not None and not wanted.factory:
@@ -67,11 +86,9 @@ def open_source(
                 f"(NAME=FILE.py:factory); the mode of {wanted.file.name} is fixed in its graph"
             )
         place = usable_device(str(device))
-        (network, how, classes), path = network_file(wanted, preprocessing, place), wanted.file
-        code = _file_sha256(path)
+        (network, how, classes), found = network_file(wanted, preprocessing, place, code)
     elif wanted.factory:
-        (network, how, classes), path = own_network(wanted, preprocessing)
-        code = _file_sha256(path)
+        (network, how, classes), found = own_network(wanted, preprocessing, code)
     elif arch.startswith(TIMM):
         network, how, classes = timm_network(wanted, weights)
     elif arch == "efficientnet_lite0":
@@ -91,11 +108,7 @@ def open_source(
         classes,
         precision=precision,
         device=device,
-        code=code,
+        code=found,
         batchnorm=batchnorm,
+        outputs=outputs,
     )
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved
+from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved, first_line
 from sskt.teacher_cache.format.spec import classes_identity
 from sskt.teacher_cache.sources.batchnorm import EVAL, batch_of, set_batchnorm
+from sskt.teacher_cache.sources.outputs import (
+    LOGITS,
+    Outputs,
+    as_logits,
+    dependence,
+    probe_images,
+    rng_kept,
+    tensor_of,
+    wrong_kind,
+)
 
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]
@@ -29,7 +39,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a uint8 view to what the network was trained on: resize, scale, order, normalise.
+    """Turns a uint8 view into the input that a network was trained on.
 
     The whole view is resized to ``size`` x ``size`` (bilinear, antialiased when it shrinks);
     then ``(view / 255 * scale - mean) / std``, mean and std in the network's channel order.
@@ -76,7 +86,7 @@ class Preprocessing:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: Triple, device: torch.device) -> Tensor:
-    """``[1, 3, 1, 1]``, kept on the device: copying it there for each batch would wait for it."""
+    """``[1, 3, 1, 1]``, kept on the device: a copy for each batch would wait for the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
@@ -96,12 +106,13 @@ def state_sha256(network: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A frozen network h_s with all that its labels depend on.
+    """A frozen network h_s with everything that its labels depend on.
 
     Use ``freeze`` to make one: it puts the network in eval mode without gradients.
     ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
-    ``batchnorm`` is ``eval`` or ``batch-B``: then whoever asks for labels passes the B samples
-    that belong together (``batch``), and no others with them.
+    ``batchnorm`` is ``eval`` or ``batch-B``: then a caller passes the B samples that belong
+    together (``batch``), and no others with them. ``outputs`` is what the user declared that the
+    network returns; None: nothing, and it returns logits.
     """
 
     name: str
@@ -114,6 +125,7 @@ class Source:
     device: torch.device
     code: str = ""
     batchnorm: str = EVAL
+    outputs: Outputs | None = None
 
     @property
     def batch(self) -> int | None:
@@ -131,7 +143,12 @@ class Source:
             "batchnorm": self.batchnorm,
             "precision": self.precision,
         }
-        return identity | ({"code": self.code} if self.code else {})
+        converted = self.outputs not in (None, LOGITS)
+        return (
+            identity
+            | ({"code": self.code} if self.code else {})
+            | ({"outputs": self.outputs} if converted else {})
+        )
 
     def forward(self, views: Tensor) -> Tensor:
         """log y_m of a batch, on the device and without waiting for it: float32 ``[n, C]``.
@@ -152,33 +169,50 @@ class Source:
         stills = views.shape[1] if clips else 1
         images = views.to(self.device, non_blocking=True)
         images = images.flatten(0, 1) if clips else images
-        with torch.inference_mode(), full_float32(), self._autocast():
-            logits = self.network(self.preprocessing(images))
-            if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self.classes)):
-                found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise InputError(
-                    f"source {self.name}: expected logits of shape "
-                    f"({len(images)}, {len(self.classes)}), found {found}"
-                )
-            log_p = F.log_softmax(logits.float(), dim=1)
+        with torch.inference_mode():
+            logits = as_logits(self.raw_outputs(images), self.outputs or LOGITS)
+            log_p = F.log_softmax(logits, dim=1)
             if stills > 1:
                 by_clip = log_p.view(len(views), stills, len(self.classes))
                 log_p = by_clip.logsumexp(dim=1) - math.log(stills)
         return log_p
 
+    def raw_outputs(self, images: Tensor) -> Tensor:
+        """What the network returns for images.
+
+        Args:
+            images: uint8 ``[n, H, W, 3]`` on the device.
+
+        Returns:
+            Outputs of the kind ``outputs``: ``[n, C]`` on the device.
+
+        Raises:
+            InputError: If the network returns something else.
+        """
+        with torch.inference_mode(), full_float32(), self._autocast():
+            found = tensor_of(self.network(self.preprocessing(images)))
+        if not isinstance(found, Tensor) or found.shape != (len(images), len(self.classes)):
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"source {self.name}: expected logits of shape "
+                f"({len(images)}, {len(self.classes)}), found {what}"
+            )
+        return found
+
     def require_finite(self, log_p: NDArray[np.floating[Any]]) -> None:
         """Raises ``InputError`` if a row of ``forward``'s result, off the device, is not finite."""
         if not np.isfinite(log_p).all():
-            raise self._not_finite()
+            raise self.not_finite()
 
     def log_probabilities(self, views: Tensor) -> Tensor:
         """``forward``, waited for and checked: raises ``InputError`` if it is not finite."""
         log_p = self.forward(views)
         if not bool(torch.isfinite(log_p).all()):
-            raise self._not_finite()
+            raise self.not_finite()
         return log_p
 
-    def _not_finite(self) -> InputError:
+    def not_finite(self) -> InputError:
+        """The error of a network whose outputs are not finite."""
         half = ", or use --precision float32" if self.precision != "float32" else ""
         return InputError(
             f"source {self.name}: the network's outputs are not finite; "
@@ -195,7 +229,7 @@ class Source:
             raise TeacherMoved(
                 f"source {self.name} changed while labelling (training mode: "
                 f"{self.network.training}); a source must not update its weights or "
-                "BatchNorm statistics in forward"
+                "BatchNorm statistics in forward; before torch.export call network.eval()"
             )
 
 
@@ -210,47 +244,115 @@ def freeze(
     device: torch.device | str = "cpu",
     code: str = "",
     batchnorm: str = EVAL,
+    outputs: Outputs | None = None,
 ) -> Source:
-    """Eval mode, no gradients, on the device, weights hashed: a ``Source``.
+    """Makes a source: evaluation mode, no gradients, on the device, weights hashed, and tested.
 
-    ``batchnorm`` is ``eval`` or ``batch-B`` (``parse_batchnorm``). Raises ``InputError`` if the
-    network cannot run so on pictures of its size, ``TeacherMoved`` if running it changes it.
+    Args:
+        name: Name of the source.
+        arch: Name of the architecture in the spec.
+        network: The network. It is changed.
+        preprocessing: What it takes.
+        classes: Names of its classes.
+        precision: Arithmetic of the forward pass.
+        device: See ``usable_device``.
+        code: Identifies the code of a user's network.
+        batchnorm: ``eval`` or ``batch-B``, see ``parse_batchnorm``.
+        outputs: What the network returns; None: logits, unless they look like probabilities.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: If the network does not run on images of its size, has fewer than two classes,
+            returns something other than logits, or if its outputs are no function of its image.
+        TeacherMoved: If running it changes its weights or statistics.
     """
+    if len(classes) < 2:
+        raise InputError(
+            f"source {name}: the network has {len(classes)} output, and the softmax of one is "
+            "always 1; give a network of two classes or more"
+        )
     network = network.eval().requires_grad_(False)
     set_batchnorm(name, network, batchnorm)
     weights = state_sha256(network)
     device = usable_device(str(device))
     network = network.to(device).to(memory_format=torch.channels_last)
     source = Source(
-        name, arch, network, preprocessing, classes, weights, precision, device, code, batchnorm
+        name,
+        arch,
+        network,
+        preprocessing,
+        classes,
+        weights,
+        precision,
+        device,
+        code,
+        batchnorm,
+        outputs,
     )
-    size, n = preprocessing.size, 1 if source.batch is None else 2
     try:
-        source.log_probabilities(torch.zeros(n, size, size, 3, dtype=torch.uint8))
+        _test(source)
     except SsktError:
         raise
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"source {name} does not take input of {size} pixels: {what}") from error
-    source.check_frozen()
+        raise InputError(
+            f"source {name} does not take input of {preprocessing.size} pixels: {first_line(error)}"
+        ) from error
     return source
 
 
+def _test(source: Source) -> None:
+    """Runs a source on a few fixed images. Raises ``InputError``, ``TeacherMoved``."""
+    images = probe_images(source.preprocessing.size).to(source.device)
+    pair, run = images[:2], replace(source, precision="float32").raw_outputs
+    with rng_kept(source.device):
+        outputs = run(pair)
+        cause = dependence(run, pair, outputs, in_batches=source.batch is not None)
+        kind = wrong_kind(run, images, outputs, source.outputs)
+        if source.precision != "float32":
+            outputs = source.raw_outputs(pair)
+    source.check_frozen()
+    if not bool(torch.isfinite(outputs).all()):
+        raise source.not_finite()
+    if cause:
+        raise InputError(
+            f"source {source.name}: {cause}; a soft label must depend on its image alone: put "
+            "every layer into evaluation mode (functional dropout with training=self.training; "
+            "before torch.export call network.eval())"
+        )
+    if kind:
+        raise InputError(
+            f"source {source.name}: {kind}; return the logits, or say what the outputs are with "
+            "--logits-are probabilities (or log-probabilities, logits)"
+        )
+
+
 def usable_device(name: str) -> torch.device:
-    """``auto`` (cuda where there is one), ``cpu``, ``cuda:1``. Raises ``InputError``."""
+    """Reads a device's name.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda if there is one.
+
+    Returns:
+        The device, which was tried.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {name} cannot be used: {first_line(error)}") from error
     return device
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 inside: a float32 label must not depend on the kind of GPU."""
+    """Turns TF32 off: a float32 label must not depend on the kind of GPU."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -95,7 +95,7 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
         pool.shutdown(cancel_futures=True)
     for key in ("error", BOUND):
         if key in source.attributes:
-            target.record(key, source.attributes[key])
+            target.add_attribute(key, source.attributes[key])
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 
@@ -143,22 +143,25 @@ def _write_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int:
 
 def _checked(source: LabelSet, array: str, shard: Shard, record: ShardRecord | None) -> bytes:
     """The file of an array of a shard, whole and in its place. Raises ``CorruptStore``."""
-    key, chunks, data = source.shard_key(array, shard), source.layout(array).chunks, b""
-    try:
-        data = source.place.read(key)
-        damage = shard_damage(data, chunks)
-    except FileNotFoundError:
-        damage = "it is gone"
-    except OSError as error:
-        damage = error.strerror or str(error)
-    if not damage and record and file_checksums(data, chunks) != record.checksums[array]:
-        damage = "it is not the file that the shard's record names"
-    if damage:
-        raise CorruptStore(
-            f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); "
-            "run sskt verify, delete the shard it names and cache it again"
-        )
-    return data
+    key, chunks = source.shard_key(array, shard), source.layout(array).chunks
+    for _ in range(1 if source.place.is_local else 2):  # it may have been damaged on the way
+        try:
+            data = source.place.read(key)
+            damage = shard_damage(data, chunks)
+        except FileNotFoundError:
+            damage = "it is gone"
+        except OSError as error:
+            damage = error.strerror or str(error)
+        except CorruptStore as error:
+            damage = str(error)
+        if not damage and record and file_checksums(data, chunks) != record.checksums[array]:
+            damage = "it is not the file that the shard's record names"
+        if not damage:
+            return data
+    raise CorruptStore(
+        f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); run sskt "
+        "verify, delete the shard it names and cache it again"
+    )
 
 
 def _real(place: Place) -> str:

@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.encodings import (
+    ERROR_ROWS,
     U8_POWER,
     Encoded,
     Encoding,
     Float32,
-    as_tensors,
+    decoded,
     measured_error,
-    soft_labels,
 )
 from sskt.teacher_cache.label_sets.create import create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.labeling.run import ERROR_ROWS
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
 
@@ -138,7 +137,7 @@ def _export_shard(source: LabelSet, target: LabelSet, shard: Shard) -> None:
     if shard.seed == shard.block == 0 and not skipped.all():
         first = {key: rows[:ERROR_ROWS] for key, rows in kept.items()}
         log_p = _log_p(source.encoding, first, len(source.classes))
-        target.record("error", measured_error(target.encoding, log_p))
+        target.add_attribute("error", measured_error(target.encoding, log_p))
     encoded = target.encoding.empty(len(skipped), len(target.classes))
     for key, rows in _encode(source, target, kept).items():
         encoded[key][~skipped] = rows
@@ -163,8 +162,8 @@ def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
             log_p = U8_POWER * np.log(encoded["labels"].astype(np.float64) / 255)
             log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         return log_p.astype(np.float32)
-    p = soft_labels(encoding, as_tensors(encoded), classes)
-    return np.asarray(p.log().numpy())
+    with np.errstate(divide="ignore"):
+        return np.log(decoded(encoding, encoded, classes)).astype(np.float32)
 
 
 def _require_sound(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch, UnknownName
 from sskt.teacher_cache.rng import FRAMES, below, draw
 
 Pick = Callable[[int, int, int], Sequence[int]]
@@ -88,10 +88,21 @@ FRAME_SAMPLINGS: dict[str, str] = {
 _PICKS: dict[str, Pick] = {"center": _center, "first": _first, "random": _random}
 
 
-def parse_frame_sampling(text: str) -> FrameSampling:
-    """``center``, ``first``, ``uniform-K``, ``random``, or ``FILE.py:function``.
+def parse_frame_sampling(text: str, *, code: str = "") -> FrameSampling:
+    """Reads the name of a frame sampling; of a user's function, runs the file.
 
-    Raises ``UnknownName``, ``MissingData`` (no such file), ``InputError`` (no such function).
+    Args:
+        text: ``center``, ``first``, ``uniform-K``, ``random``, or ``FILE.py:function``.
+        code: What the file's content must be, ``sha256:...``; empty: anything.
+
+    Returns:
+        The frame sampling.
+
+    Raises:
+        UnknownName: If there is no such frame sampling.
+        MissingData: If there is no such file.
+        SpecMismatch: If the file is another one than ``code`` says; it was not run.
+        InputError: If there is no such function in it.
     """
     if text in _PICKS:
         return FrameSampling(text, _PICKS[text])
@@ -107,9 +118,14 @@ def parse_frame_sampling(text: str) -> FrameSampling:
         content = Path(file).read_bytes()
     except OSError as error:
         raise MissingData(f"frame sampling: cannot read {file} ({error.strerror})") from error
-    code = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    if code and found != code:
+        raise SpecMismatch(
+            f"frame sampling {file} is not the file that the labels were made with (views.f_s: "
+            f"expected {code}, found {found}); it was not run; give that file"
+        )
     pick = _Own(str(Path(file).resolve()), function, content)
-    return FrameSampling(f"{Path(file).name}:{function}", pick, code)
+    return FrameSampling(f"{Path(file).name}:{function}", pick, found)
 
 
 class _Own:

@@ -17,6 +17,7 @@ from sskt.cli.main import COMMANDS
 from sskt.teacher_cache.targets.registry import TARGETS
 
 Call = Callable[..., tuple[int, str, str]]
+SOURCE = ("--source", f"tiny={TINY}:build")
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,12 @@ def test_ls(sskt: Call, cache: Path) -> None:
 
 def test_inspect_shows_the_view_and_the_labels(sskt: Call, cache: Path, tmp_path: Path) -> None:
     from sskt.teacher_cache.label_sets.find import choose_sets
-    from sskt.teacher_cache.tools.verify import Reopen, reopen
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen
 
     png = tmp_path / "view.png"
-    ask = ["inspect", "--cache", cache, "--sample", 33, "--seed", 1, "--png", png]
+    ask = ["inspect", "--cache", cache, "--sample", 33, "--seed", 1, "--png", png, *SOURCE]
     shown = json.loads(sskt(*ask, "--json")[1])
-    views, _ = reopen(choose_sets(cache, [])[0], Reopen())
+    views, _ = reopen(choose_sets(cache, [])[0], Reopen(sources=SOURCE[1:]))
     with Image.open(png) as image:
         assert np.array_equal(np.asarray(image), views[33, 1])
     assert shown["id"] == "bear/0013.png" and shown["label"] == "bear"
@@ -75,19 +76,19 @@ def test_inspect_of_what_is_not_there(sskt: Call, cache: Path) -> None:
 
 
 def test_verify_and_recompute(sskt: Call, cache: Path) -> None:
-    status, out, _ = sskt("verify", "--cache", cache, "--recompute", 10)
+    status, out, _ = sskt("verify", "--cache", cache, "--recompute", 10, *SOURCE)
     assert status == 0 and "120 rows, 10 recomputed" in out and ": clean" in out
-    (report,) = json.loads(sskt("verify", "--cache", cache, "--recompute", 5, "--json")[1])
+    (report,) = json.loads(sskt("verify", "--cache", cache, "--recompute", 5, "--json", *SOURCE)[1])
     assert report["problems"] == [] and report["recomputed"] == 5
 
 
 def test_verify_with_another_network_is_refused(sskt: Call, cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "tiny.py"
-    other.write_text(TINY.read_text().replace("manual_seed(1)", "manual_seed(2)"))
+    other.write_text(TINY.read_text() + "# another file\n")
     status, _, err = sskt(
         "verify", "--cache", cache, "--recompute", 3, "--source", f"tiny={other}:build"
     )
-    assert status == 2 and "source.weights is 'sha256:" in err
+    assert status == 2 and "is not the file that the labels were made with" in err
 
 
 def test_verify_finds_labels_that_are_not_the_sources(
@@ -104,8 +105,16 @@ def test_verify_finds_labels_that_are_not_the_sources(
         shutil.rmtree(label_set.path / array / "1")
         shutil.copytree(label_set.path / array / "0", label_set.path / array / "1")
     status, out, _ = sskt("verify", "--cache", damaged)
-    assert status == 0, "swapped whole shards pass their checksums"
-    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20)
+    assert status == 1 and "seed 1, samples 0 to 59: " in out
+    for record in damaged.glob("*/view_check/c/1/*.json"):
+        record.unlink()
+    file = label_set.path / "zarr.json"
+    document = json.loads(file.read_text())
+    del document["attributes"]["sskt"]["bound"]
+    file.write_text(json.dumps(document))
+    status, out, _ = sskt("verify", "--cache", damaged)
+    assert status == 0, "whole shards of a set without records pass their checksums"
+    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, *SOURCE)
     assert status == 1 and "seed 1: the view is not the one the source saw" in out
 
 
@@ -136,7 +145,7 @@ def test_recomputing_finds_labels_of_other_images(sskt: Call, cache: Path, tmp_p
 
     damaged = rewritten(cache, tmp_path / "cache", shift)
     assert sskt("verify", "--cache", damaged)[0] == 0
-    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, "--json")
+    status, out, _ = sskt("verify", "--cache", damaged, "--recompute", 20, "--json", *SOURCE)
     (report,) = json.loads(out)
     problems = [p for p in report["problems"] if "stored and recomputed labels differ by" in p]
     assert status == 1 and report["recomputed"] == 20 and len(problems) > 9
@@ -187,11 +196,13 @@ def test_verify_finds_missing_shards(sskt: Call, cache: Path, tmp_path: Path) ->
     import shutil
 
     lacking = shutil.copytree(cache, tmp_path / "cache")
-    (file,) = lacking.glob("*/labels/c/1/0/0")
+    (file,) = lacking.glob("*/view_check/c/1/0.json")
     file.unlink()
     status, out, _ = sskt("verify", "--cache", lacking, "--json")
     (report,) = json.loads(out)
-    assert status == 1 and report["problems"] == ["1 of 2 shards are missing (seed 1)"]
+    assert status == 1 and report["problems"] == [
+        "1 of 2 shards are missing (seed 1); 1 have labels but no record: add it with --bind"
+    ]
     assert (report["shards"], report["rows"]) == (1, 60)
 
 

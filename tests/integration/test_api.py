@@ -30,7 +30,8 @@ from sskt.teacher_cache.api import (
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData, SpecMismatch, UnknownName
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.tools.verify import Reopen, compare, reopen
+from sskt.teacher_cache.tools.recompute import compare
+from sskt.teacher_cache.tools.reopen import Reopen, reopen
 from sskt.trainer.api import train
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
@@ -91,7 +92,7 @@ def test_a_set_made_from_python_is_verified_against_its_source(
 ) -> None:
     cache_teachers(open_target(images), TEXT, cache=tmp_path, seeds=1, policy="none")
     (label_set,) = list_label_sets(tmp_path)
-    views, source = reopen(label_set, Reopen())
+    views, source = reopen(label_set, Reopen(sources=[TEXT]))
     found = compare(label_set, views, source, 17, 0)
     assert found.same_view and found.distance < 1e-3
 

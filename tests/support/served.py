@@ -189,7 +189,9 @@ def make_state(run: Path, tokens: Path | None = None, **changes: Any) -> Any:
     """What the middleware needs of a server's state."""
     metrics = Metrics(run)
     return SimpleNamespace(
-        settings=Settings(cache="", run=str(run), **changes),
+        settings=Settings(
+            cache="", run=str(run), token_file=str(tokens) if tokens else None, **changes
+        ),
         metrics=metrics,
         tokens=Tokens(tokens) if tokens else None,
     )

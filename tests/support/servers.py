@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import uvicorn
 
@@ -193,6 +194,49 @@ def raw_server(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
             thread.join()
         for end in [listener, *ends]:
             end.close()
+
+
+Answered = Callable[[str, bytes], bytes]
+"""Makes a whole HTTP answer of (path, the right body)."""
+
+
+def answered(path: str, body: bytes) -> bytes:
+    """An answer as it should be."""
+    head = f'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: {len(body)}\r\n\r\n'
+    return head.encode() + body
+
+
+@contextlib.contextmanager
+def misserving(
+    label_set: Path, answer: Answered = answered, listed: str | None = None
+) -> Iterator[str]:
+    """A hand-made label server of one set, which answers as it likes: its URL.
+
+    ``answer`` makes its answers. ``listed`` is the name under which it serves the set; it looks
+    only at the end of a path.
+    """
+    files = {
+        p.relative_to(label_set).as_posix(): p.read_bytes()
+        for p in label_set.rglob("*")
+        if p.is_file()
+    }
+    listing = {
+        "label_sets": [{"name": label_set.name if listed is None else listed}],
+        "damaged": {},
+    }
+    sizes = {"files": {key: len(data) for key, data in files.items()}, "on_demand": False}
+
+    def respond(end: socket.socket, request: bytes) -> None:
+        path = unquote(request.split(b" ")[1].decode())
+        if path.startswith("/v1/"):
+            body = json.dumps(listing if path == "/v1/label-sets" else sizes).encode()
+        else:
+            keys = sorted(files, key=len, reverse=True)
+            body = next((files[key] for key in keys if path.endswith(f"/{key}")), b"")
+        end.sendall(answer(path, body))
+
+    with raw_server(respond) as url:
+        yield url
 
 
 def without_times(out: Path) -> list[dict[str, Any]]:

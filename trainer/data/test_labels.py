@@ -65,9 +65,9 @@ def _commands(config: TrainConfig, lacking: Sequence[LabelSet]) -> list[str]:
         for label_set in members:
             name, made = label_set.spec["source"]["name"], label_set.attributes["made"]
             sources.append(str(made.get("source") or typed[name]))
-            for option, mark in (("weights", "="), ("preprocessing", ":")):
-                if made.get(option):
-                    own += [f"--{option}", f"{name}{mark}{made[option]}"]
+            for option, mark in (("weights", "="), ("preprocessing", ":"), ("logits-are", "=")):
+                if value := made.get(option.replace("-", "_")):
+                    own += [f"--{option}", f"{name}{mark}{value}"]
         commands.append(cache_command(evaluation_pass(config, sources), [*own, *shared]))
     return commands
 

@@ -16,6 +16,7 @@ from sskt.teacher_cache.errors import BadCheckpoint, InputError, first_line
 from sskt.trainer.config import checked, require_same, run_digest
 from sskt.trainer.distributed import Ranks
 from sskt.trainer.loop.progress import Progress
+from sskt.trainer.loop.setup import TRAINED_ON, trained_on
 from sskt.trainer.models.pretrained import INPUT_SCALE
 from sskt.trainer.results import records
 from sskt.trainer.results.groups import main_metric, result_of
@@ -195,6 +196,7 @@ def save(trainer: Trainer, out: Path, *, better: bool = False) -> None:
         return
     config = dataclasses.replace(plan.config, seeds=plan.seeds).as_dict()
     whose = {"config": config, "digest": run_digest(checked(config))}
+    whose |= {TRAINED_ON: trained_on(plan.views)}
     parts = {name: part.state_dict() for name, part in trainer.stateful().items()}
     state = identity(plan) | whose | parts
     state |= {"processes": plan.ranks.world, "epoch": trainer.epoch, "progress": place}

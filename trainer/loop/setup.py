@@ -43,6 +43,8 @@ from sskt.trainer.models.registry import build_network, is_three_dimensional
 
 Record = dict[str, Any]
 
+TRAINED_ON = "trained_on"
+"""The key under which a checkpoint keeps ``trained_on``."""
 SMALL_VIEW = 96
 """Largest views, in pixels, for which ``--model auto`` takes a small ResNet."""
 
@@ -102,15 +104,7 @@ class Plan:
 
     def build_target(self, classes: int) -> TargetNetwork:
         """A target network with fresh parameters, drawn from torch's generator."""
-        config = self.config
-        return build_network(
-            config.model,
-            classes,
-            stem=config.stem,
-            shortcut=config.shortcut,
-            taps=tuple(config.taps),
-            size=_view_size(self.views),
-        )
+        return build_target(self.config, classes, view_size(self.views))
 
     def build(self, *, initial: bool = True) -> SSKTNetwork:
         """The network with fresh parameters, drawn from the run's seed; or with initial ones.
@@ -174,6 +168,27 @@ class Plan:
                 for name, s in self.label_sets.items()
             },
         }
+
+
+def build_target(config: TrainConfig, classes: int, size: int | None) -> TargetNetwork:
+    """Builds the target network of a configuration, with fresh parameters.
+
+    Args:
+        config: The configuration; its ``model`` is not ``auto``.
+        classes: Number of classes C.
+        size: Pixels of a view, or None.
+
+    Returns:
+        The network. Its parameters are drawn from torch's generator.
+    """
+    return build_network(
+        config.model,
+        classes,
+        stem=config.stem,
+        shortcut=config.shortcut,
+        taps=tuple(config.taps),
+        size=size,
+    )
 
 
 def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = True) -> Plan:
@@ -286,11 +301,21 @@ def _usual_model(views: Views) -> str:
     """The network of the paper for such views: ResNet-20 up to STL10's 96 pixels."""
     if views.target.clips:
         return "resnet3d18"
-    size = _view_size(views)
+    size = view_size(views)
     return "resnet20" if size is not None and size <= SMALL_VIEW else "resnet18"
 
 
-def _view_size(views: Views) -> int | None:
+def trained_on(views: Views) -> Record:
+    """Returns what a checkpoint keeps of the target, for predictions without its data."""
+    target = views.target
+    return {
+        "classes": list(target.classes),
+        "multi_label": target.multi_label,
+        "view_size": view_size(views),
+    }
+
+
+def view_size(views: Views) -> int | None:
     """Pixels of a view's shorter side; None if that depends on a file that cannot be read."""
     if "size" in views.policy.parameters:
         return int(views.policy.parameters["size"])

@@ -70,6 +70,10 @@ class TargetNetwork(nn.Module):
         """The name here of a parameter of a published checkpoint."""
         return key
 
+    def published_key(self, key: str) -> str:
+        """The name of a parameter of this network in a published checkpoint."""
+        return key
+
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.features(x).pooled)
         return logits

@@ -114,6 +114,11 @@ class TappedNetwork(TargetNetwork):
         head = f"{self._classifier}."
         return f"fc.{key.removeprefix(head)}" if key.startswith(head) else f"body.{key}"
 
+    def published_key(self, key: str) -> str:
+        if key.startswith("fc."):
+            return f"{self._classifier}.{key.removeprefix('fc.')}"
+        return key.removeprefix("body.")
+
     def tappable(self) -> list[str]:
         """Some inner modules with parts of their own."""
         inner = [

@@ -6,11 +6,12 @@ pickling, and Ray would wrap them. Whatever else is raised is Ray's to carry.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -21,11 +22,10 @@ from sskt.teacher_cache import errors
 from sskt.teacher_cache.errors import InputError, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.spec import label_set_spec, name_of
-from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job, Opened, open_job_sources
 from sskt.teacher_cache.labeling.run import (
+    SourceLabels,
     StageOptions,
-    close_sets,
     count_labels,
     label_units,
     open_sets,
@@ -86,19 +86,15 @@ class Labelled:
 def survey(work: Work, views: Views) -> Found | Failure:
     """Opens the run: makes its label sets where they are new, and lists what is missing."""
     try:
-        _, sets = _open(work, views)
-        try:
+        with _opened(work, views) as (_, pairs):
             job, todo, stored = work.job, [], 0
-            for label_set in sets:
-                label_set.missing(())
+            sets = [pair.label_set for pair in pairs]
             for unit in units(views, sets, job.seeds, job.batch_size, job.memory, work.slots):
                 wanted, missing = count_labels(sets, [unit])
                 stored += wanted - missing
                 if missing:
                     todo.append((unit, missing))
             return Found(tuple(s.name for s in sets), tuple(todo), stored)
-        finally:
-            close_sets(sets)
     except SsktError as error:
         return _failure(error)
 
@@ -108,21 +104,17 @@ def label(
 ) -> Labelled | Failure:
     """Labels what is missing of a unit and nobody is at. ``owed``: labels it lacked at first."""
     try:
-        opened, sets = _open(work, views)
-        try:
-            options = replace(_options(work, opened, views), share=None)
+        with _opened(work, views) as (options, pairs):
             said = _Reporter(board, number, owed)
-            sources = [one.source for one in opened]
-            report = label_units(views, sources, sets, [unit], options, said, wait=False)
-            missing = count_labels(sets, [unit], fresh=True)[1]
+            report = label_units(views, pairs, [unit], options, said, wait=False)
+            missing = count_labels(report.label_sets, [unit], fresh=True)[1]
             return Labelled(not missing, tuple(report.skipped), socket.gethostname())
-        finally:
-            close_sets(sets)
     except SsktError as error:
         return _failure(error)
 
 
-def _open(work: Work, views: Views) -> tuple[list[Opened], list[LabelSet]]:
+@contextlib.contextmanager
+def _opened(work: Work, views: Views) -> Iterator[tuple[StageOptions, list[SourceLabels]]]:
     """The sources and the label sets of a run, if they are those of the other nodes."""
     if version("sskt") != work.version:
         raise InputError(
@@ -143,7 +135,8 @@ def _open(work: Work, views: Views) -> tuple[list[Opened], list[LabelSet]]:
         )
     require_shared(job.cache, work.names)
     options = _options(work, opened, views)
-    return opened, open_sets(views, sources, job.how, job.seeds, job.cache, options)
+    with open_sets(views, sources, job.how, job.seeds, job.cache, options) as pairs:
+        yield options, pairs
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import CorruptStore
 
 IDLE_SECONDS = 75.0
 """Longest pause within an answer, and longest time to its first byte. A server that computes on
@@ -60,6 +60,10 @@ class Computing(Unavailable):
 
 class Gone(FileNotFoundError):
     """The server has no such file."""
+
+
+class Oversized(CorruptStore):
+    """An answer that is larger than what was requested can be."""
 
 
 class Deadline:
@@ -135,7 +139,7 @@ class Answer:
 
         Raises:
             Unavailable: If it is cut short or takes too long.
-            InputError: If it is larger than ``most``.
+            Oversized: If it is larger than ``most``.
         """
         expected = self.length
         size = expected or 0
@@ -145,7 +149,7 @@ class Answer:
                 data = self._response.read(most + 1 if expected is None else None)
             size = len(data)
         if size > most:
-            raise InputError(f"an answer has {size} bytes, expected at most {most}")
+            raise Oversized(f"it has {size} bytes or more, expected at most {most}")
         return data
 
     @property
@@ -153,7 +157,7 @@ class Answer:
         """The problem details (RFC 9457) of the body; empty if it has none."""
         if self._problem is None:
             self._problem = {}
-            with contextlib.suppress(ValueError, RecursionError, Unavailable, InputError):
+            with contextlib.suppress(ValueError, RecursionError, Unavailable, Oversized):
                 found = json.loads(self.read(PROBLEM_BYTES))
                 if isinstance(found, dict):
                     self._problem = found

@@ -24,13 +24,14 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError, SsktError
+from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError, SsktError, printable
 from sskt.teacher_cache.storage.http.answers import (
     DOCUMENT_BYTES,
     Answer,
     Computing,
     Deadline,
     Gone,
+    Oversized,
     TimedResponse,
     Unavailable,
     network,
@@ -130,9 +131,10 @@ class Server:
         Raises:
             InputError: If the answer is not such a document; and as ``ask``.
         """
-        data = self.ask(path, lambda answer: answer.read(DOCUMENT_BYTES))
         try:
-            return shape(json.loads(data))
+            return shape(json.loads(self.ask(path, lambda answer: answer.read(DOCUMENT_BYTES))))
+        except Oversized as error:
+            raise InputError(f"{self} answers with too large a {unquote(path)}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{self} answers, but {unquote(path)} is not as a label server sends it; check "
@@ -232,16 +234,17 @@ class Server:
             if self._waiting == (error is not None):
                 return
             self._waiting = error is not None
+        why = printable(str(error))
         if error is None:
             _log.warning("label server %s answers again", self)
         elif isinstance(error, Computing):
-            _log.warning("label server %s is computing labels (%s); waiting for them", self, error)
+            _log.warning("label server %s is computing labels (%s); waiting for them", self, why)
         else:
             _log.warning(
                 "label server %s %s (%s); waiting for %s, trying again for up to %g minutes",
                 self,
                 error.does,
-                error,
+                why,
                 what,
                 self.wait_minutes,
             )

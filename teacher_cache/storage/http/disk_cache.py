@@ -32,7 +32,7 @@ from urllib.parse import quote, unquote
 from sskt.teacher_cache.errors import CorruptStore, DiskFull, InputError
 from sskt.teacher_cache.format.shards import ShardLayout, shard_damage
 from sskt.teacher_cache.storage.atomic import durable_write
-from sskt.teacher_cache.storage.http.answers import Answer, Gone
+from sskt.teacher_cache.storage.http.answers import Answer, Gone, Oversized
 from sskt.teacher_cache.storage.http.client import Server
 from sskt.teacher_cache.storage.http.temporary_folder import PREFIX, enter, leave, private_folder
 from sskt.teacher_cache.storage.locks import file_lock
@@ -160,15 +160,18 @@ class DiskCache:
         kept, damaged = self._newest(stem), 0
         while True:
             headers = {"If-None-Match": _tag(kept)} if kept else {}
-            tag, data = server.ask(
-                f"/zarr/{quote(key)}", receive, headers=headers, wanted=(200, 304)
-            )
+            url, damage = f"/zarr/{quote(key)}", ""
+            try:
+                tag, data = server.ask(url, receive, headers=headers, wanted=(200, 304))
+            except Oversized as error:
+                tag, data, damage = "", b"", str(error)
             path = self._home / f"{stem}{quote(tag, safe='')[:LONGEST_TAG]}.shard"
             if data is None and kept:
                 path = kept
                 with contextlib.suppress(FileNotFoundError):
                     data = kept.read_bytes()
-            damage = "it is gone" if data is None else shard_damage(data, layout.chunks)
+            if data is not None and not damage:
+                damage = shard_damage(data, layout.chunks)
             if data is not None and not damage:
                 break
             damaged += not kept

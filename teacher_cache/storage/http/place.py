@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import quote
 
-from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError
+from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError, printable
 from sskt.teacher_cache.format.names import is_file_key, set_name, set_names
 from sskt.teacher_cache.format.shards import RECORD_ENDING, ShardLayout, layout_of
 from sskt.teacher_cache.storage.http.answers import DOCUMENT_BYTES, Answer, Computing, Gone
@@ -76,6 +76,10 @@ class HttpPlace:
                 f"{self.server} has no {path} ({error}): it is not a label server, or the URL "
                 "lacks its path prefix"
             ) from error
+
+    def damaged(self) -> dict[str, str]:
+        """Why the server cannot read some of its label sets, by their names."""
+        return self.server.json("/v1/label-sets", _reasons)
 
     def _list(self, first: str) -> dict[str, int]:
         try:
@@ -233,6 +237,11 @@ def _names(document: Any) -> set[str]:
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a name is no text")
     return names
+
+
+def _reasons(document: Any) -> dict[str, str]:
+    """Why label sets are damaged. Raises as ``_names``."""
+    return {str(name): printable(str(why)) for name, why in document.get("damaged", {}).items()}
 
 
 def _sizes(document: Any) -> dict[str, int]:

@@ -420,7 +420,7 @@ def test_a_full_disk(state: State, settings: Settings, made: dict[int, Path]) ->
         until(lambda: not isinstance(_outcome(state, 1, 0), Problem))
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shard = {key for key in files if "/c/1/" in key}
-    assert len(shard) == 2 and all(files[key] == wanted[key] for key in shard)
+    assert len(shard) == 3 and all(files[key] == wanted[key] for key in shard)
 
 
 def _outcome(state: State, seed: int, block: int) -> Problem | None:
@@ -446,8 +446,20 @@ def test_a_compute_worker_killed_in_mid_shard(
         wait(state, 1, 2)
     files, wanted = stored(Path(settings.cache)), stored(made[3])
     shards = {key for key in files if "/c/1/" in key}
-    assert len(shards) == 4 and all(files[key] == wanted[key] for key in shards)
+    assert len(shards) == 6 and all(files[key] == wanted[key] for key in shards)
     assert not list(Path(settings.cache).rglob("*.partial"))
+
+
+def test_killed_loader_processes_end_the_request_with_a_sentence(
+    state: State, settings: Settings
+) -> None:
+    """As the kernel kills them where memory is short."""
+    (Path(settings.run) / "loader").touch()
+    with compute_worker(settings):
+        problem = refused(state, 1, 0)
+        assert problem.status == 500 and "a loader process was killed" in problem.detail
+        (Path(settings.run) / "loader").unlink()
+        wait(state, 1, 1)  # the compute worker goes on
 
 
 def test_a_deadly_shard_is_given_up_and_those_beside_it_are_not(

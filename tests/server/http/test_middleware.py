@@ -274,6 +274,55 @@ def test_another_sites_page_cannot_make_the_server_work(
     assert served.get("/compute", *headers, method="POST").status == status
 
 
+HOSTS = {
+    "127.0.0.1": True,
+    "127.0.0.1:8080": True,
+    "127.9.9.9": True,
+    "localhost": True,
+    "LocalHost.:80": True,
+    "[::1]": True,
+    "[::1]:8080": True,
+    "labels.example.org": False,
+    "127.0.0.1.example.org": False,
+    "localhost.example.org": False,
+    "example.org:127.0.0.1": False,
+    "user@localhost": False,
+    "localhost/": False,
+    "10.0.0.1": False,
+    "0.0.0.0": False,
+    "[::]": False,
+    "": False,
+}
+KNOWN, OTHER = "labels.example.org", "evil.example"
+
+
+def ask_as(server: Served, host: str, path: str = "/small", *headers: str) -> int:
+    lines = [f"GET {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]
+    return server.ask("\r\n".join(lines).encode()).status
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_without_tokens_only_names_of_the_loopback_are_answered(served: Served, host: str) -> None:
+    """Else a page that lets its own name point to this machine would read everything."""
+    for path in ("/small", "/healthz", "/metrics", "/zarr/x"):
+        assert ask_as(served, host, path) == (200 if HOSTS[host] else 403)
+    post = request("/compute", method="POST").replace(b"Host: 127.0.0.1", b"Host: " + host.encode())
+    assert served.ask(post).status == (200 if HOSTS[host] else 403)
+
+
+def test_names_that_are_allowed(tmp_path: Path) -> None:
+    with serving(tmp_path / "run", allowed_hosts=(KNOWN,)) as server:
+        answers = [ask_as(server, host) for host in (KNOWN, KNOWN.upper(), "localhost", OTHER)]
+        assert answers == [200, 200, 200, 403]
+    path = tmp_path / "tokens.json"
+    bearer = f"Authorization: Bearer {new_token(path, 'lab', ['read'], None)}"
+    with serving(tmp_path / "all", path) as server:
+        assert [ask_as(server, host, "/small", bearer) for host in (KNOWN, OTHER)] == [200, 200]
+    with serving(tmp_path / "some", path, allowed_hosts=(KNOWN,)) as server:
+        assert [ask_as(server, host, "/small", bearer) for host in (KNOWN, OTHER)] == [200, 403]
+        assert ask_as(server, "10.0.0.1", "/healthz") == 200, "a cluster's probe"
+
+
 # How large
 
 
@@ -437,7 +486,12 @@ def test_a_place_is_held_until_the_last_byte_is_taken(tmp_path: Path) -> None:
 
 def test_a_head_that_does_not_come_closes_the_connection(tmp_path: Path) -> None:
     with serving(tmp_path / "run", header_seconds=SHORT) as server:
-        sent: list[bytes] = [b"", b"GET", b"\r\n\r\n", b"GET /small HTTP/1.1\r\nHost: a\r\n"]
+        sent: list[bytes] = [
+            b"",
+            b"GET",
+            b"\r\n\r\n",
+            b"GET /small HTTP/1.1\r\nHost: localhost\r\n",
+        ]
         sent.append(request("/small") + b"GET /sm")  # the next request on a kept connection
         for data in sent:
             with server.connect() as client:
@@ -485,11 +539,11 @@ LARGE = {
     "many headers": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (MAX_HEADERS + 1) + b"\r\n",
     "blank lines": b"\r\n" * MAX_HEAD,
     "an endless trailer": (
-        b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nA: "
-        + b"a" * 4 * MAX_HEAD
+        b"POST /echo HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        b"A: " + b"a" * 4 * MAX_HEAD
     ),
     "many trailers": (
-        b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        b"POST /echo HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
         + b"a: b\r\n" * MAX_HEAD
     ),
 }
@@ -515,7 +569,7 @@ def test_a_large_head_that_is_allowed(served: Served) -> None:
 BAD = {
     "garbage": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "CONNECT": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "CONNECT": b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "an unknown method": b"BREW / HTTP/1.1\r\n\r\n",
     "no path": b"GET ?a HTTP/1.1\r\n\r\n",
     "a path beyond ASCII": b"GET /\xff HTTP/1.1\r\n\r\n",
@@ -602,7 +656,7 @@ def test_idle_connections_stop_nobody_and_are_bounded(tmp_path: Path) -> None:
             assert read_answer(client).body == b"small"
             with server.connect() as one_more:
                 assert ends(one_more) == b""
-        idle[0].sendall(b"small HTTP/1.1\r\nHost: a\r\n\r\n")
+        idle[0].sendall(b"small HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_answer(idle[0]).body == b"small"
 
 

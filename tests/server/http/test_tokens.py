@@ -111,6 +111,13 @@ def test_a_revoked_token_stops_within_the_time_named(path: Path) -> None:
         assert tokens.check(kept)
 
 
+def test_a_new_token_works_at_once(path: Path) -> None:
+    tokens = [Tokens(path) for _ in range(2)]
+    for i in range(5):
+        secret = new_token(path, f"t{i}", ["read"], None)
+        assert all(each.check("x") is None and each.check(secret) for each in tokens)
+
+
 @pytest.mark.usefixtures("at_once")
 def test_tokens_come_and_go_under_a_running_server(path: Path) -> None:
     new_token(path, "first", ["read"], None)

@@ -361,6 +361,45 @@ def test_a_damaged_shard_is_an_error_and_others_are_served(tmp_path: Path) -> No
     assert batch._answers.held == 0
 
 
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize(
+    "what", ["labels of another seed", "all of another seed", "record", "no record", "rows"]
+)
+def test_labels_in_the_place_of_others_are_never_sent(tmp_path: Path, what: str, hot: bool) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    client = Client(tmp_path / "run", tmp_path / "cache")
+    if hot:
+        assert client.raw(label_set.name, 0, [0, 600]).status == 200
+    mine, other = (label_set.shard(seed, 0) for seed in (0, 1))
+    keys = list(zip(label_set.shard_keys(mine), label_set.shard_keys(other), strict=True))
+    record = label_set.path / label_set.record_key(mine)
+    if what == "labels of another seed":
+        keys = keys[1:2]
+    elif what == "record":
+        keys = keys[-1:]
+    elif what == "no record":
+        record.unlink()
+    elif what == "rows":  # with a record of their own
+        record.unlink()
+        writer = open_label_set(label_set.place)
+        writer.writable = True
+        rows, checks = label_set.read(1, 0, ROWS), label_set.read_checks(1, 0, ROWS)
+        rows["labels"][7] += 3
+        writer.write(mine, rows, checks)
+    if what not in ("no record", "rows"):
+        for key, theirs in keys:
+            (label_set.path / key).write_bytes((label_set.path / theirs).read_bytes())
+    told = client.raw(label_set.name, 0, [0, 600]).problem
+    if what == "no record":
+        assert (told["status"], told["missing"]["ids"]) == (409, [0])
+    else:
+        assert (told["status"], told["title"]) == (500, "label set damaged")
+        assert "sskt verify" in told["detail"]
+    assert client.raw(label_set.name, 0, [600]).status == 200
+    assert client.raw(label_set.name, 1, [0]).status == 200
+    assert batch._answers.held == 0
+
+
 def stored_block(label_set: LabelSet, ids: list[int]) -> Encoded:
     """Rows of the first block of seed 0."""
     every = {"view_check": label_set.read_checks(0, 0, ROWS)} | label_set.read(0, 0, ROWS)

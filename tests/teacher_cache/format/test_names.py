@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 from support.helpers import tree
-from support.servers import raw_server
+from support.servers import misserving
 
 from sskt.teacher_cache.errors import printable
 from sskt.teacher_cache.format.names import (
@@ -118,32 +116,10 @@ def test_what_is_printed(text: str, shown: str) -> None:
 # --- a label server that wants to write elsewhere -----------------------------------------------
 
 
-def hostile_server(cache: Path, name: str, listed: str) -> Any:
-    """Serves a label set under a name of its choice, without looking at the path it is asked."""
-
-    def answer(end: Any, request: bytes) -> None:
-        path = unquote(request.split(b" ")[1].decode())
-        files = {k: v.stat().st_size for k, v in stored.items()}
-        if path == "/v1/label-sets":
-            body = json.dumps({"label_sets": [{"name": listed}], "damaged": {}}).encode()
-        elif path.startswith("/v1/"):
-            body = json.dumps({"files": files, "on_demand": False}).encode()
-        else:
-            key = next((k for k in sorted(stored, key=len, reverse=True) if path.endswith(k)), "")
-            body = stored[key].read_bytes() if key else b""
-        head = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: %d\r\n\r\n' % len(body)
-        end.sendall(head + body)
-
-    stored = {
-        p.relative_to(cache / name).as_posix(): p for p in (cache / name).rglob("*") if p.is_file()
-    }
-    return raw_server(answer)
-
-
 def test_the_hostile_server_serves(label_cache: Path, tmp_path: Path, sskt: Sskt) -> None:
     """With an honest name its labels are copied: the tests below fail for the name only."""
     (made,) = list_label_sets(label_cache)
-    with hostile_server(label_cache, made.name, made.name) as url:
+    with misserving(label_cache / made.name) as url:
         status, _, err = sskt("copy", url, tmp_path / "to")
     assert status == 0, err
     assert tree(tmp_path / "to" / made.name) == tree(label_cache / made.name)
@@ -164,7 +140,7 @@ def test_a_server_writes_nothing_outside_of_the_destination(
         "long": "a" * 5000,
         "empty": "",
     }[kind]
-    with hostile_server(label_cache, made.name, listed) as url:
+    with misserving(label_cache / made.name, listed=listed) as url:
         for command in (["ls", url], ["verify", "--cache", url], ["copy", url, tmp_path / "to"]):
             status, out, err = sskt(*command)
             assert status == 2 and "no label set in" in err, (command, out, err)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.helpers import TINY
@@ -17,6 +20,7 @@ from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.find import choose_sets, find_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.registry import parse_source
+from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.tools.export import export_label_set
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
@@ -49,7 +53,7 @@ def test_a_damaged_set_hides_no_other(sskt: Call, healthy: LabelSet) -> None:
     cache, name = healthy.path.parent, damage(healthy)
     status, out, err = sskt("ls", "--cache", cache)
     assert status == 1, err
-    table, said = out[: out.index("damaged: ")], out[out.index("damaged: ") :]
+    table, said = out[: out.index("unreadable: ")], out[out.index("unreadable: ") :]
     assert healthy.digest[:12] in table and name[-12:] not in table
     assert f"{name}: {cache / name / 'zarr.json'} is not a label set's metadata" in said
     status, out, _ = sskt("ls", "--cache", cache, "--json")
@@ -77,7 +81,7 @@ def test_a_damaged_set_that_is_named_is_refused(healthy: LabelSet, part: str) ->
     ("named", "refused"),
     [
         ("", True),
-        ("moved", True),
+        ("moved", False),
         ("images-train.tiny-other-build.0123456789ab", False),
         ("images-train.other-tiny-build.0123456789ab", False),
         ("images-test.tiny-tiny-build.0123456789ab", False),
@@ -107,3 +111,76 @@ def test_without_an_architecture_any_set_of_the_source_may_be_meant(
     damage(healthy, "images-train.tiny-other-build.0123456789ab")
     with pytest.raises(CorruptStore, match="may be the label set that is wanted"):
         find_label_set(healthy.path.parent, parse_source("tiny", stored=True), views)
+
+
+def foreign_group(path: Path) -> None:
+    (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+
+
+def linked_to_itself(path: Path) -> None:
+    (path / "zarr.json").unlink()
+    (path / "zarr.json").symlink_to("zarr.json")
+
+
+def of_kind(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        (path / "zarr.json").unlink()
+        make(path / "zarr.json")
+
+    return replace
+
+
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "folder": of_kind(Path.mkdir),
+    "FIFO": of_kind(os.mkfifo),
+    "link loop": linked_to_itself,
+    "foreign group": foreign_group,
+    "array is a FIFO": lambda p: (
+        (p / "labels/zarr.json").unlink(),
+        os.mkfifo(p / "labels/zarr.json"),
+    ),
+    "no permission": lambda p: None,
+    "copy": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("alike", [False, True], ids=["of another source", "may be wanted"])
+def test_an_unreadable_set_stops_no_other(
+    sskt: Call,
+    healthy: LabelSet,
+    views: Views,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    alike: bool,
+) -> None:
+    """It is listed with its reason, and in the way only of those that may mean it."""
+    cache, suffix = healthy.path.parent, "images-train.tiny-tiny-build.0123456789ab"
+    name = suffix if alike else f"zz-{suffix}"
+    path = shutil.copytree(healthy.path, cache / name)
+    UNREADABLE[kind](path)
+    if kind == "no permission":  # as root, whom no mode keeps out
+        read = LocalPlace.read_part
+
+        def refused(place: LocalPlace, *arguments: Any) -> bytes:
+            if place.path == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(place.path))
+            return read(place, *arguments)
+
+        monkeypatch.setattr(LocalPlace, "read_part", refused)
+    status, out, err = sskt("ls", "--cache", cache)
+    assert status == 1 and f"\nunreadable: {name}: " in out and healthy.digest[:12] in out, err
+    status, out, _ = sskt("verify", "--cache", cache)
+    assert status == 1 and f"{healthy.name}: 12 shards, 180 rows: clean" in out
+    assert sskt("verify", "--cache", cache, healthy.digest[:9])[0] == 0
+    source = parse_source("tiny", stored=True)
+    if not alike:
+        found = find_label_set(cache, source, views)
+        assert found is not None and found.name == healthy.name
+    else:
+        with pytest.raises(CorruptStore, match="may be the label set that is wanted"):
+            find_label_set(cache, source, views)
+    if kind != "no permission":
+        assert sskt("rm", "--cache", cache, name, "--yes")[0] == 0
+        assert find_label_set(cache, source, views) and not path.exists()
+        assert sskt("ls", "--cache", cache)[0] == 0

@@ -23,7 +23,7 @@ from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.labeling.estimate import RunPlan
 from sskt.teacher_cache.labeling.estimate import plan as plan_run
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
-from sskt.teacher_cache.labeling.run import close_sets, open_sets
+from sskt.teacher_cache.labeling.run import open_sets
 from sskt.teacher_cache.labeling.units import units
 from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
 from sskt.teacher_cache.targets.spec import DatasetSpec
@@ -134,8 +134,8 @@ def test_decodings_and_hours_are_those_of_the_units(
         views = open_job_views(job)
     machines = (1, 2, 3, 7, 100)
     found = plan_run(job, views, [tiny], epochs=10, machines=machines, seconds=SECONDS)
-    sets = open_sets(views, [tiny], job.how, seeds, tmp_path, job.options([]))
-    close_sets(sets)
+    with open_sets(views, [tiny], job.how, seeds, tmp_path, job.options([])) as pairs:
+        sets = [pair.label_set for pair in pairs]
     (label_set,) = sets
 
     def cut(world: int) -> int:
@@ -181,7 +181,7 @@ def test_what_is_stored_is_not_counted(sskt: Sskt, jpegs: Path, tmp_path: Path) 
     stored = ("--cache", tmp_path, "--shard-rows", 5)
     ask = ("--source", SOURCE, "--target", jpegs, "--workers", 0, "--seeds", 2)
     assert sskt("cache-teachers", *ask, *stored)[0] == 0
-    (shard,) = tmp_path.glob("*/labels/c/1/2/0")
+    (shard,) = tmp_path.glob("*/view_check/c/1/2.json")
     shard.unlink()
 
     found = asked(sskt, jpegs, *stored, "--seeds", 2, "--machines", 1, "--machines", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,12 +39,11 @@ from sskt.teacher_cache.format.spec import digest_of
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling import loader as reading
-from sskt.teacher_cache.labeling.loader import Batch, Order, batches
+from sskt.teacher_cache.labeling.loader import ReadRequest, ViewBatch, ViewReader
 from sskt.teacher_cache.labeling.run import (
     StageOptions,
     StageReport,
     cache_teachers,
-    close_sets,
     open_sets,
 )
 from sskt.teacher_cache.labeling.units import Share, parse_share, seeds_together, units
@@ -51,6 +52,7 @@ from sskt.teacher_cache.media import images, video
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.verify import verify
+from sskt.teacher_cache.views import loader_processes
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
@@ -370,7 +372,7 @@ def sheets(
     """Label sets over 22 pictures and 1, from files and memory, by the rows of their shards."""
     crop, pad = parse_policy("random-resized-crop-flip:size=20"), parse_policy("pad-crop-flip")
     folder = open_target(str(jpegs))
-    opened = []
+    opened, stack = [], contextlib.ExitStack()
     for views in (
         open_views(folder, crop),
         open_views(folder.limited(1), crop),
@@ -381,10 +383,13 @@ def sheets(
             for source, count in zip(pair, rows, strict=True):
                 cache = tmp_path_factory.mktemp("sheet")
                 options = StageOptions(shard_rows=count)
-                sets += open_sets(views, [source], F32, 1, cache, options)
+                (opened_pair,) = stack.enter_context(
+                    open_sets(views, [source], F32, 1, cache, options)
+                )
+                sets.append(opened_pair.label_set)
             opened.append((views, sets))
-    yield opened
-    close_sets([label_set for _, sets in opened for label_set in sets])
+    with stack:
+        yield opened
 
 
 memories = st.sampled_from([1e-12, 1e-6, 1e-4, 1e-3, 0.1, 4.0])
@@ -493,13 +498,13 @@ def test_only_what_is_missing_is_decoded_and_labelled(
 # --- reading ------------------------------------------------------------------------------------
 
 
-def orders(total: int, size: int, seeds: tuple[int, ...]) -> list[Order]:
+def orders(total: int, size: int, seeds: tuple[int, ...]) -> list[ReadRequest]:
     starts = range(0, total, size)
-    return [Order(0, start, min(start + size, total), start, seeds) for start in starts]
+    return [ReadRequest(0, start, min(start + size, total), start, seeds) for start in starts]
 
 
-def same(one: Batch, other: Batch) -> None:
-    assert one.order == other.order and one.error == other.error
+def same(one: ViewBatch, other: ViewBatch) -> None:
+    assert one.request == other.request and one.error == other.error
     assert one.rows.tolist() == other.rows.tolist() and one.bad == other.bad
     assert one.stills.keys() == other.stills.keys() == one.checks.keys() == other.checks.keys()
     for seed, stills in one.stills.items():
@@ -514,12 +519,12 @@ def test_parts_make_the_same_batches(
 ) -> None:
     monkeypatch.setattr(reading, "PART_BYTES", part)
     ask = orders(len(views.target), 5, (4, 0, 2))
-    here = list(batches(views, lambda: ask, 0, CPU)())
-    there = list(batches(views, lambda: ask, 1, CPU)())
-    assert [b.order for b in here] == ask
+    here = list(ViewReader(views, 0, CPU).read(ask))
+    there = list(ViewReader(views, 1, CPU).read(ask))
+    assert [b.request for b in here] == ask
     for one, other in zip(here, there, strict=True):
         same(one, other)
-        assert one.rows.tolist() == list(range(one.order.start, one.order.stop))
+        assert one.rows.tolist() == list(range(one.request.start, one.request.stop))
 
 
 @pytest.mark.parametrize("part", [1, 2**24])
@@ -535,11 +540,11 @@ def test_unreadable_pictures_in_parts(
     views = open_views(target, parse_policy("random-resized-crop-flip:size=20"))
     monkeypatch.setattr(reading, "PART_BYTES", part)
     ask = orders(22, 5, (0, 1))
-    here = list(batches(views, lambda: ask, 0, CPU)())
-    there = list(batches(views, lambda: ask, 1, CPU)())
+    here = list(ViewReader(views, 0, CPU).read(ask))
+    there = list(ViewReader(views, 1, CPU).read(ask))
     for one, other in zip(here, there, strict=True):
         same(one, other)
-        within = range(one.order.start, one.order.stop)
+        within = range(one.request.start, one.request.stop)
         assert [row for row, _ in one.bad] == [row for row in within if row in bad]
         assert all(str(target.paths[row]) in why for row, why in one.bad)
         assert one.rows.tolist() == [row for row in within if row not in bad]
@@ -548,25 +553,25 @@ def test_unreadable_pictures_in_parts(
 def test_a_reader_may_be_asked_again(jpegs: Path) -> None:
     views = open_views(open_target(str(jpegs)), parse_policy("random-resized-crop-flip:size=20"))
     ask = orders(22, 8, (1,))
-    read = batches(views, lambda: ask, 1, CPU)
+    reader = ViewReader(views, 1, CPU)
     for _ in range(2):
-        found = list(read())
-        assert [b.order for b in found] == ask
+        found = list(reader.read(ask))
+        assert [b.request for b in found] == ask
     ask.clear()
-    assert list(read()) == []
+    assert list(reader.read(ask)) == []
 
 
 def test_orders_are_asked_for_as_the_loader_comes_to_them(jpegs: Path) -> None:
     """A claim is taken when a block is read, not when the run starts."""
     views = open_views(open_target(str(jpegs)), parse_policy("random-resized-crop-flip:size=20"))
-    asked: list[Order] = []
+    asked: list[ReadRequest] = []
 
-    def one_by_one() -> Iterator[Order]:
+    def one_by_one() -> Iterator[ReadRequest]:
         for order in orders(22, 1, (0,)):
             asked.append(order)
             yield order
 
-    stream = batches(views, one_by_one, 1, CPU)()
+    stream = ViewReader(views, 1, CPU).read(one_by_one())
     next(stream)
     assert len(asked) < 8
 
@@ -867,7 +872,9 @@ def test_batch_mode_on_the_command_line(jpegs: Path, sskt: Sskt, tmp_path: Path)
     assert status == 0, err
     (label_set,) = list_label_sets(tmp_path)
     assert label_set.spec["source"]["batchnorm"] == "batch-6"
-    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 30, "--json")
+    status, out, err = sskt(
+        "verify", "--cache", tmp_path, "--recompute", 30, "--json", "--source", SOURCE
+    )
     (report,) = json.loads(out)
     assert status == 0 and report["problems"] == [] and report["recomputed"] == 30, err
     assert report["worst_distance"] < 1e-3
@@ -928,7 +935,102 @@ def test_views_that_this_version_does_not_know_are_not_replayed(
     attributes = document["attributes"]["sskt"]
     attributes["spec"]["views"] |= change
     attributes["digest"] = digest_of(attributes["spec"])
+    del attributes["bound"]
     file.write_text(json.dumps(document))
+    for record in file.parent.glob("view_check/c/*/*.json"):  # of the set as it was
+        record.unlink()
     for ask in (("verify", "--recompute", 1), ("inspect",)):
         status, _, err = sskt(*ask, "--cache", tmp_path)
         assert status == 1 and "does not know; update sskt" in one_line(err), err
+
+
+# --- limits of the machine ------------------------------------------------------------------------
+
+
+LIMITED = """
+import os, resource, subprocess, sys
+files, shm = int(sys.argv[1]), sys.argv[2]
+if shm:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={shm}", "tmpfs", "/dev/shm"], check=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+from sskt.cli.main import main
+sys.argv = ["sskt", *sys.argv[3:]]
+main()
+"""
+
+
+def limited(files: int, shm: str, *arguments: object) -> tuple[int, str]:
+    """Exit status and standard error of sskt within limits of open files and shared memory."""
+    own = ["unshare", "-rm"] if shm else []
+    if shm and subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system gives users no mount namespaces")
+    command = [*own, sys.executable, "-c", LIMITED, files, shm, *arguments]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "shm", "seeds"),
+    [(100, "", 60), (1024, "1m", 12), (100, "64k", 12)],
+    ids=["open files", "shared memory", "both"],
+)
+def test_small_limits_of_the_machine_change_nothing(
+    jpegs: Path, sskt: Sskt, tmp_path: Path, files: int, shm: str, seeds: int
+) -> None:
+    """Docker gives 64 MB of shared memory, most systems 1,024 open files."""
+    size, policy = ("--seeds", seeds), ("--policy", "random-resized-crop-flip:size=224")
+    few = ("--limit", 8, *policy)
+    assert sskt(*command(jpegs, tmp_path / "here", *few, *size))[0] == 0
+    ask = command(jpegs, tmp_path / "there", *few, *size, "--workers", 4)
+    status, err = limited(files, shm, *ask)
+    assert status == 0, err
+    assert stored(tmp_path / "here") == stored(tmp_path / "there")
+
+
+def test_shared_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free, for all that may be under way; the rest goes through pipes."""
+    free = 0
+
+    def statvfs(path: str) -> Any:
+        return types.SimpleNamespace(f_bavail=free, f_frsize=1)
+
+    monkeypatch.setattr(loader_processes.os, "statvfs", statvfs)
+    for free, workers, expected in (  # noqa: B007
+        (2**40, 8, loader_processes.PART_BYTES),
+        (64 * 2**20, 8, 64 * 2**20 // 2 // 24),
+        (0, 8, 0),
+    ):
+        limit = loader_processes.shared_bytes(workers)
+        assert limit == expected
+    views = np.arange(3000, dtype=np.uint8)
+    assert loader_processes.send(views, 2999) is views
+    shared = loader_processes.send(views, 3000)
+    assert isinstance(shared, torch.Tensor) and shared.is_shared()
+    for sent in (views, shared):
+        received = loader_processes.receive(sent)
+        assert not received.is_shared() and np.array_equal(received.numpy(), views)
+
+
+SILENT = """
+import time
+import types
+def center(depth, sample, seed):
+    time.sleep(600)
+    return [depth // 2]
+"""
+
+
+@pytest.mark.slow
+def test_a_silent_loader_process_ends_the_run(
+    clips: Path, sskt: Sskt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "silent.py").write_text(SILENT)
+    monkeypatch.setattr(loader_processes, "SILENT_SECONDS", 2)
+    more = ("--f-s", f"{tmp_path}/silent.py:center", "--workers", 1)
+    ask = command(clips, tmp_path / "cache", *more, "--policy", SMALL)
+    status, _, err = sskt(*ask)
+    line = one_line(err)
+    assert status == 1 and "a loader process has sent nothing for 2 s; all shards" in line

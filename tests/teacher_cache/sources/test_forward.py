@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_views_of_another_form_are_refused(tiny: Source, views: Tensor) -> None:
 
 
 def test_forward_leaves_the_check_to_whoever_has_the_labels() -> None:
-    source = scaled(by=1e38)
+    source = replace(scaled(by=1.0), network=Scaled(1e38))
     dark, bright = clips(2, 1, 4)[:, 0] * 0, clips(2, 1, 4)[:, 0] | 128
     source.require_finite(source.forward(dark).numpy())
     log_p = source.forward(bright)

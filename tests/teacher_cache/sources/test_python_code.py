@@ -67,7 +67,7 @@ def test_names_of_own_networks_are_read(text: str, expected: SourceName, arch: s
      "own=n.pt2:f", "=a.b:f", "=n.pt2", "own=a.1b:f", "own=./a.txt:f", "own=n.onnx"],
 )  # fmt: skip
 def test_names_that_are_neither_are_told_all_forms(text: str) -> None:
-    forms = "expected NAME=FILE.py:factory, NAME=package.module:factory, NAME=FILE.pt or FILE.pt2"
+    forms = "expected NAME=FILE.py:factory, NAME=package.module:factory, NAME=FILE.pt2, NAME:tim"
     with pytest.raises(InputError, match=re.escape(forms)):
         parse_source(text)
 

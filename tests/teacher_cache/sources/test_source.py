@@ -125,7 +125,7 @@ CHANGES = ["self.count += 1", "self.train()", "self[0].weight.data.mul_(1.001)"]
 
 @pytest.mark.parametrize("forward", CHANGES)
 def test_a_network_that_changes_in_forward_is_found_out(forward: str, tmp_path: Path) -> None:
-    source = changing(tmp_path, forward, calls=2)
+    source = changing(tmp_path, forward, calls=4)
     source.check_frozen()
     source.log_probabilities(pictures())
     with pytest.raises(TeacherMoved, match="source own changed while labelling"):
@@ -748,7 +748,7 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     code = """
 class Net(nn.Module):
     def forward(self, x):
-        return x.mean((2, 3)) / (x.amax() > 2).logical_not()
+        return x.mean((2, 3)) / (x.amin() > 2).logical_not()
 
 def build():
     return Net()
@@ -764,15 +764,18 @@ def test_outputs_of_another_shape_are_refused(tmp_path: Path) -> None:
     code = """
 class Net(nn.Module):
     def forward(self, x):
-        return x.mean((2, 3))[:1]
+        return x.mean((2, 3))[:2]
 
 def build():
     return Net()
 """
     source = user_source(tmp_path, code)
-    message = "source own: expected logits of shape (6, 3), found (1, 3)"
+    message = "source own: expected logits of shape (6, 3), found (2, 3)"
     with pytest.raises(InputError, match=re.escape(message)):
         source.log_probabilities(pictures())
+    message = "source own: expected logits of shape (2, 3), found (1, 3)"
+    with pytest.raises(InputError, match=re.escape(message)):
+        user_source(tmp_path, code.replace("[:2]", "[:1]"))
 
 
 # --- real networks on real images -------------------------------------------------------------

@@ -21,9 +21,10 @@ from support.small_targets import SOURCE, in_memory
 
 from sskt.teacher_cache.errors import CorruptStore
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
-from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.format.spec import label_set_spec
+from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.labeling.run import StageOptions, close_sets, open_sets
+from sskt.teacher_cache.labeling.run import StageOptions, open_sets
 from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.tools.audit import SeedAudit, audit, truth_of
@@ -72,9 +73,9 @@ def written(
     """
     how = parse_encoding(encoding)
     views = open_views(in_memory(rows, 1, 1), parse_policy("pad-crop-flip"))
-    options = StageOptions(shard_rows=shard_rows)
-    sets = open_sets(views, [source_of(classes)], how, seeds, cache, options)
-    (label_set,) = sets
+    source = source_of(classes)
+    spec = label_set_spec(views, source, how)
+    label_set = create_label_set(cache, spec, source.classes, seeds, shard_rows=shard_rows)
     for shard in label_set.shards(range(seeds)):
         if (shard.seed, shard.block) in left_out:
             continue
@@ -91,7 +92,7 @@ def written(
             if row in empty or row in unchecked:
                 checks[at] = 0
         label_set.write(shard, encoded, checks.astype(np.uint32))
-    close_sets(sets)
+    label_set.close()
     (found,) = list_label_sets(cache)
     return found
 
@@ -162,11 +163,12 @@ def test_numbers_are_those_of_the_stored_arrays(tmp_path: Path, encoding: str) -
 
 def test_numbers_of_labels_that_are_known(tmp_path: Path) -> None:
     views = open_views(in_memory(4, 1, 1), parse_policy("none"))
-    sets = open_sets(views, [source_of("abcd")], Encoding("f32"), 1, tmp_path, StageOptions())
     p = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0], [0.1, 0.2, 0.3, 0.4]])
     log_p = np.log(p, where=p > 0, out=np.full(p.shape, -200.0)).astype(np.float32)
-    sets[0].write(sets[0].shard(0, 0), {"labels": log_p}, np.ones(4, np.uint32))
-    close_sets(sets)
+    how, sources = Encoding("f32"), [source_of("abcd")]
+    with open_sets(views, sources, how, 1, tmp_path, StageOptions()) as (pair,):
+        label_set = pair.label_set
+        label_set.write(label_set.shard(0, 0), {"labels": log_p}, np.ones(4, np.uint32))
     (one,) = audit(list_label_sets(tmp_path)[0], target_of("abcd", [0, 1, 2, 3]))
     entropies = [0, np.log(4), np.log(2), -sum(x * np.log(x) for x in (0.1, 0.2, 0.3, 0.4))]
     assert one.entropy == pytest.approx(np.mean(entropies))

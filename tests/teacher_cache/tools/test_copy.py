@@ -471,7 +471,7 @@ def test_export_from_f32_is_what_the_source_would_have_given(
     }
     other.pop("made")
     assert one == other
-    assert sskt("verify", "--cache", tmp_path / "to", "--recompute", 8)[0] == 0
+    assert sskt("verify", "--cache", tmp_path / "to", "--recompute", 8, "--source", SOURCE)[0] == 0
     status, out, _ = sskt(*exporting(made / "f32", encoding, tmp_path / "to"))
     assert status == 0 and "0 shards written, 8 were there already" in out
     assert "gradient error relative to the stored labels: " in out

@@ -612,27 +612,35 @@ def test_a_missing_file_is_missing_data(made: Path, sskt: Sskt, tmp_path: Path) 
     assert status == 2 and "none.py (No such file or directory)" in one_line(err)
 
 
-def test_a_changed_function_is_not_taken_for_the_one_that_was_used(
+def test_a_recorded_function_is_run_only_from_the_file_that_is_named(
     made: Path, sskt: Sskt, tmp_path: Path
 ) -> None:
-    folder, png = tmp_path / "cache", tmp_path / "stills.png"
-    status, err = cache(sskt, made, folder, "--policy", SMALL, "--f-s", own(tmp_path, OWN))
+    folder, png, flag = tmp_path / "cache", tmp_path / "stills.png", tmp_path / "was run"
+    text = own(tmp_path, OWN)
+    status, err = cache(sskt, made, folder, "--policy", SMALL, "--f-s", text)
     assert status == 0, err
-    status, out, err = sskt("verify", "--cache", folder, "--recompute", 3)
-    assert status == 0 and "3 recomputed" in out and ": clean" in out, err
-    status, out, err = sskt("inspect", "--cache", folder, "--no-live", "--png", png)
+    verify = ("verify", "--cache", folder, "--recompute", 3, "--source", SOURCE)
+    inspect = ("inspect", "--cache", folder, "--no-live", "--png", png)
+    shutil.copy(tmp_path / "mine.py", tmp_path / "moved.py")
+    for named in (text, f"{tmp_path}/moved.py:last"):
+        status, out, err = sskt(*verify, "--frame-sampling", named)
+        assert status == (0 if named == text else 2), err
+    assert "views.f_s" in one_line(err), "the name of the file is part of the identity"
+    status, out, err = sskt(*inspect, "--f-s", text)
     assert status == 0 and "f_s = mine.py:last: frame 3 of the clip" in out, err
     png.unlink()
-    own(tmp_path, OWN.replace("- 1", "- 2"))
-    for ask in (("verify", "--recompute", 3), ("inspect", "--no-live", "--png", png)):
-        status, _, err = sskt(*ask, "--cache", folder)
-        assert status == 2 and "views.f_s" in one_line(err)
-    assert not png.exists()
+    own(tmp_path, f"open({str(flag)!r}, 'w').close()\n" + OWN)
+    for ask in (verify, inspect):
+        status, _, err = sskt(*ask)
+        assert status == 2 and "give --frame-sampling FILE.py:last, the file mine.py" in err
+        status, _, err = sskt(*ask, "--frame-sampling", text)
+        assert status == 2 and "it was not run" in one_line(err)
+    assert not png.exists() and not flag.exists()
 
 
 def test_every_f_s_is_shown(made: Path, sskt: Sskt, tmp_path: Path) -> None:
     """Sets over the same views whose sources saw other frames of them: a row of stills each."""
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views
 
     folder, png = tmp_path / "cache", tmp_path / "stills.png"
     for f_s in ("uniform-2", "center"):
@@ -698,7 +706,7 @@ def ucf(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ucf101_is_listed_and_verified(sskt: Sskt, ucf: Path) -> None:
-    status, out, err = sskt("verify", "--cache", ucf, "--recompute", 3)
+    status, out, err = sskt("verify", "--cache", ucf, "--recompute", 3, "--source", SOURCE)
     assert status == 0, err
     assert "6 rows, 3 recomputed" in out and ": clean" in out
     (shown,) = json.loads(sskt("ls", "--cache", ucf, "-v", "--json")[1])
@@ -716,10 +724,11 @@ def test_ucf101_is_listed_and_verified(sskt: Sskt, ucf: Path) -> None:
 
 
 def test_ucf101_is_inspected(sskt: Sskt, ucf: Path, data: Path, tmp_path: Path) -> None:
-    from sskt.teacher_cache.tools.verify import Reopen, reopen_views
+    from sskt.teacher_cache.tools.reopen import Reopen, reopen_views
 
     png, clip = tmp_path / "stills.png", tmp_path / "clip.png"
     ask = ["inspect", "--cache", ucf, "--sample", 1, "--seed", 1, "--png", png, "--clip", clip]
+    ask += ["--source", SOURCE]
     status, out, err = sskt(*ask, "--json")
     assert status == 0, err
     shown = json.loads(out)
@@ -746,7 +755,7 @@ def test_hmdb51_in_windows(sskt: Sskt, data: Path, tmp_path: Path) -> None:
     target = open_target("hmdb51", root=data / "hmdb51", partial=True, limit=2)
     assert target.frames is not None
     assert label_set.samples == sum(-(-int(n) // 16) for n in target.frames) > 2
-    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 2)
+    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 2, "--source", SOURCE)
     assert status == 0 and ": clean" in out, err
     last = label_set.samples - 1
     shown = json.loads(sskt("inspect", "--cache", tmp_path, "--sample", last, "--json")[1])
@@ -800,7 +809,9 @@ def test_a_truncated_clip_is_skipped_and_the_others_do_not_notice(
         for row in (0, 2):
             assert labels["cut"][row].tobytes() == labels["whole"][row].tobytes()
             assert checks["cut"][row] == checks["whole"][row] != 0
-    status, out, _ = sskt("verify", "--cache", tmp_path / "cut", "--recompute", 6)
+    status, out, _ = sskt(
+        "verify", "--cache", tmp_path / "cut", "--recompute", 6, "--source", SOURCE
+    )
     assert status == 0 and "2 skipped" in out and ": clean" in out
     ask = ("inspect", "--cache", tmp_path / "cut", "--sample", 1)
     status, out, _ = sskt(*ask)
@@ -820,5 +831,5 @@ def test_both_decoders_have_sets_of_their_own(
         assert status == 0, err
     found = list_label_sets(tmp_path)
     assert sorted(s.spec["views"]["decoder"] for s in found) == ["decord", "pyav"]
-    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 2)
+    status, out, err = sskt("verify", "--cache", tmp_path, "--recompute", 2, "--source", SOURCE)
     assert status == 0 and out.count(": clean") == 2, err

@@ -30,7 +30,16 @@ import numpy as np
 import pytest
 from support.helpers import TINY, tree
 from support.processes import launched
-from support.servers import Proxy, Served, free_port, serving, without_times
+from support.servers import (
+    Answered,
+    Proxy,
+    Served,
+    answered,
+    free_port,
+    misserving,
+    serving,
+    without_times,
+)
 
 from sskt.server.compute.queue import Queue
 from sskt.server.http.tokens import new_token, revoke
@@ -339,6 +348,82 @@ def test_a_training_that_starts_while_the_server_is_away_waits_for_it(
         f"label server {url} does not answer (connection refused); waiting for /v1/label-sets, "
         "trying again for up to 60 minutes"
     )
+
+
+def empty(path: str, body: bytes) -> bytes:
+    """As nginx answers for a file that was lost in a full disk."""
+    return answered(path, b"")
+
+
+def cut(path: str, body: bytes) -> bytes:
+    return answered(path, body)[:-100]
+
+
+def too_short(path: str, body: bytes) -> bytes:
+    """Cut, by something that makes its length anew."""
+    return answered(path, body[:-100])
+
+
+def too_long(path: str, body: bytes) -> bytes:
+    return answered(path, body + bytes(100))
+
+
+def larger_than_a_shard(path: str, body: bytes) -> bytes:
+    return answered(path, body + bytes(ROWS * CLASSES * 5))
+
+
+def without_length(path: str, body: bytes) -> bytes:
+    return b"HTTP/1.0 200 OK\r\n\r\n" + body[:-100]
+
+
+def an_error_page(path: str, body: bytes) -> bytes:
+    return answered(path, b"<html>It works!</html>")
+
+
+WRONG = {
+    empty: r"is damaged \(it is empty\)",
+    cut: r"the answer broke off",
+    too_short: r"is damaged \(the checksum of its index fails\)",
+    too_long: r"is damaged \(the checksum of its index fails\)",
+    larger_than_a_shard: r"is damaged \(it has \d+ bytes or more, expected at most \d+\)",
+    without_length: r"is damaged \(the checksum of its index fails\)",
+    an_error_page: r"is damaged \(the checksum of its index fails\)",
+}
+
+
+@pytest.mark.parametrize("times", [1, 99])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_answers_for_a_shard(
+    large: Path, tmp_path: Path, wrong: Answered, times: int, sskt: Call
+) -> None:
+    """They are requested once more; then the error names the shard, and nothing is kept."""
+    made, asked = only(large), []
+
+    def answer(path: str, body: bytes) -> bytes:
+        if path.endswith("/labels/c/0/1/0"):
+            asked.append(path)
+            return wrong(path, body) if len(asked) <= times else answered(path, body)
+        return answered(path, body)
+
+    with misserving(made.path, answer) as url:
+        remote = fetched(url, tmp_path / "node", wait_minutes=0.005)
+        remote.read(0, 0, ROWS)
+        if times == 1:
+            assert same(remote, made) and len(asked) == 2
+        else:
+            with pytest.raises(SsktError, match=WRONG[wrong]) as error:
+                remote.read(0, ROWS, SAMPLES)
+            assert "labels/c/0/1/0" in str(error.value) and len(asked) >= 2
+            assert len(list(tmp_path.rglob("*.shard"))) == 1
+        asked.clear()
+        if times == 99 and wrong is cut:  # waited for as any server that is away
+            times = 1
+        status, _, err = sskt("copy", url, tmp_path / "to")
+        if times == 1:
+            assert status == 0, err
+            assert tree(tmp_path / "to" / made.name) == tree(made.path)
+        else:
+            assert status in (1, 2) and "labels/c/0/1/0" in err, err
 
 
 @pytest.mark.parametrize("always", [False, True])
