@@ -27,8 +27,11 @@ from sskt.cli.output import (
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sskt.teacher_cache.labeling.run import StageReport
     from sskt.teacher_cache.labeling.units import Share
+    from sskt.teacher_cache.views.views import Views
 
 
 @click.command(
@@ -69,15 +72,25 @@ def cache_teachers(
     require_ready(given)
     job = job_of(located_cache(cache, writable=True, make=True), given)
     part = None
+
+    def said(views: Views) -> None:
+        if not as_json:
+            target = views.target
+            classes = f" of {len(target.classes):,} classes" if target.classes else ""
+            click.echo(
+                f"{target.name} {target.split}: {len(target):,} samples{classes} "
+                f"x {job.seeds} view seeds"
+            )
+
     try:
         with progress() as bar:
             if engine == "ray":
                 from sskt.teacher_cache.labeling.ray.driver import RayOptions, cache_with_ray
 
                 how = RayOptions(address, task_gpus, task_cpus)
-                report = cache_with_ray(job, how, bar("labels"), bar("reading files"))
+                report = cache_with_ray(job, how, bar("labels"), bar("reading files"), said)
             else:
-                report, part = _here(job, share, bar)
+                report, part = _here(job, share, bar, said)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "finished shards are stored; run the same command again to label the rest"
@@ -85,7 +98,9 @@ def cache_teachers(
     _report(report, part, as_json)
 
 
-def _here(job: Any, share: str, bar: Any) -> tuple[StageReport, Share | None]:
+def _here(
+    job: Any, share: str, bar: Any, said: Callable[[Views], None]
+) -> tuple[StageReport, Share | None]:
     with working("loading"):
         from dataclasses import replace
 
@@ -96,6 +111,7 @@ def _here(job: Any, share: str, bar: Any) -> tuple[StageReport, Share | None]:
 
     part = parse_share(share)
     views = open_job_views(job, bar("reading files"))
+    said(views)
     with working("opening sources"):
         opened = open_job_sources(job)
         open_cache(job.cache, make=True)

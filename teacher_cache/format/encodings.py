@@ -27,9 +27,9 @@ EncodedTensors = dict[str, "Tensor"]
 
 NAMES = ("f16", "u8", "topk-K", "f32")
 U8_POWER = 6
-ERROR_ROWS = 512
-"""Rows on which the error of a label set's encoding is measured (the first ones of seed 0)."""
 ROW_SUM_TOLERANCE = 0.01
+ERROR_ROWS = 512
+"""Rows on which a set's encoding error is measured (the first ones of seed 0)."""
 LOWEST = -65504.0
 """The lowest float16: anything less likely is stored as this."""
 
@@ -197,28 +197,6 @@ def soft_labels(
     return (p / p.sum(dim=1, keepdim=True)).float()
 
 
-def probabilities(
-    encoding: Encoding, encoded: Encoded, classes: int, temperature: float = 1.0
-) -> NDArray[np.float64]:
-    """The same as ``soft_labels`` without torch: float64 ``[n, C]``."""
-    if encoding.name == "topk":
-        top = np.exp(encoded["value"].astype(np.float64))
-        left = np.maximum(1 - top.sum(axis=1, keepdims=True), 0) / max(classes - encoding.k, 1)
-        p = np.repeat(left, classes, axis=1)
-        np.put_along_axis(p, encoded["index"].astype(np.int64), top, axis=1)
-        p **= 1 / temperature
-    elif encoding.name == "u8":
-        p = (encoded["labels"].astype(np.float64) / 255) ** (U8_POWER / temperature)
-    else:
-        return _softmax(encoded["labels"].astype(np.float64) / temperature)
-    return np.asarray(p / p.sum(axis=1, keepdims=True))
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(p / p.sum(axis=1, keepdims=True))
-
-
 def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> float:
     """How far apart two versions of the same stored labels are.
 
@@ -258,29 +236,60 @@ def as_tensors(encoded: Encoded) -> EncodedTensors:
     }
 
 
+def decoded(
+    encoding: Encoding, encoded: Encoded, classes: int, temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """Decodes stored rows without torch, as ``soft_labels`` does.
+
+    Args:
+        encoding: The encoding of the rows.
+        encoded: The stored arrays, ``[n, width]`` each.
+        classes: C, the number of the source's classes.
+        temperature: T of the paper's equation 1.
+
+    Returns:
+        softmax(z_s / T): float64 ``[n, C]``; NaN where a row holds no label.
+    """
+    if encoding.name == "topk":
+        top = np.exp(encoded["value"].astype(np.float64))
+        rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0) / (classes - encoding.k or 1)
+        p = np.repeat(rest, classes, axis=1)
+        np.put_along_axis(p, encoded["index"].astype(np.int64), top, axis=1)
+        p **= 1 / temperature
+    elif encoding.name == "u8":
+        p = (encoded["labels"].astype(np.float64) / 255) ** (U8_POWER / temperature)
+    else:
+        log_p = encoded["labels"].astype(np.float64) / temperature
+        p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
 def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
     """What the encoding costs on real rows ``[n, C]``, at T = 1 and 3.
 
-    kl: mean KL(p || stored) in nats. gradient: ||stored - p|| / ||q - p|| over all rows, the
-    relative error of the soft-label loss gradient T (q - p) for a random student q whose
-    logits are uniform in [-1, 1).
+    Args:
+        encoding: The encoding.
+        log_p: Log-probabilities of a source: float32 ``[n, C]``.
+
+    Returns:
+        For each temperature ``kl``, the mean KL(p || stored) in nats, and ``gradient``:
+        ||stored - p|| / ||q - p|| over all rows, the relative error of the gradient T (q - p) of
+        the soft-label loss, for a random student q whose logits are uniform in [-1, 1).
     """
     n, classes = log_p.shape
-    exact = log_p.astype(np.float64)
     blocks = -(-classes // 4)
     words = draw(np.arange(n * blocks), 0, stream=STUDENT).reshape(n, -1)[:, :classes]
-    student = 2 * unit(words) - 1
+    reference, student = Encoding("f32"), {"labels": 2 * unit(words) - 1}
     stored = encoding.encode(log_p)
     report: dict[str, Any] = {"rows": n}
     for temperature in (1, 3):
-        p = _softmax(exact / temperature)
-        found = probabilities(encoding, stored, classes, temperature)
-        q = _softmax(student / temperature)
-        with np.errstate(divide="ignore"):
-            terms = np.where(p > 0, p * (np.log(p) - np.log(np.maximum(found, 1e-300))), 0.0)
-        lost = np.linalg.norm(found - p) / np.linalg.norm(q - p)
+        p = decoded(reference, {"labels": log_p}, classes, temperature)
+        found = decoded(encoding, stored, classes, temperature)
+        q = decoded(reference, student, classes, temperature)
+        terms = p * (np.log(np.where(p > 0, p, 1)) - np.log(np.maximum(found, 1e-300)))
         report[f"T={temperature}"] = {
             "kl": float(f"{terms.sum(axis=1).mean():.4g}"),
-            "gradient": float(f"{lost:.4g}"),
+            "gradient": float(f"{np.linalg.norm(found - p) / np.linalg.norm(q - p):.4g}"),
         }
     return report

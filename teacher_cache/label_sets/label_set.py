@@ -493,6 +493,9 @@ class LabelSet:
 
         Returns:
             What was wrong with each shard that was discarded.
+
+        Raises:
+            InputError: If a folder is in the place of a file.
         """
         return [what for shard in shards if (what := self._discarded(shard))]
 
@@ -517,6 +520,13 @@ class LabelSet:
         if not self.has(shard):
             return ""
         gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
+        if isinstance(self.place, LocalPlace):
+            for key in self.shard_keys(shard):
+                if (self.place.path / key).is_dir():
+                    raise InputError(
+                        f"{self.place.where(key)} is a folder in the place of a shard's file; "
+                        "move it away and run the same command again"
+                    )
         if gone:
             return str(self._damage(shard, f"{gone[0]} is gone or empty"))
         try:

@@ -296,7 +296,7 @@ class _Pending:
             rows = np.concatenate(self.sample)[:ERROR_ROWS]
             self.label_set.add_attribute("error", measured_error(self.label_set.encoding, rows))
         self.label_set.write(self.shard, self.encoded, self.checks)
-        if not self.label_set.has(self.shard):
+        if not self.label_set.has(self.shard, fresh=True):  # another writer may have stored it
             raise CorruptStore(f"label set {self.label_set.name}: a shard vanished on writing")
         self.label_set.release(self.shard)
 

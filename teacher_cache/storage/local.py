@@ -64,18 +64,18 @@ class LocalPlace:
         found = {}
         for path in (self.path / under).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # a partial file that was renamed
-                about = path.stat()
-                if stat.S_ISREG(about.st_mode):
+                about = _status(path)
+                if about is not None and stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
         return found
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
         """See ``Place``; 0 for what is no file."""
         try:
-            found = (self.path / key).stat()
+            found = _status(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
         """Does nothing: there are no listings."""
@@ -149,6 +149,16 @@ class LocalPlace:
                 with contextlib.closing(Locks(lock)) as locks:
                     if locks.claim(METADATA) and locks.abandoned(leftover):
                         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What a path leads to; None for a loop of links."""
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None
 
 
 def lost(folder: Path) -> str:

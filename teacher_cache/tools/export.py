@@ -17,8 +17,8 @@ from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
     Float32,
+    decoded,
     measured_error,
-    probabilities,
 )
 from sskt.teacher_cache.label_sets.create import create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
@@ -163,7 +163,7 @@ def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
             log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         return log_p.astype(np.float32)
     with np.errstate(divide="ignore"):
-        return np.log(probabilities(encoding, encoded, classes)).astype(np.float32)
+        return np.log(decoded(encoding, encoded, classes)).astype(np.float32)
 
 
 def _require_sound(

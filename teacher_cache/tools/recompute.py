@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
 from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import Report, decoded
+from sskt.teacher_cache.tools.verify import Report, first_row
 from sskt.teacher_cache.views.views import Views, check_of
 
 
@@ -40,13 +42,28 @@ class Comparison:
 def compare(
     label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
 ) -> Comparison:
-    """Recomputes one label from its image."""
+    """Recomputes one label from its image.
+
+    Args:
+        label_set: The label set.
+        views: Its views, as ``reopen`` returned them.
+        source: Its source, as ``reopen`` returned it.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        The stored label beside the live one.
+
+    Raises:
+        CorruptStore: If the stored label cannot be read.
+        BadImage: If the sample cannot be read now.
+    """
     encoded = label_set.read(seed, sample, sample + 1)
-    stored = decoded(label_set, encoded)
+    stored = first_row(label_set, encoded)
     if label_set.encoding.skipped(encoded)[0]:
         return Comparison(sample, seed, stored, stored, 0.0, True, True)
     view, log_p = _recomputed(label_set, views, source, sample, seed)
-    again = decoded(label_set, label_set.encoding.encode(log_p))
+    again = first_row(label_set, label_set.encoding.encode(log_p))
     check = int(label_set.read_checks(seed, sample, sample + 1)[0])
     distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)
     return Comparison(
@@ -72,9 +89,18 @@ def _recomputed(
     return seen[row], log_p.cpu().numpy()
 
 
-def probe_pairs(label_set: LabelSet, count: int) -> Iterator[tuple[int, int]]:
-    """``count`` (sample, seed) pairs, spread at random but the same each time, all stored."""
-    words = draw(np.arange(count), 0, stream=PROBE)
+def probe_pairs(label_set: LabelSet, count: int, key: int) -> Iterator[tuple[int, int]]:
+    """Draws stored labels at random.
+
+    Args:
+        label_set: The label set.
+        count: How many to draw.
+        key: Chooses them: a number below 2^32.
+
+    Yields:
+        Sample and seed of each one that is stored.
+    """
+    words = draw(np.arange(count), key, stream=PROBE)
     samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
     for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
         if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
@@ -88,21 +114,47 @@ def recompute(
     *,
     instead: Reopen | None = None,
     tolerance: float | None = None,
+    key: int | None = None,
     progress: Callable[[int, int], None] = lambda done, n: None,
 ) -> Report:
-    """Compares ``count`` labels with the live source and adds what differs to the report."""
+    """Compares stored labels with those of the live source.
+
+    Args:
+        label_set: The label set.
+        count: How many labels to compare.
+        report: What was found before.
+        instead: How its target and source are opened.
+        tolerance: Largest total variation distance that is no difference; default: that of the
+            source's precision.
+        key: Chooses the labels; default: other ones each time, which a forger cannot know.
+        progress: Called with labels done and to do.
+
+    Returns:
+        The report, with the problems that were found added.
+
+    Raises:
+        SpecMismatch: If what is opened now is not what the labels were made from.
+        InputError: If a file is needed that was not named.
+        BadImage: If a sample cannot be read now.
+    """
     views, source = reopen(label_set, instead or Reopen())
     allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
     worst, problems = report.worst_distance, list(report.problems)
     done = 0
-    for sample, seed in probe_pairs(label_set, count):
-        found = compare(label_set, views, source, sample, seed)
+    key = secrets.randbits(32) if key is None else key
+    for sample, seed in probe_pairs(label_set, count, key):
+        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
+        try:
+            found = compare(label_set, views, source, sample, seed)
+        except (CorruptStore, IncompleteLabels) as error:
+            if not any(problem.endswith(str(error)) for problem in problems):
+                problems.append(f"{place}: {error}")
+            continue
         done += 1
         worst = max(worst, found.distance)
-        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
         if not found.same_view:
             problems.append(f"{place}: the view is not the one the source saw")
-        elif found.distance > allowed:
+        elif not found.distance <= allowed:
             problems.append(
                 f"{place}: stored and recomputed labels differ by {found.distance:.4f} "
                 f"(allowed {allowed:g})"

@@ -10,8 +10,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData
-from sskt.teacher_cache.format.encodings import Encoded, probabilities
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
+from sskt.teacher_cache.format.encodings import Encoded, decoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
@@ -133,7 +133,7 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
     try:
         encoded = label_set.read(shard.seed, shard.start, shard.stop)
         checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
-    except CorruptStore as error:
+    except (CorruptStore, IncompleteLabels) as error:  # it may have gone since it was listed
         return str(error)
     report.shards += 1
     report.rows += shard.stop - shard.start
@@ -155,12 +155,25 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
 
 
 def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray[np.float32] | None:
-    """One stored label decoded at T = 1: float32 ``[C]``; None if the sample was skipped."""
+    """Decodes one stored label at T = 1.
+
+    Args:
+        label_set: The label set.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        Probabilities: float32 ``[C]``; None if the sample was skipped.
+
+    Raises:
+        IncompleteLabels: If the label is not stored.
+        CorruptStore: If it cannot be read.
+    """
     encoded = label_set.read(seed, sample, sample + 1)
-    return None if label_set.encoding.skipped(encoded)[0] else decoded(label_set, encoded)
+    return None if label_set.encoding.skipped(encoded)[0] else first_row(label_set, encoded)
 
 
-def decoded(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
+def first_row(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
     """The first row of some stored rows at T = 1: float32 ``[C]``."""
-    p = probabilities(label_set.encoding, encoded, len(label_set.classes))
+    p = decoded(label_set.encoding, encoded, len(label_set.classes))
     return np.asarray(p[0].astype(np.float32))

@@ -71,6 +71,7 @@ def cache_with_ray(
     options: RayOptions | None = None,
     progress: Progress = lambda done, total: None,
     reading: Progress = lambda done, total: None,
+    opened: Callable[[Views], None] = lambda views: None,
 ) -> StageReport:
     """``cache_teachers`` with the units spread over a Ray cluster; the same bytes.
 
@@ -87,6 +88,7 @@ def cache_with_ray(
     job = _everywhere(job)
     open_cache(job.cache, make=True)
     views = open_job_views(job, reading)
+    opened(views)
     views.target.identity()  # takes the fingerprint here, not in every worker
     with connected(ray, address):
         gpus = task_gpus_of(ray.nodes(), job.device, options)

@@ -276,7 +276,7 @@ def test_an_encodings_text_and_identity_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "f64", "F16", "topk", "topk-", "topk-0", "topk--1", "topk-x"])
 def test_unknown_encodings_are_refused(text: str) -> None:
-    with pytest.raises(UnknownName, match=r"unknown encoding '.*'; known: f16, u8, topk-K, f32"):
+    with pytest.raises(UnknownName, match=r"unknown encoding '.*'; .*known: f16, u8, topk-K, f32"):
         parse_encoding(text)
 
 

@@ -174,9 +174,13 @@ def test_an_unreadable_set_stops_no_other(
     assert status == 1 and f"{healthy.name}: 12 shards, 180 rows: clean" in out
     assert sskt("verify", "--cache", cache, healthy.digest[:9])[0] == 0
     source = parse_source("tiny", stored=True)
-    if alike:
-        with pytest.raises(CorruptStore, match="may be the label set that is wanted"):
-            find_label_set(cache, source, views)
-    else:
+    if not alike:
         found = find_label_set(cache, source, views)
         assert found is not None and found.name == healthy.name
+    else:
+        with pytest.raises(CorruptStore, match="may be the label set that is wanted"):
+            find_label_set(cache, source, views)
+    if kind != "no permission":
+        assert sskt("rm", "--cache", cache, name, "--yes")[0] == 0
+        assert find_label_set(cache, source, views) and not path.exists()
+        assert sskt("ls", "--cache", cache)[0] == 0

@@ -196,7 +196,10 @@ def test_looking(filled: str, local: Path, sskt: Sskt, tmp_path: Path) -> None:
         there = sskt(*command, "--cache", filled, "--json")
         here = sskt(*command, "--cache", local, "--json")
         assert there[0] == here[0] == 0, there[2]
-        assert json.loads(there[1]) == json.loads(here[1]) and json.loads(here[1])
+        found = [json.loads(out) for _, out, _ in (there, here)]
+        for report in (*found[0], *found[1]):
+            report.pop("worst_distance", None)  # other labels are recomputed each time
+        assert found[0] == found[1] != []
     for cache in (filled, local):
         png = tmp_path / f"{len(str(cache))}.png"
         more = ("--sample", 17, "--seed", 1, "--png", png, "--json", "--source", SOURCE)
