@@ -1,6 +1,7 @@
 """Copying label sets between caches.
 
-A copy may be stopped anywhere: what is there of a set is whole shards, and the same call finishes.
+A copy may be stopped at any time. The shards copied so far are whole, and the same call copies the
+rest.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 
 AT_ONCE = 4
-"""Shards under way at once."""
+"""Shards that are copied at the same time."""
 
 POLL_SECONDS = 0.1
-"""Pause between looks at shards that another process is writing."""
+"""Seconds between two checks of shards that another process is writing."""
 
 
 Progress = Callable[[int, int], None]
@@ -34,7 +35,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy did: shards written, shards found there, bytes written."""
+    """The result of a copy.
+
+    Attributes:
+        name: Name of the label set.
+        written: Number of shards written.
+        reused: Number of shards that existed and are the same.
+        bytes: Bytes written.
+        coverage: Share of each seed's samples that the source has stored.
+    """
 
     name: str
     written: int
@@ -46,11 +55,24 @@ class Copied:
 def copy_label_set(
     source: LabelSet, to: CacheName, progress: Progress = lambda done, total: None
 ) -> Copied:
-    """Copies what is stored of a set, byte for byte; each object is checked before and after.
+    """Copies the stored shards of a label set with their records, byte for byte.
 
-    Raises ``InputError`` if the other cache has something else under the same name, naming the
-    first object that differs; ``CorruptStore`` for a damaged shard of the source, or if what was
-    written does not read back; ``DiskFull``.
+    Each file is checked before it is written and after.
+
+    Args:
+        source: The label set.
+        to: The cache to copy to.
+        progress: Called with shards done and to do.
+
+    Returns:
+        What was copied.
+
+    Raises:
+        InputError: If the other cache has another label set or other bytes under the same name;
+            the message names the first file that differs.
+        CorruptStore: If a shard of the source is damaged, or if a written file reads back
+            otherwise.
+        DiskFull: If there is no room.
     """
     home = open_cache(to, make=True)
     if _real(home.below(source.name)) == _real(source.place):
@@ -100,7 +122,7 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
 
 
 def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
-    """Bytes written (0: it was there); None if another process is writing it."""
+    """Copies a shard: bytes written, 0 if it exists, None if another process is writing it."""
     if not target.has(shard):
         if target.claim(shard):
             try:
