@@ -93,7 +93,14 @@ class ComputeWorker:
         self.queue = Queue(Path(settings.run) / "queue", settings.queue)
         self.metrics = Metrics(Path(settings.run))
         self._device = usable_device(settings.device)
-        self._root = Path(settings.root) if settings.root else None
+        self._reopen = Reopen(
+            root=Path(settings.root) if settings.root else None,
+            sources=settings.sources,
+            weights=Path(settings.weights) if settings.weights else None,
+            allow_outside_root=settings.allow_outside_root,
+            frame_sampling=settings.frame_sampling,
+            device=str(self._device),
+        )
         self._opened: dict[str, _Opened] = {}
         self._waiting = -1
 
@@ -180,8 +187,7 @@ class ComputeWorker:
         if opened is None:
             while len(self._opened) >= OPEN_SETS:
                 self._close(next(iter(self._opened)))
-            how = Reopen(root=self._root, device=str(self._device))
-            opened = _Opened(*reopen(label_set, how), time.monotonic())
+            opened = _Opened(*reopen(label_set, self._reopen), time.monotonic())
         self._opened[label_set.digest] = opened
         return opened
 

@@ -105,6 +105,7 @@ def client(tmp_path: Path) -> Callable[..., TestClient]:
     return make
 
 
+SETTINGS = Settings(cache="", run="")
 LINKS = {"href", "src", "action"}
 
 
@@ -595,20 +596,20 @@ def test_a_set_cannot_make_the_server_run_code(
     label_set = of_encoding(cache, "u8")
     label_set.attributes["made"]["frame_sampling"] = f"{tmp_path / 'own.py'}:pick"
     with pytest.raises(InputError, match="which a server does not run"):
-        Opened().views(label_set, None)
+        Opened().views(label_set, SETTINGS)
     assert not ran.exists()
 
 
 def test_few_targets_stay_open(cache: Path) -> None:
     label_set = of_encoding(cache, "u8")
     opened = Opened()
-    views = opened.views(label_set, None)
-    assert opened.views(label_set, None) is views
+    views = opened.views(label_set, SETTINGS)
+    assert opened.views(label_set, SETTINGS) is views
     for i in range(OPEN):
         attributes = label_set.attributes | {"digest": f"{i:064d}"}
-        opened.views(replace(label_set, attributes=attributes), None)
+        opened.views(replace(label_set, attributes=attributes), SETTINGS)
     assert len(opened) == OPEN
-    assert opened.views(label_set, None) is not views
+    assert opened.views(label_set, SETTINGS) is not views
 
 
 def test_static_files_are_kept_as_long_as_they_stay_the_same(
