@@ -25,6 +25,7 @@ from sskt.teacher_cache.format.encodings import ERROR_ROWS, Encoded, Encoding, m
 from sskt.teacher_cache.format.spec import label_set_spec
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS, create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.labeling.loader import ReadRequest, ViewBatch, ViewReader
 from sskt.teacher_cache.labeling.units import MEMORY, Share, Unit, units
 from sskt.teacher_cache.labeling.writer import Writer
@@ -87,7 +88,7 @@ class SourceLabels:
     """A source and the label set that its labels go to, open for writing."""
 
     source: Source
-    label_set: LabelSet
+    label_set: WritableLabelSet
 
 
 Progress = Callable[[int, int], None]
@@ -223,8 +224,9 @@ def label_units(
         As ``cache_teachers``.
     """
     begin = time.monotonic() if begin is None else begin
-    sets = [pair.label_set for pair in pairs]
-    for label_set in sets:
+    sets: list[LabelSet] = []
+    for label_set in (pair.label_set for pair in pairs):
+        sets.append(label_set)
         label_set.place.refresh()
         shards = [shard for unit in todo if unit.holds(label_set) for shard in unit.shards]
         for what in label_set.discard_unsound(shards):

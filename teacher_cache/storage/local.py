@@ -52,10 +52,12 @@ class LocalPlace:
     def folders(self) -> list[str]:
         """See ``Place``. Raises ``MissingData`` if there is no such folder."""
         require_folder(self.path)
-        folders = [path for path in self.path.iterdir() if path.is_dir()]
-        ours = [path.name for path in folders if is_set_name(path.name)]
-        others = [path.name for path in folders if (path / GROUP).exists()]
-        return set_names([*ours, *others], str(self))
+        names = []
+        for path in self.path.iterdir():
+            with contextlib.suppress(OSError):  # a foreign folder that this user cannot read
+                if path.is_dir() if is_set_name(path.name) else (path / GROUP).is_file():
+                    names.append(path.name)
+        return set_names(names, str(self))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}

@@ -19,6 +19,7 @@ from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.source import Source
@@ -57,7 +58,7 @@ def verify(
     label_set: LabelSet,
     progress: Callable[[int, int], None] = lambda done, n: None,
     *,
-    binder: LabelSet | None = None,
+    binder: WritableLabelSet | None = None,
 ) -> Report:
     """Reads every shard: checksums, record, row sums, NaN, view checks, coverage.
 
@@ -123,7 +124,7 @@ def bind(
 
 
 def _verify_shard(
-    label_set: LabelSet, shard: Shard, report: Report, binder: LabelSet | None
+    label_set: LabelSet, shard: Shard, report: Report, binder: WritableLabelSet | None
 ) -> None:
     problem = _shard_problem(label_set, shard, report)
     if problem:

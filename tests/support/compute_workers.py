@@ -17,7 +17,7 @@ import pytest
 from sskt.server.compute.queue import COMPUTING, Queue
 from sskt.server.compute.worker import run_compute_worker
 from sskt.server.settings import Settings
-from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.sources.source import Source
 
 _context = multiprocessing.get_context("forkserver")
@@ -67,14 +67,14 @@ def _own(settings: Settings) -> None:
 def _inject(run: Path) -> None:
     """While a file is there in ``run``: ``die`` kills once between the two files of a shard,
     ``poison`` when seed 2 is computed; ``full``: no room on the disk."""
-    forward, write, fsync, replace = Source.forward, LabelSet.write, os.fsync, os.replace
+    forward, write, fsync, replace = Source.forward, WritableLabelSet.write, os.fsync, os.replace
 
     def forwarding(self: Source, stills: Any) -> Any:
         if (run / "poison").exists() and _computing(run, 2):
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, stills)
 
-    def writing(self: LabelSet, *shard: Any) -> None:
+    def writing(self: WritableLabelSet, *shard: Any) -> None:
         with (run / "written").open("a") as log:
             log.write("x")
         write(self, *shard)
@@ -92,7 +92,7 @@ def _inject(run: Path) -> None:
 
     patch = pytest.MonkeyPatch()
     patch.setattr(Source, "forward", forwarding)
-    patch.setattr(LabelSet, "write", writing)
+    patch.setattr(WritableLabelSet, "write", writing)
     patch.setattr(os, "fsync", syncing)
     patch.setattr(os, "replace", replacing)
 
