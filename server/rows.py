@@ -7,6 +7,7 @@ returns the labels as they are stored, with their view checks, and has one budge
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -352,5 +353,7 @@ def _stat(path: str) -> tuple[object, ...] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return ()  # which is damage: reading it says so
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns, found.st_ino

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import stat
 import threading
 import time
@@ -25,20 +24,24 @@ from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.format.metadata import GROUP
-from sskt.teacher_cache.label_sets.create import open_label_set
+from sskt.teacher_cache.format.names import is_set_name
+from sskt.teacher_cache.label_sets.create import open_label_set, without_copies
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 
 OUT_OF_REACH = "cache out of reach"
+LOST_MOUNT = (
+    "the cache's folder is empty and on another device than when the server started; mount its "
+    "file system again"
+)
 FRESH_SECONDS = 1.0
 """Lifetime of a listing of the cache, and of what is known of a label set in a bucket, at least."""
 REST = 3
 """That lifetime, as a multiple of the time that listing or reading took."""
 RETRY = {"Retry-After": "5"}
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}")
 _METADATA = (GROUP, f"view_check/{GROUP}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -61,17 +64,23 @@ class Sets:
 
     A request for one label set touches no other, so one that cannot be read hides no other.
 
+    Args:
+        home: The cache.
+        device: Number of the device that the cache's folder is on, if it held label sets when the
+            server started.
+
     Attributes:
         damaged: By name, why a label set cannot be read, as of the last listing.
     """
 
-    def __init__(self, home: Place) -> None:
+    def __init__(self, home: Place, device: int | None = None) -> None:
         self.home = home
+        self._held_sets = device is not None
         self.damaged: dict[str, str] = {}
         self._known: dict[str, _Known] = {}
         self._listed: list[LabelSet] = []
         self._until = 0.0
-        self._device = self._folder_device()
+        self._device = self._folder_device() if device is None else device
         self._guard = threading.Lock()
 
     def all(self) -> list[LabelSet]:
@@ -100,7 +109,7 @@ class Sets:
                 reach.
         """
         try:
-            found = self._opened(name, fresh=fresh) if _NAME.fullmatch(name) else None
+            found = self._opened(name, fresh=fresh) if is_set_name(name) else None
         except _Unreadable as error:
             raise Problem(500, DAMAGED, str(error)) from error
         if found is not None:
@@ -140,8 +149,9 @@ class Sets:
 
     def _folders(self) -> list[str]:
         names = self.home.folders()
-        if not names and self._listed and self._folder_device() != self._device:
-            raise InputError(f"{self.home} is empty and on another device: a lost mount?")
+        held_sets = self._listed or self._held_sets
+        if not names and held_sets and self._folder_device() != self._device:
+            raise Problem(503, OUT_OF_REACH, LOST_MOUNT, RETRY)
         return names
 
     def _list(self) -> None:
@@ -158,7 +168,8 @@ class Sets:
                 continue
             if label_set is not None:
                 listed.append(label_set)
-        self._listed, self.damaged = listed, damaged
+        self._listed, copies = without_copies(listed)
+        self.damaged = damaged | {name: str(error) for name, error in copies.items()}
         self._known = {n: known for n, known in self._known.items() if n in set(names)}
 
     def _opened(self, name: str, *, fresh: bool = False) -> LabelSet | None:
@@ -179,11 +190,6 @@ class Sets:
                 version, last = self._version(name), self._known.get(name)
                 same = last is not None and last.version == version
                 label_set = last.label_set if last and same else open_label_set(place)
-                if not _NAME.fullmatch(name):
-                    raise CorruptStore(
-                        "the name of a label set has only letters, digits, '.', '_' and '-'; "
-                        "rename the folder"
-                    )
                 self._known[name] = _Known(version, label_set, _lifetime(begun))
                 return label_set
             open_label_set(place)  # says whether it has lost a file
@@ -193,12 +199,16 @@ class Sets:
             if type(error) is InputError:
                 raise
             if not isinstance(error, OSError) or error.errno not in _ABSENT:
-                # The log names the folder on this machine, the answer does not.
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                text = (reason or type(error).__name__).replace(self.home.where(name), name)
-                raise _Unreadable(f"{name} cannot be read: {text}") from error
+                raise _Unreadable(self._reason(name, error)) from error
         self._known.pop(name, None)
         return None
+
+    def _reason(self, name: str, error: Exception) -> str:
+        """Why a label set cannot be read, without its folder on this machine, which the log has."""
+        if isinstance(error, SsktError):
+            return str(error).replace(self.home.where(name), name)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return f"label set {name} cannot be read ({reason or type(error).__name__})"
 
     def _version(self, name: str) -> Version:
         """What changes with the metadata of a label set. Raises ``OSError``, ``InputError``."""
@@ -261,7 +271,7 @@ def make_state(settings: Settings) -> State:
     return State(
         settings,
         home,
-        Sets(home),
+        Sets(home, settings.cache_device),
         metrics,
         Tokens(Path(settings.token_file)) if settings.token_file else None,
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),

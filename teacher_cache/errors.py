@@ -65,7 +65,7 @@ class UnknownName(InputError):
         near = did_you_mean(name, names)
         listed = f"known: {', '.join(names)}"
         if near:
-            listed = f"{near}; {listed}" if len(names) <= FEW else near
+            listed = f"{listed} ({near})" if len(names) <= FEW else near
         tail = f"; {hint}" if hint else ""
         super().__init__(f"unknown {kind} '{name}'; {listed}{tail}")
 

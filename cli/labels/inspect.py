@@ -125,7 +125,7 @@ def _view_of(
     png: Path | None,
     clip: Path | None,
 ) -> dict[str, Any]:
-    """The view of a sample, its check against the stored one, and pictures of it.
+    """The view of a sample, its check against the stored one, and images of it.
 
     by_f_s: the same views, of clips under every f_s that a source saw them by.
     """
@@ -136,7 +136,7 @@ def _view_of(
     views = next(iter(by_f_s.values()))
     target = views.target
     if clip and not target.clips:
-        raise InputError(f"--clip: target {target.name} has pictures; use --png")
+        raise InputError(f"--clip: target {target.name} has images; use --png")
     view = views[sample, seed]
     shown: dict[str, Any] = {
         "id": target.ids[sample],
@@ -191,7 +191,7 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     import numpy as np
 
     from sskt.teacher_cache.tools.reopen import reopen
-    from sskt.teacher_cache.tools.verify import compare, stored_probabilities
+    from sskt.teacher_cache.tools.verify import stored_probabilities
 
     shown: dict[str, Any] = {
         "label_set": label_set.name,
@@ -205,6 +205,8 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     top = np.argsort(-p, kind="stable")[:5]
     shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
     if instead is not None:
+        from sskt.teacher_cache.tools.recompute import compare
+
         try:
             views, source = reopen(label_set, instead)
         except SsktError as error:
@@ -227,7 +229,9 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     click.echo(f"views    {views['policy']} {views['parameters']}")
     if "id" in shown:
         state = (
-            "as the sources saw it" if shown["view_matches"] else "NOT the picture the sources saw"
+            "as the sources saw it"
+            if shown["view_matches"]
+            else "NOT the image that the sources saw"
         )
         *depth, height, width, _ = shown["view"]["shape"]
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))

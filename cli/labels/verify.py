@@ -83,7 +83,9 @@ def verify(
             report = checks.bind(cache, label_set, step) if bind else checks.verify(label_set, step)
             if count:
                 step = bar(f"recomputing {label_set.spec['source']['name']}")
-                report = checks.recompute(
+                from sskt.teacher_cache.tools.recompute import recompute
+
+                report = recompute(
                     label_set, count, report, instead=instead, tolerance=tolerance, progress=step
                 )
             reports.append(report)

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,10 @@ class _Exchange:
             await self._handle(headers)
         except _ClientLeft:
             self.gone = True
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            self._cut()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # the protocol learns of it
         except Exception as error:
             await self._fail(error)
         finally:
@@ -177,6 +181,8 @@ class _Exchange:
         self.body_left = length.strip(b"0") != b"" or b"transfer-encoding" in headers
         refuse_unknown_host(self.scope, self.settings)
         token = self.scope["state"]["token"] = token_of(self.scope, self.middleware.state.tokens)
+        if token is not None:
+            self.metrics.token_used(token.name)
         refuse_unsafe(self.scope)
         with self.middleware.counted(self.scope, token):
             if self.body_left:

@@ -100,6 +100,10 @@ class Tokens:
         found = _find(self._now(), digest) or _find(self._now(at_once=True), digest)
         return None if found is None or found.expired() else found
 
+    def all(self) -> list[Token]:
+        """All tokens, expired ones too. Raises ``InputError`` if the file cannot be used."""
+        return self._now()
+
     def require_usable(self) -> None:
         """Raises ``MissingData`` without the file, ``InputError`` if it cannot be used."""
         self._now()

@@ -26,7 +26,7 @@ from prometheus_client import (
     values,
 )
 
-from sskt.server.run_folder import database
+from sskt.server.run_folder import database, make_private
 from sskt.teacher_cache.errors import InputError, SsktError
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
@@ -66,6 +66,7 @@ class Metrics:
         self._children: dict[tuple[str, str, int], tuple[Any, Any, Any]] = {}
         self._sets: dict[str, Any] = {}
         self._kinds: dict[str, Any] = {}
+        self._tokens: dict[str, Any] = {}
         self._define(self._registry)
 
     def _define(self, on: CollectorRegistry) -> None:
@@ -106,6 +107,13 @@ class Metrics:
             "Requests being answered.",
             registry=on,
             multiprocess_mode="livesum",
+        )
+        self._token_used = Gauge(
+            "sskt_token_last_used_timestamp_seconds",
+            "When a token was last used.",
+            ["token"],
+            registry=on,
+            multiprocess_mode="max",
         )
         self._errors = Counter("sskt_errors", "Errors.", ["kind"], registry=on)
         info = Gauge(
@@ -157,6 +165,10 @@ class Metrics:
         """Counts a batch: its labels were decoded already, or had to be."""
         (self._hits if hit else self._misses).inc()
 
+    def token_used(self, name: str) -> None:
+        """Records the time at which a token was used."""
+        _kept(self._tokens, self._token_used, name).set(time.time())
+
     def computed(self, seconds: float, ok: bool) -> None:
         """Counts a shard computed on demand."""
         self._computed[ok].inc()
@@ -200,6 +212,7 @@ class Metrics:
         """A registry of all processes' numbers."""
         if not self._folder:
             return self._registry
+        make_private(Path(self._folder))  # a cleaner of temporary folders may have removed it
         forget_dead(Path(self._folder))
         together = CollectorRegistry()
         multiprocess.MultiProcessCollector(together, self._folder)  # type: ignore[no-untyped-call]
@@ -209,12 +222,13 @@ class Metrics:
         """All workers' numbers since the server's start.
 
         requests, sent_bytes, labels, hits, misses, computed, compute_failed, waiting, serving,
-        errors (by kind), routes (by template: requests, sent_bytes, buckets as in ``BOUNDS`` and
-        one more), labels_by_set.
+        errors (by kind), tokens (when each was last used, in seconds since 1970), routes (by
+        template: requests, sent_bytes, buckets as in ``BOUNDS`` and one more), labels_by_set.
         """
         totals: dict[str, Any] = {
             "labels_by_set": {},
             "errors": {},
+            "tokens": {},
             "routes": {},
         } | dict.fromkeys(_PLAIN.values(), 0)
         for metric in self._collected().collect():
@@ -250,6 +264,8 @@ def _add(totals: dict[str, Any], name: str, labels: dict[str, str], value: float
         totals[_PLAIN[name]] += int(value)
     elif name == "sskt_errors_total":
         totals["errors"][labels["kind"]] = int(value)
+    elif name == "sskt_token_last_used_timestamp_seconds":
+        totals["tokens"][labels["token"]] = value
     elif name == "sskt_labels_total":
         totals["labels_by_set"][labels["set"]] = int(value)
     elif "route" in labels:
@@ -263,7 +279,7 @@ def _add(totals: dict[str, Any], name: str, labels: dict[str, str], value: float
             route["le"][float(labels["le"])] = value
 
 
-def _kept(children: dict[str, Any], metric: Counter, value: str) -> Any:
+def _kept(children: dict[str, Any], metric: Counter | Gauge, value: str) -> Any:
     """The child of a label's value."""
     child = children.get(value)
     if child is None:

@@ -6,6 +6,7 @@ what was found last, and waits only a moment for a set that was not read before.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -81,6 +82,10 @@ def _sizes(label_set: LabelSet) -> Callable[[str], int | None]:
             return os.stat(f"{folder}/{key}").st_size  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return 0  # links that form a loop are damage, not a missing file
 
     return size
 

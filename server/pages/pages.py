@@ -6,10 +6,11 @@ sent with it can forbid both. Text that comes from a store or a client is escape
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +33,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+TRACKERS = ("issues", "issue tracker", "bug tracker", "tracker")
 FOREVER = "public, max-age=31536000, immutable"
 
 static = APIRouter(include_in_schema=False)
@@ -51,8 +53,8 @@ _STATIC = _static_files()
 
 
 def static_url(name: str) -> str:
-    """Address of a static file; another one after each change of it."""
-    return f"/static/{name}?v={_STATIC[name][1]}"
+    """URL of a static file below the server's root; another one after each change of the file."""
+    return f"static/{name}?v={_STATIC[name][1]}"
 
 
 @static.get("/static/{name}")
@@ -131,15 +133,45 @@ def _environment() -> jinja2.Environment:
 _TEMPLATES = _environment()
 
 
+def root_of(scope: Scope) -> str:
+    """The server's root relative to a request's URL, so that links work under any path prefix."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode("utf-8", "replace")
+    return "../" * (raw.partition(b"?")[0].count(b"/") - 1) or "./"
+
+
 def page(
-    template: str, status: int = 200, headers: Mapping[str, str] | None = None, **context: Any
+    scope: Scope,
+    template: str,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    **context: Any,
 ) -> Response:
-    """A template filled in. Always the present state, so never cached."""
-    text = _TEMPLATES.get_template(template).render(context)
+    """Fills in a template. The answer is the present state, so it is never cached.
+
+    Args:
+        scope: Of the request.
+        template: Name of the template's file.
+        status: HTTP status.
+        headers: Further headers.
+        **context: The template's variables.
+
+    Returns:
+        The page.
+    """
+    text = _TEMPLATES.get_template(template).render({"root": root_of(scope)} | context)
     fixed = {"Cache-Control": "no-store", "Content-Security-Policy": POLICY}
     # Ids of files whose names are no UTF-8 hold surrogates.
     body = text.encode("utf-8", "replace")
     return Response(body, status, fixed | dict(headers or {}), "text/html; charset=utf-8")
+
+
+@functools.cache
+def how_to_report() -> str:
+    """Where to report a failure of the server itself: the issue tracker that the package names."""
+    urls = dict(entry.split(", ", 1) for entry in metadata("sskt").get_all("Project-URL") or [])
+    tracker = next((url for name, url in urls.items() if name.lower() in TRACKERS), None)
+    where = f"at {tracker}" if tracker else "to the maintainers of sskt"
+    return f"Please report this {where}, with the request id below and the log's lines about it."
 
 
 def answer_problem(problem: Problem, scope: Scope) -> Response:
@@ -149,5 +181,11 @@ def answer_problem(problem: Problem, scope: Scope) -> Response:
         return json_answer(problem, scope)
     request_id = scope["state"]["request_id"]
     return page(
-        "problem.html", problem.status, problem.headers, problem=problem, request_id=request_id
+        scope,
+        "problem.html",
+        problem.status,
+        problem.headers,
+        problem=problem,
+        request_id=request_id,
+        report=how_to_report(),
     )

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from sskt.server.http.problems import Problem
-from sskt.server.pages.pages import page, part
+from sskt.server.pages.pages import page, part, root_of
 from sskt.server.pages.summaries import as_text, summaries_of
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.errors import IncompleteLabels, MissingData, SsktError
@@ -232,8 +232,8 @@ def _within(label_set: LabelSet, row: int, seed: int) -> None:
 
 
 def sample_url(label_set: LabelSet, row: int, seed: int) -> str:
-    """The address of a sample's page."""
-    return f"/sets/{part(label_set.name)}/samples/{row}?seed={seed}"
+    """The URL of a sample's page below the server's root."""
+    return f"sets/{part(label_set.name)}/samples/{row}?seed={seed}"
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,7 @@ def set_page(request: Request, name: str, row: Number = 0, seed: Number = 0) -> 
     except SsktError as error:
         why = str(error)
     return page(
+        request.scope,
         "set.html",
         summary=summaries_of(request, [label_set])[0],
         set=label_set,
@@ -283,7 +284,7 @@ def jump(request: Request, name: str, row: Number = 0, seed: Number = 0) -> Resp
     """Where the form leads."""
     label_set = state_of(request).sets.get(name)
     _within(label_set, row, seed)
-    return RedirectResponse(sample_url(label_set, row, seed), 303)
+    return RedirectResponse(root_of(request.scope) + sample_url(label_set, row, seed), 303)
 
 
 @router.get("/sets/{name}/samples/random")
@@ -299,7 +300,7 @@ def random_sample(request: Request, name: str, seed: Number = 0) -> Response:
             row = int(rng.integers(shard.start, shard.stop))
             break
     headers = {"Cache-Control": "no-store"}
-    return RedirectResponse(sample_url(label_set, row, seed), 303, headers)
+    return RedirectResponse(root_of(request.scope) + sample_url(label_set, row, seed), 303, headers)
 
 
 @router.get("/sets/{name}/samples/{row}")
@@ -311,6 +312,7 @@ def sample_page(request: Request, name: str, row: int, seed: Number = 0) -> Resp
     label_set.place.refresh()
     sets = over_same_views(label_set, state.sets.all())
     return page(
+        request.scope,
         "sample.html",
         set=label_set,
         row=row,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 
 from sskt.server.http.problems import Problem
+from sskt.server.http.tokens import Token
 from sskt.server.metrics.metrics import BOUNDS, quantile
 from sskt.server.pages import pages, samples
 from sskt.server.pages.coverage import CoverageCache
 from sskt.server.pages.pages import answer_problem, page
 from sskt.server.pages.summaries import summaries_of
-from sskt.server.state import state_of
+from sskt.server.state import State, state_of
 from sskt.teacher_cache.errors import SsktError
 
 __all__ = ["answer_problem", "mount_static", "router"]
@@ -141,9 +143,17 @@ def _live(request: Request, q: str) -> dict[str, Any]:
         "queue": state.on_demand.state() if state.on_demand else None,
         "queue_limit": state.settings.queue,
         "errors": state.metrics.recent_errors(ERRORS),
+        "tokens": _tokens(state),
         "workers": state.settings.workers,
         "cache": state.home.name,
     }
+
+
+def _tokens(state: State) -> list[Token] | None:
+    """The tokens of the file; None if there is no file, or if it cannot be read."""
+    with contextlib.suppress(SsktError):
+        return state.tokens.all() if state.tokens else None
+    return None
 
 
 Filter = Query("", max_length=200, description="Part of a name, or the start of a digest.")
@@ -152,10 +162,10 @@ Filter = Query("", max_length=200, description="Part of a name, or the start of 
 @router.get("/")
 def status_page(request: Request, q: str = Filter) -> Response:
     """The whole page."""
-    return page("status.html", **_live(request, q))
+    return page(request.scope, "status.html", **_live(request, q))
 
 
 @router.get("/status/live")
 def live_parts(request: Request, q: str = Filter) -> Response:
     """The parts of the page that change."""
-    return page("live.html", **_live(request, q))
+    return page(request.scope, "live.html", root="./", **_live(request, q))

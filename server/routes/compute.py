@@ -1,7 +1,8 @@
-"""Shards computed when somebody asks for them: waiting for one, asking for many, the queue.
+"""Computing missing shards on demand: waiting for one, requesting many, showing the queue.
 
-A web worker never writes into the cache: it puts shards into the queue (``compute/queue.py``), and
-the compute worker (``compute/worker.py``) stores them before a client is answered.
+A web worker puts shards into the queue (``compute/queue.py``), and the compute worker
+(``compute/worker.py``) stores them before a client is answered. The only thing that a web worker
+writes into the cache is the number of seeds of a label set that a request makes grow.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Queue", "QueueFull", "router", "wait_for", "why_not"]
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 0.5
-"""Seconds between two looks at a shard that is waited for: at first, and after a while."""
+"""Seconds between two checks whether a shard is stored: at first, and after a while."""
 
 MOST_SEEDS = 4096
 """Seeds of one request."""
@@ -38,8 +39,8 @@ router = APIRouter(tags=["on demand"])
 _growing = threading.Lock()
 
 
-class Wanted(BaseModel):
-    """What to compute: every missing shard of these view seeds."""
+class ComputeRequest(BaseModel):
+    """The view seeds of which every missing shard is to be computed."""
 
     seeds: list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]] = Field(
         min_length=1, max_length=MOST_SEEDS, examples=[[0, 1, 2]]
@@ -99,19 +100,19 @@ async def show_compute(request: Request) -> Response:
 @router.post(
     "/v1/label-sets/{name}:compute",
     operation_id="compute",
-    summary="Compute what is missing of some seeds",
+    summary="Compute the missing shards of some seeds",
     status_code=202,
     responses={
         202: {
-            "description": "All that is missing waits or is being computed, or failed lately.",
+            "description": "Every missing shard is queued, is being computed, or failed recently.",
             "content": {"application/json": {"example": COMPUTE_EXAMPLE}},
         },
         **problems(404, 409, 501, 507),
     },
 )
 async def compute(
-    name: Annotated[str, Path(description="Name of a label set, or of its digest's beginning.")],
-    wanted: Wanted,
+    name: Annotated[str, Path(description="Name of a label set, or the beginning of its digest.")],
+    wanted: ComputeRequest,
     request: Request,
 ) -> Response:
     """Needs the scope `compute`. A label set without some of the seeds grows, within a limit.
@@ -173,7 +174,7 @@ def no_such_seed(state: State, label_set: LabelSet, seed: int) -> Problem:
 
 
 def _ask_all(queue: Queue, label_set: LabelSet, seeds: list[int]) -> dict[str, Any]:
-    """Asks block by block: a block's samples are read once for all its waiting seeds."""
+    """Requests shards block by block: the samples of a block are read once for all its seeds."""
     missing = label_set.missing(seeds)
     states = dict.fromkeys((QUEUED, COMPUTING, FAILED), 0)
     message, full = "", False
@@ -194,12 +195,15 @@ def _ask_all(queue: Queue, label_set: LabelSet, seeds: list[int]) -> dict[str, A
 
 
 async def wait_for(state: State, label_set: LabelSet, seed: int, block: int) -> None:
-    """Asks for a shard, and returns when it is stored.
+    """Requests a shard, and returns when it is stored.
 
-    Who stops waiting does not stop the work. Raises ``Problem``: 503 with Retry-After if the
-    queue is full or ``wait_seconds`` were not enough (``state``, ``position`` say how far it
-    is), 507 for a full disk, 500 with the reason if it could not be computed, 409 for a set
-    that can never be, 404 for what is no shard.
+    The shard is computed even if the client stops waiting.
+
+    Raises:
+        Problem: 503 with Retry-After if the queue is full, or after ``wait_seconds`` (its members
+            ``state`` and ``position`` tell the progress); 507 if the disk is full; 500 with the
+            reason if the computation failed; 409 if the label set cannot be computed; 404 if it has
+            no such shard.
     """
     queue = _queue_for(state, label_set)
     if not 0 <= seed < label_set.seeds:
@@ -225,7 +229,7 @@ async def wait_for(state: State, label_set: LabelSet, seed: int, block: int) -> 
 
 
 def why_not(label_set: LabelSet) -> str:
-    """Why a set's shards cannot be computed by any server; empty if they can, as far as is told."""
+    """The reason why no server can compute shards of a label set; "" if none is known."""
     if label_set.attributes.get("made", {}).get("source"):
         return ""
     return (
@@ -244,7 +248,7 @@ def may_compute(request: Request) -> bool:
 
 
 def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
-    """The shard's entry in the queue, asked for where there is none; None: it is stored.
+    """The entry of a shard in the queue, made if there is none; None if the shard is stored.
 
     An object store is asked only when the compute worker is done with the shard.
     """
@@ -273,7 +277,7 @@ def _not_yet(queue: Queue, entry: Entry) -> Problem:
 
 
 def _later(queue: Queue, detail: str, shards: int, **more: Any) -> Problem:
-    """``shards``: how many will have been computed when asking again is worth it."""
+    """503. ``shards``: after how many computed shards the client should ask again."""
     again = {"Retry-After": str(queue.seconds(shards))}
     return Problem(503, "being computed", detail, again, **more)
 
@@ -281,7 +285,9 @@ def _later(queue: Queue, detail: str, shards: int, **more: Any) -> Problem:
 def _queue_for(state: State, label_set: LabelSet) -> Queue:
     if state.on_demand is None:
         raise Problem(
-            501, "not on demand", "this server computes nothing; start sskt serve with --on-demand"
+            501,
+            "not on demand",
+            "this server does not compute labels; start sskt serve with --on-demand",
         )
     reason = why_not(label_set)
     if reason:

@@ -1,8 +1,10 @@
-"""What a cache holds, as JSON: label sets, coverage, specs, files; and how the server is."""
+"""Label sets as JSON: list, coverage, spec, files; and the state of the server."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, Response
 
 from sskt.server.http.openapi import problems
+from sskt.server.http.problems import DAMAGED, Problem
 from sskt.server.pages.coverage import coverage_of
 from sskt.server.routes.compute import why_not
 from sskt.server.routes.zarr import metadata_keys, shard_of
@@ -44,7 +47,7 @@ EXAMPLE = {
 }
 
 
-def _json(example: Any, description: str = "As asked for.") -> dict[str, Any]:
+def _json(example: Any, description: str = "Found.") -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"example": example}}}
 
 
@@ -55,14 +58,19 @@ def _json(example: Any, description: str = "As asked for.") -> dict[str, Any]:
     responses={200: _json({"label_sets": [EXAMPLE], "damaged": {}}), **problems()},
 )
 async def list_label_sets(request: Request) -> Response:
-    """Every label set with its coverage; damaged ones by name, with the reason."""
+    """Every label set with its coverage; `damaged` names those that cannot be read, and why."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
-        sets = [_shown(state, label_set) for label_set in state.sets.all()]
-        return {"label_sets": sets, "damaged": state.sets.damaged}
+        sets, damaged = [], {}
+        for label_set in state.sets.all():
+            try:
+                sets.append(_shown(state, label_set))
+            except OSError as error:
+                damaged[label_set.name] = f"{label_set.name} cannot be read: {error.strerror}"
+        return {"label_sets": sets, "damaged": state.sets.damaged | damaged}
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
@@ -72,7 +80,7 @@ async def list_label_sets(request: Request) -> Response:
     responses={200: _json(EXAMPLE | {"spec": {}, "made": {}, "arrays": {}}), **problems(404)},
 )
 async def show_label_set(name: SetName, request: Request) -> Response:
-    """As in the list, with its spec, how it was made and its arrays."""
+    """As in the list, with its spec, its provenance (`made`) and its arrays."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
@@ -80,10 +88,10 @@ async def show_label_set(name: SetName, request: Request) -> Response:
         return _shown(state, label_set) | {
             "spec": label_set.spec,
             "made": label_set.attributes.get("made", {}),
-            "arrays": arrays_of(label_set),
+            "arrays": arrays_of(label_set, request.scope.get("root_path", "")),
         }
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
@@ -96,7 +104,7 @@ async def show_label_set(name: SetName, request: Request) -> Response:
     },
 )
 async def show_coverage(name: SetName, request: Request) -> Response:
-    """A shard is one seed x one block of `rows` samples; `stored` lists each seed's blocks."""
+    """A shard has one seed of one block of `rows` samples. `stored`: each seed's blocks."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
@@ -110,24 +118,24 @@ async def show_coverage(name: SetName, request: Request) -> Response:
             "stored": stored,
         }
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
     "/v1/label-sets/{name}/spec",
     operation_id="show_spec",
-    summary="What a label set is",
+    summary="The identity of a label set",
     responses={200: _json({"digest": "1f0c9a52e1d8…", "spec": {}}), **problems(404)},
 )
 async def show_spec(name: SetName, request: Request) -> Response:
-    """The identity of a set, and the digest: SHA-256 of its canonical JSON."""
+    """The spec of a label set, and its digest: SHA-256 of its canonical JSON."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
         return {"digest": label_set.digest, "spec": label_set.spec}
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
@@ -145,22 +153,22 @@ async def list_files(
     under: Annotated[
         str,
         Query(
-            description="Only below this array.",
+            description="Only the files of this array.",
             max_length=64,
             pattern=r"^[a-z_]*$",
             examples=["view_check"],
         ),
     ] = "",
 ) -> Response:
-    """What `/zarr/NAME/` serves of a set, in bytes."""
+    """The files that `/zarr/NAME/` serves, with their sizes in bytes."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
-        sizes = label_set.place.sizes(under)
+        sizes = label_set.place.sizes(under) if _inside(state, label_set, under) else {}
         return {"files": {k: sizes[k] for k in sizes if _served(state, label_set, k)}}
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
@@ -173,7 +181,7 @@ async def list_files(
     },
 )
 async def show_server(request: Request) -> Response:
-    """Its version, and whether it computes what is missing."""
+    """Its version, and whether it computes missing labels."""
     state = state_of(request)
 
     def found() -> dict[str, Any]:
@@ -183,7 +191,7 @@ async def show_server(request: Request) -> Response:
             "label_sets": len(state.sets.all()),
         }
 
-    return await _told(found)
+    return await _answer(found)
 
 
 @router.get(
@@ -191,7 +199,7 @@ async def show_server(request: Request) -> Response:
     operation_id="check_token",
     summary="Whether a token may read",
     status_code=204,
-    responses={204: {"description": "It may."}, **problems()},
+    responses={204: {"description": "The token may read."}, **problems()},
     response_class=Response,
 )
 async def check_token() -> Response:
@@ -217,22 +225,29 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready", "label_sets": len(sets)})
 
 
-def arrays_of(label_set: LabelSet) -> dict[str, Any]:
-    """Shapes, types and paths of a set's arrays."""
+def arrays_of(label_set: LabelSet, root: str = "") -> dict[str, Any]:
+    """Shapes, types and paths of the arrays of a label set."""
     shape = [label_set.seeds, label_set.samples]
     arrays = label_set.encoding.arrays(len(label_set.classes)).items()
     found = {
         key: {"shape": [*shape, width], "dtype": dtype.name} for key, (dtype, width, _) in arrays
     }
     found["view_check"] = {"shape": shape, "dtype": "uint32"}
-    return {k: v | {"path": f"/zarr/{label_set.name}/{k}"} for k, v in found.items()}
+    return {k: v | {"path": f"{root}/zarr/{label_set.name}/{k}"} for k, v in found.items()}
 
 
 def _served(state: State, label_set: LabelSet, inner: str) -> bool:
     """True if ``/zarr`` serves a key of a label set."""
     shard = shard_of(label_set, inner)
     known = shard.seed < label_set.seeds if shard else inner in metadata_keys(label_set)
-    return known and inside(state.home, f"{label_set.name}/{inner}")
+    return known and _inside(state, label_set, inner)
+
+
+def _inside(state: State, label_set: LabelSet, inner: str) -> bool:
+    """False for a link that leaves the cache. A set may have 100,000 files: few are links."""
+    key = f"{label_set.name}/{inner}"
+    linked = label_set.place.is_local and os.path.islink(state.home.where(key))  # noqa: PTH114
+    return not linked or inside(state.home, key)
 
 
 def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
@@ -241,6 +256,11 @@ def _shown(state: State, label_set: LabelSet) -> dict[str, Any]:
     return summary(label_set, (found.shares.tolist(), found.bytes)) | {"on_demand": computed}
 
 
-async def _told(found: Any) -> Response:
-    """JSON from a function that may wait for a disk or a bucket; app.py tells its failures."""
-    return JSONResponse(await asyncio.to_thread(found), headers={"Cache-Control": "no-cache"})
+async def _answer(found: Callable[[], dict[str, Any]]) -> Response:
+    """JSON from a function that may wait for a disk or a bucket."""
+    try:
+        document = await asyncio.to_thread(found)
+    except OSError as error:
+        detail = f"a file of the label set cannot be read: {error.strerror}"
+        raise Problem(500, DAMAGED, detail) from error
+    return JSONResponse(document, headers={"Cache-Control": "no-cache"})

@@ -1,6 +1,6 @@
-"""The store itself, read-only over HTTP: what any Zarr client reads, and ours in bulk.
+"""The files of label sets as they are stored, read-only, for any Zarr client.
 
-A shard never changes, so in order it costs the server one read and one write of its bytes.
+A shard never changes, so reading in order costs the server one read and one write of its bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ RETRY = {"Retry-After": "5"}
 _KEY = re.compile(r"(?:[a-z_]+/)?(?:zarr\.json|c/[0-9/]{1,32}(?:\.json)?)")
 _SHARD = re.compile(r"([a-z_]+)/c/(\d{1,10})/(\d{1,10})(/0)?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_FILE = (errno.ELOOP, errno.ENXIO)
 
 router = APIRouter(tags=["zarr"])
 
@@ -53,10 +54,10 @@ class File(Protocol):
     tag: str
 
     async def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop - 1``. Raises ``OSError`` if they are not there."""
+        """Bytes ``start`` to ``stop - 1``. Raises ``OSError`` if the file has become shorter."""
 
     def close(self) -> None:
-        """Nothing is read any more."""
+        """Ends reading."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class LocalFile:
     tag: str
 
     async def read(self, start: int, stop: int) -> bytes:
-        """From the page cache at once, else in a thread: a slow disk holds up nobody else."""
+        """Reads from the page cache at once, else in a thread: other requests need not wait."""
         try:
             data = _pread(self.handle, stop - start, start, os.RWF_NOWAIT)
             if len(data) == stop - start:
@@ -94,26 +95,30 @@ def _pread(handle: int, count: int, start: int, flags: int = 0) -> bytes:
 
 
 def open_local(root: Path, key: str) -> LocalFile | None:
-    """A file below a folder; None if there is none, or if it lies elsewhere by a link.
+    """Opens a file below a folder.
 
-    Raises ``Problem`` 503 for one that cannot be read.
+    Returns:
+        The file; None if there is none.
+
+    Raises:
+        Problem: 503 if the file cannot be read, 500 if it is no regular file or lies elsewhere by
+            a link. Neither is 404, which Zarr clients read as fill values.
     """
     path = root / key
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno in _NOTHING:
+        if error.errno in _ABSENT:
             return None
-        # Not 404, which Zarr clients read as fill values.
+        if error.errno in _NO_FILE:
+            raise _no_file(key) from error
         what = os.strerror(error.errno or errno.EIO)
         raise Problem(503, UNREACHABLE, f"cannot read {key}: {what}", RETRY) from error
     try:
         found = os.fstat(handle)
         real = Path(f"/proc/self/fd/{handle}").readlink()
-        inside = real.is_relative_to(os.path.realpath(root))
-        if not inside or not stat.S_ISREG(found.st_mode):
-            os.close(handle)
-            return None
+        if not stat.S_ISREG(found.st_mode) or not real.is_relative_to(os.path.realpath(root)):
+            raise _no_file(key)
     except BaseException:
         os.close(handle)
         raise
@@ -121,9 +126,13 @@ def open_local(root: Path, key: str) -> LocalFile | None:
     return LocalFile(handle, found.st_size, tag)
 
 
+def _no_file(key: str) -> Problem:
+    return Problem(500, DAMAGED, f"{key} is not a regular file of the cache; run sskt verify")
+
+
 @dataclass
 class RemoteFile:
-    """An object of a cache in a bucket, passed on piece by piece."""
+    """An object of a cache in a bucket, which is transferred piece by piece."""
 
     place: BucketPlace
     key: str
@@ -131,7 +140,12 @@ class RemoteFile:
     tag: str
 
     async def read(self, start: int, stop: int) -> bytes:
-        """See ``File``. Raises ``Problem`` 404, 503, ``InputError``: also of another version."""
+        """See ``File``.
+
+        Raises:
+            Problem: 404 if the object is gone, 503 if it has another version now.
+            InputError: If the bucket cannot be reached.
+        """
         return await asyncio.to_thread(self._read, start, stop)
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -152,16 +166,22 @@ class RemoteFile:
             raise _nothing(self.key) from None
         except PreconditionError:
             again = {"Retry-After": "1"}
-            raise Problem(503, "changed", f"{self.key} changed meanwhile", again) from None
+            detail = f"{self.key} changed while it was read; ask again"
+            raise Problem(503, "changed", detail, again) from None
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no connection is held."""
 
 
 async def open_file(home: Place, key: str) -> File | None:
-    """What is stored under a key of the cache, None if nothing is.
+    """Opens the file or object of a key of the cache.
 
-    Raises ``Problem`` 503, ``InputError`` if it cannot be reached.
+    Returns:
+        The file; None if there is none.
+
+    Raises:
+        Problem: As ``open_local``; 503 if the folder of the cache is gone.
+        InputError: If a bucket cannot be reached.
     """
     if isinstance(home, LocalPlace):
         local = open_local(home.path, key)
@@ -188,9 +208,18 @@ def shard_of(label_set: LabelSet, inner: str) -> Shard | None:
 
 
 def ranges(header: str | None, size: int) -> tuple[int, int] | None:
-    """``start, stop`` of a Range header, None for the whole file. Raises ``Problem`` 416.
+    """Reads a Range header.
 
-    Several ranges or other units: the whole file, as RFC 9110 allows.
+    Args:
+        header: Its value, if the request has one.
+        size: Bytes of the file.
+
+    Returns:
+        First byte, and the byte after the last one; None for the whole file, which RFC 9110 allows
+        for several ranges and for other units.
+
+    Raises:
+        Problem: 416 if the file has no such bytes.
     """
     match = _RANGE.fullmatch(header.strip()) if header else None
     if not match or not (match[1] or match[2]):
@@ -353,7 +382,11 @@ def _names(header: str | None, tag: str) -> bool:
 
 
 async def _computed(request: Request, state: State, label_set: LabelSet, inner: str) -> File:
-    """A missing file of a shard that is computed on demand. Raises ``Problem`` as ``wait_for``."""
+    """Opens the file of a shard that is missing, once the shard is computed.
+
+    Raises:
+        Problem: 404 if it is not computed on demand, and as ``wait_for``.
+    """
     shard = shard_of(label_set, inner)
     key = f"{label_set.name}/{inner}"
     if state.on_demand and shard and may_compute(request):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def look_over(
         InputError: If the cache cannot be reached.
     """
     home = open_cache(cache)
-    found: dict[str, list[LabelSet]] = {}
+    found: list[LabelSet] = []
     damaged: Damaged = {}
     known = home.damaged() if isinstance(home, HttpPlace) else {}
     for name in filter(wanted, home.folders()):
@@ -226,9 +226,25 @@ def look_over(
             damaged[name] = error
             continue
         if label_set is not None:
-            found.setdefault(label_set.digest, []).append(label_set)
-    sets = []
-    for alike in found.values():
+            found.append(label_set)
+    sets, copies = without_copies(found)
+    return sets, damaged | copies
+
+
+def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
+    """Sorts out the copies of label sets in other folders of the same cache.
+
+    Args:
+        found: The label sets of a cache.
+
+    Returns:
+        One label set of each digest, by name, and what the others are.
+    """
+    by_digest: dict[str, list[LabelSet]] = {}
+    for label_set in found:
+        by_digest.setdefault(label_set.digest, []).append(label_set)
+    sets, damaged = [], {}
+    for alike in by_digest.values():
         alike.sort(key=lambda s: (s.name != name_of(s.spec), s.name))
         sets.append(alike[0])
         for copy in alike[1:]:

@@ -54,6 +54,6 @@ def parse_attributes(place: Place, data: bytes) -> Document:
             raise CorruptStore(f"label set {place.name}: its spec does not match its digest")
         if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
             raise CorruptStore(f"label set {place.name}: its classes do not match its spec")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStore(f"{place.where(GROUP)} is not a label set's metadata") from error
     return attributes

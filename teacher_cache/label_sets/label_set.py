@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
@@ -38,7 +38,7 @@ from sskt.teacher_cache.format.shards import (
 from sskt.teacher_cache.format.spec import Spec
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalPlace, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
     from numpy.typing import ArrayLike
@@ -187,9 +187,23 @@ class LabelSet:
         """Whether the shard is stored (and so complete); ``fresh``: not from an earlier listing."""
         return self.place.size(self.commit_key(shard), fresh=fresh) is not None
 
-    def missing(self, seeds: Iterable[int]) -> list[Shard]:
-        """The shards of ``seeds`` that are not stored now."""
+    def refresh(self) -> None:
+        """Forgets what was listed of a bucket or a label server.
+
+        Raises:
+            MissingData: As ``missing``.
+        """
+        self._require_folder()
         self.place.refresh()
+
+    def missing(self, seeds: Iterable[int]) -> list[Shard]:
+        """The shards of ``seeds`` that are not stored now.
+
+        Raises:
+            MissingData: If the folder of the set is gone, as on a file system that is not mounted
+                any more. It would be labelled anew otherwise.
+        """
+        self.refresh()
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
 
     def coverage(self) -> list[float]:
@@ -359,7 +373,9 @@ class LabelSet:
         """
         key, layout = self.shard_key(array, shard), self.layout(array)
         part = functools.partial(self.place.read_part, key)
-        for fresh in (False, True):  # the set may have been made again since the record was read
+        damage: Exception
+        # The set may have been made again since the record was read, or an answer been cut.
+        for fresh in (False, True):
             record = self.shard_record(shard, fresh=fresh)
             if record is None and self.bound:
                 raise self._lacks(shard)
@@ -368,15 +384,20 @@ class LabelSet:
                     raise FileNotFoundError(key)
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
+                self._require_folder()
                 raise self._damage(shard, f"{key} is gone or empty") from error
-            except NotAsRecorded as error:
-                damage: Exception = error
             except (OSError, ValueError) as error:
                 damage = error
-                break
+                if self.place.is_local and not isinstance(error, NotAsRecorded):
+                    break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
+    def _require_folder(self) -> None:
+        if isinstance(self.place, LocalPlace) and not self.place.there():
+            raise MissingData(f"label set {self.name}: {lost(self.place.path)}")
+
     def _lacks(self, shard: Shard) -> IncompleteLabels:
+        self._require_folder()
         return IncompleteLabels(
             f"label set {self.name}: seed {shard.seed} lacks samples {shard.start} to "
             f"{shard.stop - 1}"

@@ -227,7 +227,7 @@ def label_units(
     sets: list[LabelSet] = []
     for label_set in (pair.label_set for pair in pairs):
         sets.append(label_set)
-        label_set.place.refresh()
+        label_set.refresh()
         shards = [shard for unit in todo if unit.holds(label_set) for shard in unit.shards]
         for what in label_set.discard_unsound(shards):
             _log.warning("%s; the shard is labelled again", what)
@@ -340,7 +340,7 @@ class _Run:
     def _missing(self) -> bool:
         sets = [pair.label_set for pair in self.pairs]
         for label_set in sets:
-            label_set.place.refresh()
+            label_set.refresh()
         return count_labels(sets, self.todo)[1] > 0
 
     def _requests(self) -> Iterator[ReadRequest]:

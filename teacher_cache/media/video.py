@@ -5,7 +5,7 @@ Fetching a frame by its index gives another frame, without an error, where a cli
 out of the decoder, and a clip is as long as the number of frames that come out.
 
 A clip is a video file, or a folder of extracted frames ``image_00001.jpg``, ``image_00002.jpg``,
-... with an optional file ``n_frames`` that holds their number.
+... (or from ``image_00000.jpg`` on) with an optional file ``n_frames`` that holds their number.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sskt.teacher_cache.errors import BadClip, BadImage, MissingData, UnknownName, first_line
+from sskt.teacher_cache.media.containers import cut_off, is_whole_avi
 from sskt.teacher_cache.media.images import UInt8, read_image
-from sskt.teacher_cache.media.matroska import cut_off
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -91,14 +91,15 @@ def is_frame_folder(path: Path) -> bool:
 def count_frames(path: Path, decoder: str = "pyav") -> Counted:
     """Decodes the whole clip, in one thread, and counts its frames.
 
-    A header may promise one frame more than there is, as all of HMDB51's do. mp4 and mov count
-    without what their edit list cuts away. PyAV counts in every case, since decord sees neither
-    the header nor damage; with ``decoder="decord"`` it is a problem if decord does not give the
-    same number. A change of the image's size is a problem: a clip has one size. A file without a
-    count (mpg, ts, flv) that ends early between two frames cannot be told from a shorter one.
+    A header may promise one frame more than there is, as all of HMDB51's do. mp4 and mov files
+    count without what their edit list cuts away, AVI files without empty chunks. PyAV counts in
+    every case, since decord sees neither the header nor damage; with ``decoder="decord"`` it is a
+    problem if decord does not give the same number. A change of the image's size is a problem: a
+    clip has one size. A file without a count (mpg, ts, flv) that ends early between two frames
+    cannot be told from a shorter one.
 
-    Of a folder, the frames are the consecutive images from ``image_00001.jpg`` on, which must
-    all decode to one size, and the header is ``n_frames``.
+    Of a folder, the frames are the consecutive images from ``image_00001.jpg`` (or
+    ``image_00000.jpg``) on, which must all decode to one size, and the header is ``n_frames``.
 
     Raises ``MissingData`` for a file that is absent or cannot be opened, never for a damaged one.
     """
@@ -194,8 +195,11 @@ def _bad_clip(path: Path, wanted: int, found: Counted, why: str) -> BadClip:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its best video stream. What PyAV raises in the body becomes ``_Fault``."""
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream, int]]:
+    """The container, its best video stream, and the number of frames that it promises (or 0).
+
+    What PyAV raises in the body becomes ``_Fault``.
+    """
     import av
     from av.codec.context import ThreadType
 
@@ -214,7 +218,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 raise _Fault("no video that can be decoded")
             stream.codec_context.thread_type = ThreadType.NONE
             stream.codec_context.thread_count = 1
-            yield container, stream
+            yield container, stream, _promised(path, container, stream)
         except (*_PYTHONS, av.FFmpegError) as error:
             raise _Fault(_text(error)) from error
 
@@ -223,7 +227,7 @@ def _text(error: Exception) -> str:
     return getattr(error, "strerror", "") or first_line(error)
 
 
-def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def _decoded(container: InputContainer, stream: VideoStream, promised: int) -> Iterator[VideoFrame]:
     """All frames in order; ``_Fault`` at the first that is not whole or has another size.
 
     A frame waits until a later one that is no B-frame came out of a later packet: B-frames take
@@ -248,7 +252,7 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFr
                 yield waiting.popleft()
                 given += 1
             waiting.append(frame)
-    if _header(container, stream) - given - len(waiting) > 1:
+    if promised - given - len(waiting) > 1:
         raise _Fault("it ends early")
     yield from waiting
 
@@ -263,8 +267,8 @@ def _by_pyav(path: Path) -> Iterator[Iterator[_Still]]:
         rgb = reformatter.reformat(frame, format="rgb24", interpolation=_EXACT, threads=1)
         return np.ascontiguousarray(rgb.to_ndarray(), np.uint8)
 
-    with _opened(path) as (container, stream):
-        yield (partial(still, frame) for frame in _decoded(container, stream))
+    with _opened(path) as opened:
+        yield (partial(still, frame) for frame in _decoded(*opened))
 
 
 @contextmanager
@@ -274,8 +278,8 @@ def _by_decord(path: Path) -> Iterator[Iterator[_Still]]:
     except ImportError as error:
         raise MissingData(f"decord needs: pip install decord; or {_INSTEAD}") from error
     # PyAV looks first: decord opens anything, and turns what has rotation metadata
-    with _opened(path) as (container, stream):
-        if any(frame.rotation for frame in islice(_decoded(container, stream), 1)):
+    with _opened(path) as opened:
+        if any(frame.rotation for frame in islice(_decoded(*opened), 1)):
             raise _Fault("it has rotation metadata, which decord applies")
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -305,9 +309,9 @@ def _count_file(path: Path) -> Counted:
     frames = header = 0
     problem = ""
     try:
-        with _opened(path) as (container, stream):
-            header = _header(container, stream)
-            for _ in _decoded(container, stream):
+        with _opened(path) as opened:
+            *_, header = opened
+            for _ in _decoded(*opened):
                 frames += 1
     except _Fault as fault:
         _read_through(path)
@@ -329,17 +333,30 @@ def _read_through(path: Path) -> None:
         raise _missing(path, error) from error
 
 
-def _header(container: InputContainer, stream: VideoStream) -> int:
-    if "mov" in container.format.name.split(","):
-        return min(stream.frames, sum(not entry.is_discard for entry in stream.index_entries))
-    return stream.frames
+def _promised(path: Path, container: InputContainer, stream: VideoStream) -> int:
+    """The frames that the header counts, without those that the index shows not to exist.
+
+    Those are the frames that the edit list of an mp4 or mov file cuts away, and the empty chunks
+    of an AVI file: dropped frames, and those that an encoder with B-frames puts in front.
+    """
+    formats, indexed = container.format.name.split(","), stream.frames
+    if "mov" in formats:
+        indexed = sum(not entry.is_discard for entry in stream.index_entries)
+    elif "avi" in formats and len(stream.index_entries) and is_whole_avi(path):
+        indexed = sum(entry.size > 0 for entry in stream.index_entries)
+    return min(stream.frames, indexed)
 
 
 # --- folders of frames -------------------------------------------------------------------------
 
 
 def _frame_name(number: int) -> str:
-    return f"image_{number + 1:05d}.jpg"
+    return f"image_{number:05d}.jpg"
+
+
+def _first(folder: Path) -> int:
+    """The number of the first frame in the names: 1, or 0 if there is such a file."""
+    return 0 if (folder / _frame_name(0)).exists() else 1
 
 
 def _count_folder(folder: Path) -> Counted:
@@ -348,22 +365,22 @@ def _count_folder(folder: Path) -> Counted:
         text = (folder / "n_frames").read_bytes().strip() if "n_frames" in names else b"0"
     except OSError as error:
         raise _missing(folder, error) from error
-    frames = 0
-    while _frame_name(frames) in names:
+    frames, first = 0, 1 - (_frame_name(0) in names)
+    while _frame_name(first + frames) in names:
         frames += 1
     if not text.isdigit():
         return Counted(frames, 0, f"n_frames holds {ascii(text[:20])[1:]}, expected a number")
     header = int(text[:20])
     if header > frames or frames < sum(bool(_FRAME_FILE.fullmatch(name)) for name in names):
-        return Counted(frames, header, f"{_frame_name(frames)} is missing")
-    return _all_decode(folder, Counted(frames, header, "" if frames else "no frames"))
+        return Counted(frames, header, f"{_frame_name(first + frames)} is missing")
+    return _all_decode(folder, first, Counted(frames, header, "" if frames else "no frames"))
 
 
-def _all_decode(folder: Path, counted: Counted) -> Counted:
+def _all_decode(folder: Path, first: int, counted: Counted) -> Counted:
     """Looked at here, so that a clip is damaged whichever of its frames are seen later."""
     sizes = set()
     for number in range(counted.frames):
-        name = _frame_name(number)
+        name = _frame_name(first + number)
         try:
             sizes.add(read_image(folder / name).shape)
         except BadImage:
@@ -375,8 +392,9 @@ def _all_decode(folder: Path, counted: Counted) -> Counted:
 
 def _read_folder(folder: Path, numbers: Sequence[int]) -> dict[int, UInt8]:
     picked: dict[int, UInt8] = {}
+    first = _first(folder)
     for number in numbers:
-        file = folder / _frame_name(number)
+        file = folder / _frame_name(first + number)
         try:
             picked[number] = read_image(file)
         except BadImage as error:

@@ -15,9 +15,17 @@ EVAL = "eval"
 
 
 def parse_batchnorm(mode: str, batch_size: int) -> str:
-    """``eval``, or for ``batch`` ``batch-B`` with B = ``batch_size``: what a spec records.
+    """Reads ``--batchnorm``.
 
-    Raises ``InputError``: for another mode, and for a batch of fewer than 2 samples.
+    Args:
+        mode: ``eval`` or ``batch``.
+        batch_size: B, the samples of a batch.
+
+    Returns:
+        What a spec records: ``eval``, or ``batch-B``.
+
+    Raises:
+        InputError: If there is no such mode, or a batch has fewer than 2 samples.
     """
     if mode == EVAL:
         return EVAL
@@ -32,7 +40,17 @@ def parse_batchnorm(mode: str, batch_size: int) -> str:
 
 
 def batch_of(batchnorm: str) -> int | None:
-    """B of ``batch-B``, None for ``eval``. Raises ``InputError`` for anything else."""
+    """Reads a BatchNorm mode of a spec.
+
+    Args:
+        batchnorm: ``eval`` or ``batch-B``.
+
+    Returns:
+        B; None for ``eval``.
+
+    Raises:
+        InputError: If it is neither.
+    """
     if batchnorm == EVAL:
         return None
     found = re.fullmatch(r"batch-([1-9][0-9]*)", batchnorm)
@@ -44,12 +62,20 @@ def batch_of(batchnorm: str) -> int | None:
 
 
 def set_batchnorm(name: str, network: nn.Module, batchnorm: str) -> None:
-    """Prepares a network in evaluation mode for the BatchNorm mode; its state_dict stays as it is.
+    """Prepares a network in evaluation mode for a BatchNorm mode.
 
-    In batch mode each BatchNorm layer normalises by mean and biased variance of what is in its
-    batch, and its running statistics are neither read nor moved; dropout and all else stay in
-    evaluation mode. ``name`` is the source's, for messages. Raises ``InputError``: in batch mode
-    if there is no such layer, in eval mode if a layer keeps no statistics to evaluate with.
+    In batch mode each BatchNorm layer normalises by the mean and the biased variance of its
+    batch, and its running statistics are neither read nor changed. Dropout and all other layers
+    stay in evaluation mode, and the ``state_dict`` stays as it is.
+
+    Args:
+        name: Name of the source, for messages.
+        network: The network. Its layers get another ``forward``.
+        batchnorm: ``eval`` or ``batch-B``.
+
+    Raises:
+        InputError: In batch mode if there is no BatchNorm layer; in eval mode if a layer keeps no
+            statistics.
     """
     layers = {k: m for k, m in network.named_modules() if isinstance(m, _BatchNorm)}
     for layer in layers.values():

@@ -45,7 +45,7 @@ def read_checkpoint(path: Path) -> Any:
     if not path.is_file():
         raise MissingData(f"no weights file {path}")
     try:
-        damaged = _damaged_member(path)
+        damaged = damaged_member(path)
         if damaged:
             raise BadCheckpoint(
                 f"wrong checkpoint {path}: the checksum of {damaged} fails, so the file is "
@@ -60,8 +60,19 @@ def read_checkpoint(path: Path) -> Any:
         raise BadCheckpoint(f"wrong checkpoint {path}: {_refusal(error)}") from error
 
 
-def _damaged_member(path: Path) -> str:
-    """The first member of a zip archive whose CRC-32 fails; empty if there is none."""
+def damaged_member(path: Path) -> str:
+    """The first member of a zip archive whose CRC-32 fails.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The name of the member; empty if there is none, or if the file is no archive or one
+        without checksums.
+
+    Raises:
+        zipfile.BadZipFile: If the archive itself is damaged.
+    """
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:

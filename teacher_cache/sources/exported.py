@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData, SsktError, first_line
-from sskt.teacher_cache.sources.checkpoints import file_sha256
+from sskt.teacher_cache.sources.checkpoints import damaged_member, file_sha256
 from sskt.teacher_cache.sources.known_networks import Loaded
 from sskt.teacher_cache.sources.names import SourceName
 from sskt.teacher_cache.sources.outputs import count_outputs, tensor_of
@@ -187,6 +187,10 @@ def _check_archive(path: Path) -> None:
                 )
             if "models/model.json" in inner or "serialized_exported_program.json" in names:
                 _refuse_what_runs(path, archive)
+                if damaged := damaged_member(path):
+                    raise BadCheckpoint(
+                        f"{path} is damaged (the checksum of {damaged} fails); export it again"
+                    )
                 return
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError) as error:
         if zipfile.is_zipfile(path):

@@ -58,9 +58,19 @@ def imagenet_archs() -> list[str]:
 
 
 def torchvision_network(arch: str, file: Path | None) -> Loaded:
-    """A torchvision classifier of ImageNet by name or weights enum, with its own preprocessing.
+    """Builds one of torchvision's ImageNet classifiers.
 
-    Raises ``UnknownName``, ``MissingData`` (no download), ``BadCheckpoint``.
+    Args:
+        arch: Its name, or a weights enum such as ``ResNet50_Weights.IMAGENET1K_V2``.
+        file: Weights to load instead of the published ones.
+
+    Returns:
+        The network with its preprocessing and classes.
+
+    Raises:
+        UnknownName: If torchvision has no such classifier.
+        MissingData: If the weights cannot be downloaded.
+        BadCheckpoint: If the weights do not belong to it.
     """
     weights = imagenet_weights(arch)
     network = untrained(weights)
@@ -80,9 +90,10 @@ def torchvision_network(arch: str, file: Path | None) -> Loaded:
 
 
 def imagenet_weights(arch: str) -> Any:
-    """torchvision's weights of an ImageNet classifier: those named, else the first published.
+    """The weights enum of an ImageNet classifier: the one named, else the first published.
 
-    Raises ``UnknownName``.
+    Raises:
+        UnknownName: If torchvision has no such classifier.
     """
     from torchvision import models
 
@@ -101,10 +112,10 @@ def imagenet_weights(arch: str) -> Any:
 
 
 def untrained(weights: Any) -> nn.Module:
-    """The network that these weights of torchvision belong to, without them."""
+    """The network that a weights enum of torchvision belongs to, without weights."""
     builder = _builder_of(weights)
     name = getattr(builder, "__name__", "")
-    # A ViT's position embedding has the size of its pictures, and SWAG's are larger than others.
+    # A ViT's position embedding has the size of its images, and SWAG's are larger than others.
     size = {"image_size": int(weights.meta["min_size"][0])} if name.startswith("vit_") else {}
     return without_initialisation(builder, **size)
 
@@ -140,9 +151,19 @@ def three(values: Any) -> Triple:
 
 
 def places365_network(arch: str, file: Path | None) -> Loaded:
-    """A Places365 classifier of CSAIL's, or any torchvision architecture from a file.
+    """Builds one of CSAIL's Places365 classifiers.
 
-    Raises ``UnknownName``, ``MissingData`` (no download), ``BadCheckpoint``.
+    Args:
+        arch: Its architecture; with ``file`` any of torchvision's.
+        file: Weights to load instead of the published ones.
+
+    Returns:
+        The network with its preprocessing and classes.
+
+    Raises:
+        UnknownName: If there is no such classifier.
+        MissingData: If the weights cannot be downloaded.
+        BadCheckpoint: If the weights do not belong to it.
     """
     from torchvision import models
 

@@ -20,7 +20,7 @@ SOURCES: dict[str, tuple[int, str]] = {
 DEFAULT_ARCH = "resnet50"
 TIMM = "timm/"
 NETWORK_FILES = (".pt", ".pth", ".torchscript", ".ts", ".pt2")
-"""Suffixes of files that may be torch.export programs; what a file is, its content says."""
+"""Suffixes of files that may be torch.export programs. The content of a file decides."""
 
 OWN = "NAME=FILE.py:factory, NAME=package.module:factory, NAME=FILE.pt2, NAME:timm/ARCH"
 
@@ -58,7 +58,9 @@ class SourceName:
 def parse_source(text: str, *, stored: bool = False) -> SourceName:
     """Reads a ``--source`` argument; to read ``stored`` labels, any name may be given.
 
-    Raises ``UnknownName`` or ``InputError``.
+    Raises:
+        UnknownName: If there is no such source.
+        InputError: If the text has none of the forms of ``SourceName``.
     """
     body, _, digest = text.partition("#")
     body, size = _split_size(body)

@@ -16,9 +16,19 @@ NEEDED = ("mean", "std", "size")
 
 
 def override_preprocessing(base: Preprocessing, text: str) -> Preprocessing:
-    """``size=227,channels=bgr,scale=255,mean=104/117/123,std=1/1/1`` over ``base``.
+    """Reads ``--preprocessing``.
 
-    A single number for mean or std stands for all three channels. Raises ``InputError``.
+    Args:
+        base: The preprocessing of the network.
+        text: ``size=227,channels=bgr,scale=255,mean=104/117/123,std=1/1/1``; a single number for
+            mean or std stands for all three channels.
+
+    Returns:
+        ``base`` with the fields that ``text`` names.
+
+    Raises:
+        UnknownName: If a field is not known.
+        InputError: If a value cannot be used.
     """
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
@@ -50,8 +60,20 @@ def undeclared(given: Iterable[str], wanted: SourceName, text: str) -> list[str]
 def class_names(
     wanted: SourceName, count: int, names: Sequence[Any] | None, what: str
 ) -> tuple[str, ...]:
-    """``names`` if they are given (``what`` says by whom), else those of a known source of as many
-    classes, else ``class 0``, ``class 1``, .... Raises ``InputError`` if there are not ``count``.
+    """Names of a network's classes.
+
+    Args:
+        wanted: The source.
+        count: Number of the network's outputs.
+        names: Names that the user gave.
+        what: Where they were given, for messages.
+
+    Returns:
+        ``names``; if there are none, those of a known source with as many classes, else
+        ``class 0``, ``class 1`` and so on.
+
+    Raises:
+        InputError: If there are not ``count`` names.
     """
     if names is None and wanted.name in SOURCES and count == SOURCES[wanted.name][0]:
         names = places365_classes() if wanted.name == "places365" else imagenet_classes()

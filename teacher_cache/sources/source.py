@@ -39,7 +39,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a uint8 view to what the network was trained on: resize, scale, order, normalise.
+    """Turns a uint8 view into the input that a network was trained on.
 
     The whole view is resized to ``size`` x ``size`` (bilinear, antialiased when it shrinks);
     then ``(view / 255 * scale - mean) / std``, mean and std in the network's channel order.
@@ -86,7 +86,7 @@ class Preprocessing:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: Triple, device: torch.device) -> Tensor:
-    """``[1, 3, 1, 1]``, kept on the device: copying it there for each batch would wait for it."""
+    """``[1, 3, 1, 1]``, kept on the device: a copy for each batch would wait for the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
@@ -106,7 +106,7 @@ def state_sha256(network: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A frozen network h_s with all that its labels depend on.
+    """A frozen network h_s with everything that its labels depend on.
 
     Use ``freeze`` to make one: it puts the network in eval mode without gradients.
     ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
@@ -329,7 +329,17 @@ def _test(source: Source) -> None:
 
 
 def usable_device(name: str) -> torch.device:
-    """``auto`` (cuda where there is one), ``cpu``, ``cuda:1``. Raises ``InputError``."""
+    """Reads a device's name.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is cuda if there is one.
+
+    Returns:
+        The device, which was tried.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -342,7 +352,7 @@ def usable_device(name: str) -> torch.device:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 inside: a float32 label must not depend on the kind of GPU."""
+    """Turns TF32 off: a float32 label must not depend on the kind of GPU."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -31,14 +31,25 @@ from sskt.teacher_cache.sources.source import Preprocessing
 
 
 def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
-    """A network of timm's registry with the weights of its tag, or those of ``file``.
+    """Builds a network of timm's registry.
 
     Size, mean and std are those of timm's data configuration (its ``input_size``, not
-    ``test_input_size``). timm's ``crop_pct`` and ``interpolation`` are not taken over: what is
-    cropped is the view's business, and the whole view is resized bilinearly as for every source.
-    With ``file``, the number of classes is that of its classifier. Raises ``MissingData`` (no
-    timm, no download), ``UnknownName``, ``InputError`` (not as many classes as a known name has),
-    ``BadCheckpoint``.
+    ``test_input_size``). timm's ``crop_pct`` and ``interpolation`` are not used: the view policy
+    crops, and the whole view is resized bilinearly as for every source.
+
+    Args:
+        wanted: The source.
+        file: Weights to load instead of those of timm's tag. The number of classes is then that
+            of the file's classifier.
+
+    Returns:
+        The network with its preprocessing and classes.
+
+    Raises:
+        MissingData: If timm is not installed, or the weights cannot be downloaded.
+        UnknownName: If timm has no such network.
+        InputError: If it has not as many classes as a known source has.
+        BadCheckpoint: If the weights do not belong to it.
     """
     try:
         timm: Any = importlib.import_module("timm")
@@ -113,7 +124,7 @@ def _downloaded(timm: Any, arch: str, wanted: SourceName) -> torch.nn.Module:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """huggingface-hub reports each of its attempts; what matters is how it ends."""
+    """Silences huggingface-hub, which reports each of its attempts; our error says the last."""
     hub: Any = importlib.import_module("huggingface_hub.utils.logging")
     level = hub.get_verbosity()
     hub.set_verbosity_error()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_set_name, set_name, set_names
 from sskt.teacher_cache.locations import require_folder
@@ -62,23 +63,19 @@ class LocalPlace:
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
         for path in (self.path / under).rglob("*"):
-            with contextlib.suppress(OSError):  # a partial file that is whole by now; a link loop
-                about = path.stat()
-                if stat.S_ISREG(about.st_mode):
+            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+                about = _status(path)
+                if about is not None and stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
         return found
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
         """See ``Place``; 0 for what is no file."""
         try:
-            found = (self.path / key).stat()
+            found = _status(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            return 0
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
         """Nothing is remembered."""
@@ -103,20 +100,26 @@ class LocalPlace:
             return hashlib.file_digest(file, _md5).hexdigest()
 
     def put(self, key: str, data: bytes) -> None:
+        """See ``Place``. Raises ``MissingData`` if the folder itself is gone.
+
+        Written anew below a mount point, it would look like a label set on another disk.
+        """
+        if not self.there():
+            raise MissingData(f"cannot write {self.path / key}: {lost(self.path)}")
         durable_write(self.path / key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See ``Place``; between two processes only under a claim."""
+        """See ``Place``; for two processes only under a lock."""
         if (self.path / key).exists():
             return False
-        durable_write(self.path / key, data)
+        self.put(key, data)
         return True
 
     def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
-        """See ``Place``; between two processes only under a claim."""
+        """See ``Place``; for two processes only under a lock."""
         data = change((self.path / key).read_bytes())
         if data is not None:
-            durable_write(self.path / key, data)
+            self.put(key, data)
 
     def delete(self, keys: Iterable[str]) -> None:
         paths = [self.path / key for key in keys]
@@ -146,6 +149,21 @@ class LocalPlace:
                 with contextlib.closing(Locks(lock)) as locks:
                     if locks.claim(METADATA) and locks.abandoned(leftover):
                         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What a path leads to; None for a loop of links."""
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None
+
+
+def lost(folder: Path) -> str:
+    """Why a folder that was there is missing, for messages."""
+    return f"{folder} is gone: it was removed, or its file system is not mounted any more"
 
 
 def _md5() -> Any:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-COUNTING = 1  # to be raised where count_frames counts otherwise: what is kept says then nothing
+COUNTING = 2  # to be raised where count_frames counts otherwise: what is kept says then nothing
 SAVE_SECONDS = 20.0
 MOST_WORKERS = 32
 BATCH = 4096  # files in work at once: a million futures would take a gigabyte

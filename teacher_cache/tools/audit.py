@@ -1,4 +1,4 @@
-"""What the labels of a set look like, seed by seed: the numbers that give a bad source away."""
+"""Figures of the labels of a set, seed by seed, which show whether its source is a bad one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.format.encodings import as_tensors, soft_labels
+from sskt.teacher_cache.format.encodings import decoded
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.targets.base import Target
 
@@ -23,13 +22,20 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SeedAudit:
-    """One seed of a set. Means are over its stored labels; None where there is nothing to say.
+    """Figures of one seed of a set. Means are over its labels; None if there are none.
 
-    entropy: mean of -sum p log p in nats. confidence: mean of the largest p. matched: labels
-    whose true class the source knows by name; top1, top5: share of those that it gets right.
-    empty: rows without a label (unreadable samples; NaN on disk). faulty: rows that are no
-    probability distribution, left out of all else; no writer of ours makes them. checked: share
-    of the labels that carry the checksum of their view.
+    Attributes:
+        seed: The view seed.
+        rows: Rows that are stored.
+        empty: Rows without a label, of samples that could not be read.
+        faulty: Rows that are no probability distribution, which no writer of sskt makes. They are
+            left out of the other figures.
+        entropy: Mean of -sum p log p, in nats.
+        confidence: Mean of the largest p.
+        checked: Share of the labels that have the checksum of their view.
+        matched: Labels whose true class the source knows by name.
+        top1: Share of the matched labels whose largest p is that of the true class.
+        top5: Share of the matched labels that have the true class among the five largest p.
     """
 
     seed: int
@@ -53,9 +59,18 @@ def audit(
     target: Target | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SeedAudit]:
-    """Reads every stored label, a shard at a time. Without ``target`` nothing is matched.
+    """Reads every stored label, a shard at a time.
 
-    Raises ``CorruptStore``.
+    Args:
+        label_set: The label set.
+        target: Its target, whose true classes are compared; None: nothing is compared.
+        progress: Called with shards done and to do.
+
+    Returns:
+        The figures of each seed that has stored labels.
+
+    Raises:
+        CorruptStore: If a shard cannot be read.
     """
     truth = None if target is None else truth_of(target, label_set.classes)
     shards = [s for s in label_set.shards(range(label_set.seeds)) if label_set.has(s)]
@@ -119,19 +134,19 @@ def _add(
     if not kept.any():
         return
     rows = {key: values[kept] for key, values in encoded.items()}
-    p = soft_labels(encoding, as_tensors(rows), classes).double()
-    total.entropy += float(torch.special.entr(p).sum())
-    total.confidence += float(p.max(dim=1).values.sum())
+    p = decoded(encoding, rows, classes)
+    total.entropy -= float((p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum())
+    total.confidence += float(p.max(axis=1).sum())
     if truth is None:
         return
-    right = torch.from_numpy(truth.of(np.arange(start, stop)[kept]))
-    known = right.any(dim=1)
+    right = truth.of(np.arange(start, stop)[kept])
+    known = right.any(axis=1)
     # of a sparse label, the classes beyond its k are alike: none of them is the fifth
-    best = p[known].topk(min(5, encoding.k or classes), dim=1).indices
-    hits = right[known].gather(1, best)
+    best = np.argsort(-p[known], axis=1, kind="stable")[:, : min(5, encoding.k or classes)]
+    hits = np.take_along_axis(right[known], best, axis=1)
     total.matched += int(known.sum())
     total.top1 += int(hits[:, 0].sum())
-    total.top5 += int(hits.any(dim=1).sum())
+    total.top5 += int(hits.any(axis=1).sum())
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,15 @@ class Truth:
 
 
 def truth_of(target: Target, classes: Sequence[str]) -> Truth | None:
-    """None if the source knows none of the target's classes by name."""
+    """Compares a target's classes with a source's by name.
+
+    Args:
+        target: The target.
+        classes: The source's classes.
+
+    Returns:
+        Which of them match; None if no name does.
+    """
     matches = _matches(target.classes, classes)
     return Truth(target, matches) if matches.any() else None
 

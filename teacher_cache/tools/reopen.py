@@ -14,16 +14,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError, first_line
 from sskt.teacher_cache.format.spec import label_set_spec, require
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.sources.names import NETWORK_FILES, SourceName, source_name
-from sskt.teacher_cache.sources.outputs import parse_outputs
-from sskt.teacher_cache.sources.python_code import load_module
-from sskt.teacher_cache.sources.registry import open_source, parse_source
-from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.sources.names import (
+    NETWORK_FILES,
+    SourceName,
+    parse_source,
+    source_name,
+)
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.open import load_target
 from sskt.teacher_cache.targets.registry import TARGETS
@@ -34,6 +35,9 @@ from sskt.teacher_cache.views.views import Views, open_views
 
 OWN_TARGET = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
 """``FILE.py:function``, whose function returns a target."""
+
+if TYPE_CHECKING:  # the targets of label sets are opened without torch
+    from sskt.teacher_cache.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,9 @@ def reopen(label_set: LabelSet, instead: Reopen) -> tuple[Views, Source]:
 
 def reopen_source(label_set: LabelSet, instead: Reopen) -> Source:
     """Opens the source that a label set names. See ``reopen``, which also compares it."""
+    from sskt.teacher_cache.sources.outputs import parse_outputs
+    from sskt.teacher_cache.sources.registry import open_source
+
     spec = label_set.spec["source"]
     given = [text for text in instead.sources if source_name(text) == spec["name"]]
     if len(given) > 1:
@@ -149,6 +156,8 @@ def _frozen_source(wanted: SourceName, spec: dict[str, Any]) -> Source:
     Its class has the module's name in the spec, which is another one when a file is run by its
     path: only the class's own name is compared, and the caller compares the rest.
     """
+    from sskt.teacher_cache.sources.source import Source
+
     source = call_own(f"{wanted.file}:{wanted.factory}", f"source {wanted.name}")
     if not isinstance(source, Source):
         raise InputError(
@@ -173,6 +182,8 @@ def call_own(place: str, what: str) -> Any:
         MissingData: If there is no such file.
         InputError: If there is no such function, or the file or the function fails.
     """
+    from sskt.teacher_cache.sources.python_code import load_module
+
     file, _, function = place.rpartition(":")
     try:
         called: Callable[[], Any] | None = getattr(load_module(file, what), function, None)

@@ -1,31 +1,23 @@
-"""Checking what is stored: checksums, rows, view checks, and labels against the live source."""
+"""Checking what is stored: checksums, rows and view checks. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData
-from sskt.teacher_cache.format.encodings import Encoded, as_tensors, soft_labels
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
+from sskt.teacher_cache.format.encodings import Encoded, decoded
 from sskt.teacher_cache.format.metadata import BOUND
-from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
-from sskt.teacher_cache.media.images import UInt8
-from sskt.teacher_cache.rng import PROBE, below, draw
-from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import CacheName
-from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.views.views import Views, check_of
 
 
 @dataclass
@@ -142,7 +134,7 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
     try:
         encoded = label_set.read(shard.seed, shard.start, shard.stop)
         checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
-    except CorruptStore as error:
+    except (CorruptStore, IncompleteLabels) as error:  # it may have gone since it was listed
         return str(error)
     report.shards += 1
     report.rows += shard.stop - shard.start
@@ -163,104 +155,26 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One stored label beside its live recomputation: float32 probabilities ``[C]`` each.
-
-    ``distance`` is the total variation distance, half the sum of absolute differences, between
-    the stored label and the live one sent through the same encoding. ``same_view`` tells
-    whether the view's checksum is the stored one. A skipped row has distance 0.
-    """
-
-    sample: int
-    seed: int
-    stored: NDArray[np.float32]
-    live: NDArray[np.float32]
-    distance: float
-    same_view: bool
-    skipped: bool
-
-
-def compare(
-    label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
-) -> Comparison:
-    """Recomputes one label from its image."""
-    encoded = label_set.read(seed, sample, sample + 1)
-    stored = _decode(label_set, encoded)
-    if label_set.encoding.skipped(encoded)[0]:
-        return Comparison(sample, seed, stored, stored, 0.0, True, True)
-    view, log_p = _recomputed(label_set, views, source, sample, seed)
-    again = _decode(label_set, label_set.encoding.encode(log_p))
-    check = int(label_set.read_checks(seed, sample, sample + 1)[0])
-    distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)
-    return Comparison(
-        sample, seed, stored, np.exp(log_p[0]), distance, check == check_of(view), False
-    )
-
-
-def _recomputed(
-    label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
-) -> tuple[UInt8, NDArray[np.float32]]:
-    """The view, and its label (log, float32 ``[1, C]``): BatchNorm's whole batch where needed."""
-    first, stop = sample, sample + 1
-    if source.batch is not None:
-        shard = label_set.shard(seed, sample // label_set.shard_rows)
-        start = sample - (sample - shard.start) % source.batch
-        stop = min(start + source.batch, shard.stop)
-        first = max(0, min(start, stop - source.batch))
-    samples = np.arange(first, stop)
-    seen = views.batch(samples, seed)
-    stills = torch.from_numpy(views.stills(seen, samples, seed))
-    row = sample - first
-    log_p = source.log_probabilities(stills)[row : row + 1]
-    return seen[row], log_p.cpu().numpy()
-
-
 def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray[np.float32] | None:
-    """One stored label decoded at T = 1: float32 ``[C]``; None if the sample was skipped."""
+    """Decodes one stored label at T = 1.
+
+    Args:
+        label_set: The label set.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        Probabilities: float32 ``[C]``; None if the sample was skipped.
+
+    Raises:
+        IncompleteLabels: If the label is not stored.
+        CorruptStore: If it cannot be read.
+    """
     encoded = label_set.read(seed, sample, sample + 1)
-    return None if label_set.encoding.skipped(encoded)[0] else _decode(label_set, encoded)
+    return None if label_set.encoding.skipped(encoded)[0] else first_row(label_set, encoded)
 
 
-def _decode(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
-    p: Tensor = soft_labels(label_set.encoding, as_tensors(encoded), len(label_set.classes))
-    return np.asarray(p[0].numpy())
-
-
-def probe_pairs(label_set: LabelSet, count: int) -> Iterator[tuple[int, int]]:
-    """``count`` (sample, seed) pairs, spread at random but the same each time, all stored."""
-    words = draw(np.arange(count), 0, stream=PROBE)
-    samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
-    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-        if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
-            yield sample, seed
-
-
-def recompute(
-    label_set: LabelSet,
-    count: int,
-    report: Report,
-    *,
-    instead: Reopen | None = None,
-    tolerance: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, n: None,
-) -> Report:
-    """Compares ``count`` labels with the live source and adds what differs to the report."""
-    views, source = reopen(label_set, instead or Reopen())
-    allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
-    worst, problems = report.worst_distance, list(report.problems)
-    done = 0
-    for sample, seed in probe_pairs(label_set, count):
-        found = compare(label_set, views, source, sample, seed)
-        done += 1
-        worst = max(worst, found.distance)
-        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
-        if not found.same_view:
-            problems.append(f"{place}: the view is not the one the source saw")
-        elif found.distance > allowed:
-            problems.append(
-                f"{place}: stored and recomputed labels differ by {found.distance:.4f} "
-                f"(allowed {allowed:g})"
-            )
-        progress(done, count)
-    return replace(report, recomputed=done, worst_distance=worst, problems=problems)
+def first_row(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
+    """The first row of some stored rows at T = 1: float32 ``[C]``."""
+    p = decoded(label_set.encoding, encoded, len(label_set.classes))
+    return np.asarray(p[0].astype(np.float32))

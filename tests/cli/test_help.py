@@ -63,7 +63,7 @@ def test_a_mistyped_command_is_suggested(
 
 def test_a_mistyped_name_is_suggested() -> None:
     few = str(UnknownName("target", "stl-10", ["cifar10", "stl10", "shapes"]))
-    assert few == "unknown target 'stl-10'; did you mean 'stl10'?; known: cifar10, stl10, shapes"
+    assert few == "unknown target 'stl-10'; known: cifar10, stl10, shapes (did you mean 'stl10'?)"
     known = ["resnet50", "resnet18", *(f"{letter}_net" for letter in "abcdefghijklmnopqrstuvwxyz")]
     many = str(UnknownName("architecture", "resnet5O", known))
     assert "did you mean 'resnet50'" in many

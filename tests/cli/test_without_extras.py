@@ -52,7 +52,7 @@ def cache(tmp_path: Path) -> Path:
         "ls -v",
         "verify",
         "copy labels copied",
-        "export 1024fba2c11b --encoding u8 --out exported",
+        "export 1024fba2 --encoding u8 --out exported",
         "token new lab --token-file tokens.json",
         "serve --help",
     ],

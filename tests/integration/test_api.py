@@ -30,8 +30,8 @@ from sskt.teacher_cache.api import (
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData, SpecMismatch, UnknownName
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.tools.recompute import compare
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import compare
 from sskt.trainer.api import train
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader

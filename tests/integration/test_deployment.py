@@ -193,6 +193,7 @@ def test_compose_commands() -> None:
     assert parsed(services["labels-read"]["command"]) == as_deployed()
     for name in ("labels-compute", "labels-gpu"):
         assert parsed(services[name]["command"]) == as_deployed(on_demand=True, root="/data")
+        assert services[name]["shm_size"] == "2g", "Docker gives 64 MB"
     tokens = services["tokens"]
     assert tokens["entrypoint"] == ["sskt", "token"]
     command = cli.get_command(click.Context(cli), "token")
@@ -217,6 +218,8 @@ def test_kubernetes_commands() -> None:
     patch = kubernetes("on-demand.patch.yaml")["patch"]
     expected = as_deployed(on_demand=True, root="/data")
     assert parsed(containers(patch)["labels"]["args"]) == expected
+    shared = {"name": "shared-memory", "mountPath": "/dev/shm"}
+    assert shared in containers(patch)["labels"]["volumeMounts"]
 
 
 @pytest.mark.parametrize("options", [None, "--on-demand --root /srv/data"])

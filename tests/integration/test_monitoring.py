@@ -29,6 +29,7 @@ def exposed(folder: Path) -> dict[str, set[str]]:
     metrics.slab(False)
     metrics.computed(1.0, True)
     metrics.waiting(1)
+    metrics.token_used("lab")
     metrics.error("kind", "detail", "id")
     families = text_string_to_metric_families(metrics.text().decode())
     samples = (sample for family in families for sample in family.samples)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import get_worker_info
 
 from sskt.server.compute.queue import COMPUTING, Queue
 from sskt.server.compute.worker import run_compute_worker
 from sskt.server.settings import Settings
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.sources.source import Source
+from sskt.teacher_cache.views.views import Views
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["sskt.server.compute.worker"])
@@ -65,9 +67,11 @@ def _own(settings: Settings) -> None:
 
 
 def _inject(run: Path) -> None:
-    """While a file is there in ``run``: ``die`` kills once between the two files of a shard,
-    ``poison`` when seed 2 is computed; ``full``: no room on the disk."""
+    """While a file exists in ``run``, a fault: ``die`` kills once between the two files of a shard,
+    ``poison`` kills when seed 2 is computed, ``full`` leaves no room on the disk, ``loader`` kills
+    the loader processes."""
     forward, write, fsync, replace = Source.forward, WritableLabelSet.write, os.fsync, os.replace
+    seen = Views.seen
 
     def forwarding(self: Source, stills: Any) -> Any:
         if (run / "poison").exists() and _computing(run, 2):
@@ -78,6 +82,11 @@ def _inject(run: Path) -> None:
         with (run / "written").open("a") as log:
             log.write("x")
         write(self, *shard)
+
+    def viewing(self: Views, *of: Any) -> Any:
+        if (run / "loader").exists() and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seen(self, *of)
 
     def syncing(handle: int) -> None:
         if (run / "full").exists():
@@ -93,6 +102,7 @@ def _inject(run: Path) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(Source, "forward", forwarding)
     patch.setattr(WritableLabelSet, "write", writing)
+    patch.setattr(Views, "seen", viewing)
     patch.setattr(os, "fsync", syncing)
     patch.setattr(os, "replace", replacing)
 

@@ -339,7 +339,8 @@ def _taps(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 def frames_of(file: Path) -> list[Any]:
     """The frames of a clip's file, each to be given to ``rgb_of``."""
     if file.is_dir():
-        images = (file / f"image_{number:05d}.jpg" for number in itertools.count(1))
+        first = 1 - (file / "image_00000.jpg").exists()
+        images = (file / f"image_{number:05d}.jpg" for number in itertools.count(first))
         return list(itertools.takewhile(Path.exists, images))
     with av.open(str(file), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
@@ -461,8 +462,8 @@ def open_folder(folder: Path, split: str, limit: int | None, *, clips: bool = Fa
     """The images, or clips, of the class folders under ``folder/split``."""
     base = folder / split if (folder / split).is_dir() or split != "train" else folder
     listed: list[Listed] = []
-    kinds = [d.name for d in base.iterdir() if d.is_dir() and not d.name.startswith(".")]
-    for label, kind in enumerate(sorted(kinds, key=as_bytes)):
+    kinds = [d.name for d in base.iterdir() if d.is_dir() and not _ignored(d.name)]
+    for label, kind in enumerate(sorted(kinds, key=as_bytes) or ["."]):
         found = sorted(_below(base, kind, clips), key=as_bytes)
         listed += [(label, sample, base / sample) for sample in found]
     return limited(listed, limit)
@@ -471,15 +472,21 @@ def open_folder(folder: Path, split: str, limit: int | None, *, clips: bool = Fa
 def _below(base: Path, kind: str, clips: bool) -> Iterator[str]:
     """Ids of a class's samples."""
     for at, inside, files in os.walk(base / kind, followlinks=True):
-        inside[:] = [d for d in inside if not d.startswith(".")]
+        inside[:] = [d for d in inside if not _ignored(d)]
         place = Path(at).relative_to(base).as_posix()
+        place = "" if place == "." else f"{place}/"
         if clips:
             frames = [d for d in inside if _holds_frames(Path(at, d))]
             inside[:] = [d for d in inside if d not in frames]
-            yield from (f"{place}/{d}" for d in frames)
+            yield from (f"{place}{d}" for d in frames)
         pattern = VIDEO if clips else IMAGE
         names = (file for file in files if pattern.fullmatch(file) and not file.startswith("."))
-        yield from (f"{place}/{file}" for file in names)
+        yield from (f"{place}{file}" for file in names)
+
+
+def _ignored(folder: str) -> bool:
+    names = "@eaDir @Recycle @Recently-Snapshot @tmp #recycle #snapshot $RECYCLE.BIN lost+found"
+    return folder[0] == "." or folder in (*names.split(), "System Volume Information", "__MACOSX")
 
 
 def _holds_frames(folder: Path) -> bool:

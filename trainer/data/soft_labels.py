@@ -143,13 +143,13 @@ class _Slab:
     def check(self, samples: Int64, checks: UInt32) -> int:
         """See ``WindowLabels``. Raises ``ViewMismatch`` naming the first sample."""
         stored = self.checks[self.place[samples]]
-        differ = np.flatnonzero(checks != stored)
-        if len(differ):
-            first = differ[0]
+        wrong = np.flatnonzero(checks != stored)
+        if wrong.size:
+            first = wrong[0]
             raise ViewMismatch(
                 f"sample {samples[first]} under view seed {self.window.seed} is not the image that "
                 f"the sources saw (checksum {checks[first]:08x}, stored {stored[first]:08x}; "
-                f"{len(differ)} of {len(samples)} views of the batch differ): the image, its "
+                f"{wrong.size} of {len(samples)} views of the batch differ): the image, its "
                 "decoder or the augmentation changed; restore the image, or cache the labels again"
             )
         return len(stored)
@@ -195,8 +195,8 @@ def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -
         part = {key: values[start : start + FAULTY_ROWS] for key, values in rows.items()}
         asked = np.arange(len(next(iter(part.values()))))
         if encoding.name in ("f16", "f32"):
-            # A sum in float32 is five times as fast, and settles all rows but odd and empty ones.
-            total = torch.from_numpy(part["labels"]).float().exp_().sum(1)
+            # torch adds up halves five times as fast, and settles all rows but odd and empty ones.
+            total = torch.from_numpy(part["labels"]).float().exp().sum(1)
             asked = np.flatnonzero(~((total - 1).abs() < ROW_SUM_TOLERANCE / 2).numpy())
         faulty = encoding.faulty({key: values[asked] for key, values in part.items()}, classes)
         if faulty.any():

@@ -51,7 +51,7 @@ async function refresh() {
   const begun = performance.now();
   if (!document.hidden) {
     try {
-      const answer = await fetch("/status/live" + location.search, { cache: "no-store" });
+      const answer = await fetch("status/live" + location.search, { cache: "no-store" });
       if (!answer.ok) throw new Error(String(answer.status));
       const text = await answer.text();
       if (!paused) {

@@ -450,6 +450,18 @@ def test_a_compute_worker_killed_in_mid_shard(
     assert not list(Path(settings.cache).rglob("*.partial"))
 
 
+def test_killed_loader_processes_end_the_request_with_a_sentence(
+    state: State, settings: Settings
+) -> None:
+    """As the kernel kills them where memory is short."""
+    (Path(settings.run) / "loader").touch()
+    with compute_worker(settings):
+        problem = refused(state, 1, 0)
+        assert problem.status == 500 and "a loader process was killed" in problem.detail
+        (Path(settings.run) / "loader").unlink()
+        wait(state, 1, 1)  # the compute worker goes on
+
+
 def test_a_deadly_shard_is_given_up_and_those_beside_it_are_not(
     state: State, settings: Settings
 ) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -151,6 +152,7 @@ metrics.request("/zarr", "GET", 200, 0.003, 100)
 metrics.labels("a", 7)
 metrics.serving(1)
 metrics.waiting(int(sys.argv[2]))
+metrics.token_used("lab")
 print(os.getpid(), flush=True)
 sys.stdin.readline()
 if sys.argv[2] == "3":
@@ -181,6 +183,7 @@ def test_numbers_are_those_of_all_processes_and_gauges_of_the_living(tmp_path: P
     found: dict[str, Any] = json.loads(out)
     assert (found["requests"], found["labels"], found["sent_bytes"]) == (3, 21, 300)
     assert found["serving"] == 2, "the killed worker serves nothing"
+    assert set(found["tokens"]) == {"lab"} and abs(found["tokens"]["lab"] - time.time()) < 300
     assert found["waiting"] == 3, "the last one who said so"
     assert found["routes"]["/zarr"]["buckets"][BOUNDS.index(0.005)] == 3
 

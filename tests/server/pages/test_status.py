@@ -7,9 +7,10 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urljoin, urlsplit
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from support.helpers import TINY, write_images
 from support.pages import Node, faults, parse
 
 from sskt.server.app import create_app
+from sskt.server.http.tokens import new_token
 from sskt.server.pages.coverage import Coverage, CoverageCache, coverage_of
 from sskt.server.pages.drawing import drawn, percent
 from sskt.server.pages.pages import duration, number, size
@@ -103,6 +105,9 @@ def client(tmp_path: Path) -> Callable[..., TestClient]:
     return make
 
 
+LINKS = {"href", "src", "action"}
+
+
 def state_of(client: TestClient) -> State:
     app: Any = client.app
     return app.state  # type: ignore[no-any-return]  # the gate's
@@ -116,6 +121,10 @@ def get(client: TestClient, url: str, status: int = 200) -> Node:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     page = parse(answer.text)
     assert faults(page) == []
+    for node in page.all():
+        for name in LINKS & node.attributes.keys():
+            assert not node.attributes[name].startswith("/"), "links hold under any path prefix"
+            node.attributes[name] = urljoin(url, node.attributes[name])
     return page
 
 
@@ -319,6 +328,23 @@ def test_what_is_being_computed_is_shown(cache: Path, client: Callable[..., Test
     assert get(client(cache), "/").one(id="live-queue").text == ""
 
 
+def test_tokens_are_listed_with_their_last_use(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    used = new_token(tokens, "lab", ["compute"], None)
+    new_token(tokens, "spare", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    browser.headers["Authorization"] = f"Bearer {used}"
+    rows = get(browser, "/").one(id="live-tokens").one("tbody").all("tr")
+    assert rows[0].text.startswith("lab compute, read 20") and rows[0].text.endswith(" UTC")
+    assert rows[1].text == "spare read not since the start"
+    metrics = browser.get("/metrics").text
+    assert 'sskt_token_last_used_timestamp_seconds{token="lab"} 1.' in metrics
+    assert "spare" not in metrics and used not in metrics
+    assert get(client(cache), "/").one(id="live-tokens").text == ""
+
+
 def test_an_empty_cache_says_how_to_fill_it(
     tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
@@ -436,16 +462,77 @@ def test_the_browser_leads_from_sample_to_sample(
     assert here["Next seed"] == f"/sets/{name}/samples/5?seed=0"
     assert "prev" not in links(0, 0) and "next" not in links(29, 0)
     for _ in range(20):
-        lead = browser.get(here["Random"]).headers["location"]
+        lead = urljoin(here["Random"], browser.get(here["Random"]).headers["location"])
         assert 8 <= int(urlsplit(lead).path.rsplit("/", 1)[1]) < 30, "block 0 is not labelled"
         assert parse_qs(urlsplit(lead).query) == {"seed": ["2"]}
     jump = browser.get(f"/sets/{name}/samples?row=17&seed=1")
-    assert (jump.status_code, jump.headers["location"]) == (303, f"/sets/{name}/samples/17?seed=1")
+    assert jump.status_code == 303
+    lead = urljoin(f"/sets/{name}/samples", jump.headers["location"])
+    assert lead == f"/sets/{name}/samples/17?seed=1"
     strip = get(browser, f"/sets/{name}?row=24&seed=1").one("ul", class_="strip").all("li")
     assert [li.one("a").text for li in strip] == [str(row) for row in range(24, 30)]
     assert [li.one("p").text for li in strip] == ["not labelled yet"] * 6
     digest = of_encoding(cache, "f32").digest
     assert get(browser, f"/sets/{digest[:8]}").one("h1").text == name
+
+
+def test_every_link_holds_under_a_path_prefix(
+    cache: Path, client: Callable[..., TestClient]
+) -> None:
+    """As behind a proxy that takes the prefix off: nothing leaves it, and nothing is missing."""
+    browser = client(cache)
+    name = of_encoding(cache, "f32").name
+    prefix = "http://localhost/labs/vision"
+    left = ["/", f"/sets/{name}/samples?row=3&seed=0", "/no/such/page", "/sets/none"]
+    seen = {"/no/such/page", "/sets/none"}
+    while left:
+        path = left.pop()
+        answer = browser.get(path)
+        if answer.is_redirect:
+            links = [answer.headers["location"]]
+        elif not answer.headers["content-type"].startswith("text/html"):
+            continue
+        else:
+            nodes = parse(answer.text).all()
+            links = [n.attributes[key] for n in nodes for key in LINKS & n.attributes.keys()]
+        for link in links:
+            url = urljoin(prefix + path, link)
+            assert url.startswith(f"{prefix}/"), (path, link)
+            bare = url.removeprefix(prefix).partition("#")[0]
+            if bare.partition("?")[0] not in seen:
+                seen.add(bare.partition("?")[0])
+                left.append(bare)
+                assert browser.get(bare).status_code in (200, 303), (path, link)
+    assert {"/", f"/sets/{name}", f"/sets/{name}/samples/0", "/metrics"} <= seen
+    assert any(path.endswith("view.png") for path in seen)
+
+
+def test_a_browser_without_a_token_gets_a_page(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    new_token(tokens, "lab", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    page = get(browser, "/", 401)
+    assert page.one("h1").text == "Token needed" and "as the password, the token" in page.text
+    assert "Basic" in browser.get("/").headers["www-authenticate"]
+    assert browser.get("/", headers={"Accept": "*/*"}).json()["title"] == "token needed"
+
+
+def test_an_unknown_failure_says_where_to_report_it(
+    cache: Path, client: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*anything: object) -> None:
+        raise ValueError("an error of the server itself")
+
+    browser = client(cache)
+    monkeypatch.setattr("sskt.server.pages.status._live", fails)
+    page = get(browser, "/", 500)
+    trackers = [url for url in metadata("sskt").get_all("Project-URL") or [] if "issue" in url]
+    where = trackers[0].partition(", ")[2] if trackers else "the maintainers"
+    assert "Please report this" in page.text and where in page.text
+    assert len(page.one("code").text) == 16, "the request id"
+    assert "an error of the server itself" not in page.text
 
 
 @pytest.mark.parametrize("end", ["30?seed=0", "0?seed=3", "-1?seed=0", "0?seed=-1", f"{10**30}"])

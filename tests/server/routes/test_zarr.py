@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import http.client
 import json
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -194,8 +195,13 @@ def test_a_link_out_is_no_file(tmp_path: Path) -> None:
     (root / "a" / "in").write_bytes(b"12345")
     (root / "a" / "out").symlink_to(outside / "x")
     (root / "a" / "within").symlink_to(root / "a" / "in")
-    assert open_local(root, "a/out") is None
-    assert open_local(root, "a") is None
+    (root / "a" / "loop").symlink_to(root / "a" / "loop")
+    os.mkfifo(root / "a" / "fifo")
+    assert open_local(root, "a/none") is None
+    for key in ("a/out", "a", "a/loop", "a/fifo"):
+        with pytest.raises(Problem, match="not a regular file") as told:
+            open_local(root, key)
+        assert told.value.status == 500, "Zarr clients take 404 for fill values"
     for name in ("in", "within"):
         file = open_local(root, f"a/{name}")
         assert file is not None and file.size == 5
@@ -391,18 +397,18 @@ UNREADABLE = {
     "fifo": "not a regular file",
     "loop": "Too many levels of symbolic links",
     "foreign group": "not a label set's metadata",
-    "deep": "recursion",
+    "deep": "not a label set's metadata",
     "no JSON": "not a label set's metadata",
     "lost": "has lost its zarr.json",
     "link out": "leaves the cache",
-    "odd name": "rename the folder",
+    "not permitted": "Permission denied",
     "newer": "update sskt",
 }
 
 
 def unreadable(cache: Path, kind: str, model: Path) -> str:
     """Puts something that is not a readable label set into a cache; the name of its folder."""
-    name = "a copy #1" if kind == "odd name" else "broken"
+    name = "broken"
     if kind == "link out":
         shutil.copytree(model, cache.parent / "elsewhere")
         (cache / name).symlink_to(cache.parent / "elsewhere")
@@ -410,8 +416,7 @@ def unreadable(cache: Path, kind: str, model: Path) -> str:
     shutil.copytree(model, cache / name)
     document = cache / name / "zarr.json"
     text = document.read_text()
-    if kind != "odd name":
-        document.unlink()
+    document.unlink()
     if kind == "folder":
         document.mkdir()
     elif kind == "fifo":
@@ -423,6 +428,8 @@ def unreadable(cache: Path, kind: str, model: Path) -> str:
         document.write_text(texts.get(kind, "[" * 10**5 if kind == "deep" else "{"))
     elif kind == "newer":
         document.write_text(text.replace('"format": 1', '"format": 2'))
+    elif kind == "not permitted":
+        (cache / name).chmod(0o700)
     return name
 
 
@@ -430,36 +437,100 @@ def unreadable(cache: Path, kind: str, model: Path) -> str:
 def test_an_unreadable_label_set_hides_no_other(tmp_path: Path, kind: str) -> None:
     cache = tmp_path / "cache"
     label_set = make_labels(cache)
-    name = quote(unreadable(cache, kind, label_set.path))
-    with serving(cache) as url:
+    name = unreadable(cache, kind, label_set.path)
+    with contextlib.ExitStack() as stack:
+        if kind == "not permitted" and os.geteuid() == 0:
+            stack.enter_context(as_nobody(tmp_path))
+        url = stack.enter_context(serving(cache, run=tmp_path / "run"))
         found = json.loads(get(url, "/v1/label-sets")[2])
         assert [s["name"] for s in found["label_sets"]] == [label_set.name]
         ((broken, reason),) = found["damaged"].items()
-        assert quote(broken) == name and UNREADABLE[kind] in reason
+        assert broken == name and UNREADABLE[kind] in reason
         assert str(tmp_path) not in reason
         assert get(url, "/readyz")[0] == get(url, "/")[0] == 200
         assert get(url, f"/zarr/{label_set.name}/zarr.json")[0] == 200
         assert get(url, f"/v1/label-sets/{label_set.digest[:6]}/coverage")[0] == 200
         for path in (f"/v1/label-sets/{name}", f"/zarr/{name}/zarr.json"):
             status, _, body = get(url, path)
-            if kind == "odd name":
-                assert status == 404
-            else:
-                assert status == 500 and UNREADABLE[kind] in json.loads(body)["detail"]
-    (tmp_path / "cache").rename(tmp_path / "gone")
+            assert status == 500 and UNREADABLE[kind] in json.loads(body)["detail"]
 
 
-def test_a_copy_of_a_label_set_is_another_one(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Takes the rights of root from this process, but lets it use a test's folder."""
+    parents = [p for p in (folder, *folder.parents) if p.owner() == "root" and p != p.parent]
+    modes = {parent: parent.stat().st_mode for parent in parents}
+    for parent, mode in modes.items():
+        parent.chmod(mode | 0o755)
+    (folder / "run").mkdir()
+    os.chown(folder / "run", 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for parent, mode in modes.items():
+            parent.chmod(mode)
+
+
+def test_folders_with_other_names_are_left_out(tmp_path: Path) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    shutil.copytree(label_set.path, tmp_path / "cache" / "a copy #1")
+    with serving(tmp_path / "cache") as url:
+        found = json.loads(get(url, "/v1/label-sets")[2])
+        assert [s["name"] for s in found["label_sets"]] == [label_set.name]
+        for path in ("/zarr/a%20copy%20%231/zarr.json", "/v1/label-sets/a%20copy%20%231"):
+            assert get(url, path)[0] == 404
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "empty", "link out", "dangling"])
+@pytest.mark.parametrize("array", ["labels", "view_check"])
+def test_a_shard_that_is_no_file_is_damage(tmp_path: Path, kind: str, array: str) -> None:
+    label_set = make_labels(tmp_path / "cache")
+    key = label_set.shard_key(array, label_set.shard(0, 1))
+    path = label_set.path / key
+    path.rename(tmp_path / "kept")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "empty":
+        path.touch()
+    else:
+        links = {"loop": path, "link out": tmp_path / "kept", "dangling": tmp_path / "none"}
+        path.symlink_to(links[kind])
+    about = f"/v1/label-sets/{label_set.name}"
+    with serving(tmp_path / "cache") as url:
+
+        def ask(*ids: int) -> tuple[int, bytes]:
+            body = np.array(ids, "<i8").tobytes()
+            query = f"/v1/labels:batch?set={label_set.name}&seed=0"
+            return get(url, query, "POST", body, Content_Type="application/octet-stream")[::2]
+
+        found = get(url, f"/zarr/{label_set.name}/{key}")
+        assert found[0] == (404 if kind == "dangling" else 500)
+        for route in ("/v1/label-sets", about, f"{about}/coverage", f"{about}/files", "/readyz"):
+            assert get(url, route)[0] == 200, route
+        assert key not in json.loads(get(url, f"{about}/files")[2])["files"] or kind == "empty"
+        assert ask(0, 1299)[0] == 200
+        if kind != "link out":  # the labels are right; /zarr and /files alone give files away
+            assert ask(0, 600)[0] == 500
+
+
+def test_a_copy_of_a_label_set_is_told(tmp_path: Path) -> None:
     label_set = make_labels(tmp_path / "cache")
     shutil.copytree(label_set.path, tmp_path / "cache" / "copy")
     with serving(tmp_path / "cache") as url:
-        for name in (label_set.name, "copy"):
-            assert get(url, f"/zarr/{name}/labels/c/0/0/0")[0] == 200
+        found = json.loads(get(url, "/v1/label-sets")[2])
+        assert [s["name"] for s in found["label_sets"]] == [label_set.name]
+        assert f"is a copy of {label_set.name}" in found["damaged"]["copy"]
         status, _, body = get(url, f"/v1/label-sets/{label_set.digest[:12]}")
-        assert status == 404 and f"{label_set.name}; give a name" in json.loads(body)["detail"]
+        assert (status, json.loads(body)["name"]) == (200, label_set.name)
 
 
-@pytest.mark.parametrize("name", ["n" * 256, "n" * 4000, "a%23b", "a#b", "%00", "..", "a%2fb"])
+@pytest.mark.parametrize(
+    "name", ["n" * 214, "n" * 256, "n" * 4000, "a%23b", "a#b", "%00", "..", "a%2fb"]
+)
 def test_names_that_no_label_set_has(url: str, name: str) -> None:
     for path in (f"/v1/label-sets/{name}/coverage", f"/zarr/{name}/zarr.json", f"/sets/{name}"):
         status, _, body = get(url, path)
@@ -502,19 +573,23 @@ def test_a_label_set_that_is_made_anew_is_never_an_error(tmp_path: Path) -> None
     assert sum(s[0] == 200 for s in statuses) > 20
 
 
-def test_a_lost_mount_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("since_start", [True, False])
+def test_a_lost_mount_is_not_ready(tmp_path: Path, since_start: bool) -> None:
+    """An empty folder in place of the cache, also for a worker process that starts later."""
     label_set = make_labels(tmp_path / "cache")
-    sets = Sets(LocalPlace(tmp_path / "cache"))
-    assert [s.name for s in sets.all()] == [label_set.name]
-    shutil.rmtree(label_set.path)
-    sets._until = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sets, "_device", -1)
-        for call in (sets.all, lambda: sets.get(label_set.name)):
-            with pytest.raises(Problem) as told:
-                call()
-            assert told.value.status == 503
-    assert sets.all() == [], "removed label sets are no lost mount"
+    here = (tmp_path / "cache").stat().st_dev
+    with serving(tmp_path / "cache", cache_device=here + 1) as url:
+        if since_start:
+            assert get(url, "/readyz")[0] == 200
+        shutil.rmtree(label_set.path)
+        time.sleep(1.1 if since_start else 0)  # a listing is kept for a second
+        key = f"/zarr/{label_set.name}/labels/c/0/0/0"
+        for path in ("/readyz", "/v1/label-sets", f"/v1/label-sets/{label_set.name}", key):
+            status, _, body = get(url, path)
+            assert (status, json.loads(body)["title"]) == (503, "cache out of reach"), path
+        assert "mount its file system again" in json.loads(get(url, "/readyz")[2])["detail"]
+    with serving(tmp_path / "cache", cache_device=here) as url:
+        assert get(url, "/readyz")[0] == 200, "removed label sets are no lost mount"
 
 
 def test_a_cache_that_cannot_be_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_views_of_odd_shapes(policy: str, shape: tuple[int, int]) -> None:
 
 def test_a_changed_pixel_is_seen(tmp_path: Path, tiny: Source) -> None:
     """A view check is compared for each view: one pixel of one image, file size unchanged."""
-    folder = tmp_path / "images" / "train" / "a"
+    folder = tmp_path / "images" / "train"
     folder.mkdir(parents=True)
     pictures = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
     for i, picture in enumerate(pictures):

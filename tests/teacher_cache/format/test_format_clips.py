@@ -264,9 +264,11 @@ def test_the_example_of_the_page() -> None:
 
 
 def linked(data: Path, folder: Path, pattern: str, every: int) -> Path:
-    """A folder of class folders that links to real clips."""
-    for path in sorted(data.glob(pattern))[::every]:
-        place = folder / "train" / path.parent.name
+    """A folder that links to real clips: of class folders, or without labels if there is one."""
+    files = sorted(data.glob(pattern))[::every]
+    one = len({path.parent for path in files}) == 1
+    for path in files:
+        place = folder / "train" / ("" if one else path.parent.name)
         place.mkdir(parents=True, exist_ok=True)
         (place / path.name).symlink_to(path)
     return folder

@@ -493,6 +493,66 @@ def test_a_real_clip_truncated_anywhere(decoder: str, data: Path, tmp_path: Path
         assert f"{half[1]} frames decode, its header says 49 (truncated" in half[5][2]
 
 
+DROPPED = range(10, 16)
+
+
+def with_dropped_frames(path: Path, codec: str) -> Path:
+    """An AVI file of which some frames are empty chunks: those whose time stamps are left out."""
+    name = "libx264" if codec == "h264" else codec
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(name, rate=Fraction(25))
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        stream.codec_context.max_b_frames = 2 * (codec == "h264")
+        for number in range(LENGTH):
+            if number not in DROPPED:
+                frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def by_xvid(path: Path) -> Path:
+    """With two B-frames the encoder puts out two packets less than its header counts."""
+    exe = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    raw = b"".join(numbered(number).tobytes() for number in range(LENGTH))
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", "25", "-i", "-"]
+    command = [exe, "-loglevel", "error", *given, "-c:v", "libxvid", "-bf", "2", str(path)]
+    if subprocess.run(command, input=raw, check=False).returncode:
+        pytest.skip("FFmpeg without libxvid")
+    return path
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("kind", ["mpeg4", "h264", "xvid"])
+def test_an_avi_of_fewer_frames_than_its_header_counts(
+    kind: str, decoder: str, tmp_path: Path
+) -> None:
+    """Its index has the right number. Cut, it is refused as before."""
+    needs(decoder)
+    path = tmp_path / "clip.avi"
+    by_xvid(path) if kind == "xvid" else with_dropped_frames(path, kind)
+    there = [number for number in range(LENGTH) if kind == "xvid" or number not in DROPPED]
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > len(there) + (1 if kind != "xvid" else -1)
+    counted = count_frames(path, decoder)
+    assert (counted.header, counted.problem) == (counted.frames, "")
+    found = [number_in(still) for still in read_frames(path, range(counted.frames)).values()]
+    if kind == "xvid":
+        assert counted.frames == LENGTH - 2
+        assert found == there[: counted.frames]
+    else:
+        assert found == there
+    content = path.read_bytes()
+    for part in (0.5, 0.8, 0.95):
+        path.write_bytes(content[: int(len(content) * part)])
+        assert count_frames(path, decoder).problem
+    index = content.index(b"idx1")
+    path.write_bytes(content[:index])
+    assert "truncated" in count_frames(path, decoder).problem
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", ["mpeg4.avi", "h264.mp4", "mpeg4.mkv"])
 def test_flipped_bytes_stop_no_worker(
@@ -636,6 +696,9 @@ def frame_folder(folder: Path, numbers: Iterable[int], n_frames: str | None = No
         (range(1, 12), None, Counted(0, 0, "image_00001.jpg is missing")),
         ([], "4", Counted(0, 4, "image_00001.jpg is missing")),
         ([], "0", Counted(0, 0, "no frames")),
+        (range(-1, 11), "12", Counted(12, 12)),
+        ([-1, 0, 2], None, Counted(2, 0, "image_00002.jpg is missing")),
+        ([-1, 0], "3", Counted(2, 3, "image_00002.jpg is missing")),
         (range(12), "twelve", Counted(12, 0, "n_frames holds 'twelve', expected a number")),
         (range(12), "-12", Counted(12, 0, "n_frames holds '-12', expected a number")),
         (range(12), "", Counted(12, 0, "n_frames holds '', expected a number")),
@@ -658,6 +721,17 @@ def test_frames_of_a_folder(tmp_path: Path) -> None:
     assert {k: number_in(frame) for k, frame in found.items()} == {0: 0, 7: 7}
     with pytest.raises(BadClip, match=r"frame 12 of .*: 12 frames decode \(no image_00013.jpg\)"):
         read_frames(folder, [0, 12])
+
+
+def test_frames_of_a_folder_may_be_numbered_from_0(tmp_path: Path) -> None:
+    folder = frame_folder(tmp_path / "v", range(12))
+    for number in range(12):
+        (folder / f"image_{number + 1:05d}.jpg").rename(folder / f"image_{number:05d}.jpg")
+    assert count_frames(folder) == Counted(12, 0)
+    found = read_frames(folder, [0, 7, 11])
+    assert {k: number_in(frame) for k, frame in found.items()} == {0: 0, 7: 7, 11: 11}
+    with pytest.raises(BadClip, match=r"frame 12 of .*: 12 frames decode \(no image_00012.jpg\)"):
+        read_frames(folder, [12])
 
 
 def test_damage_inside_a_folder_is_named(tmp_path: Path) -> None:

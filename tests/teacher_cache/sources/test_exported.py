@@ -477,6 +477,15 @@ def test_damaged_files_are_refused(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_flipped_bit_in_a_weight_is_noticed(files: Path, tmp_path: Path) -> None:
+    data = bytearray((files / "dynamic.pt2").read_bytes())
+    weight = tiny_network().state_dict()["0.weight"].numpy().tobytes()
+    data[data.index(weight) + 10] ^= 1
+    (tmp_path / "n.pt2").write_bytes(data)
+    with pytest.raises(BadCheckpoint, match=r"is damaged \(the checksum of .*; export it again"):
+        opened(tmp_path / "n.pt2")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"source tiny: no file .*gone\.pt2"):
         opened(tmp_path / "gone.pt2")

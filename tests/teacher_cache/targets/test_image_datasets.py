@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -625,6 +626,26 @@ def test_a_damaged_annotation_is_named(content: str, message: str, tmp_path: Pat
     with pytest.raises(InputError, match=rf"Annotations/000016\.xml:? .*{message}") as caught:
         open_target("voc2007", root=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("declared", ["gbk", "GB2312", "gb18030", "utf-8", "none", "no-such"])
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8", "utf-16"])
+def test_an_annotation_in_another_encoding_is_read(
+    declared: str, encoding: str, tmp_path: Path
+) -> None:
+    """Tools for labelling images write the folder's name in the encoding of their system."""
+    expected = voc_labels_of(tmp_path, GOOD.encode())
+    text = GOOD.replace("<annotation>", "<annotation><folder>\u56fe\u7247 \u4e00</folder>", 1)
+    if declared != "none":
+        text = f'<?xml version="1.0" encoding="{declared}"?>\n{text}'
+    if encoding == "utf-16":
+        text = text.replace(declared, "utf-16")
+    np.testing.assert_array_equal(voc_labels_of(tmp_path, text.encode(encoding)), expected)
+
+
+def voc_labels_of(folder: Path, content: bytes) -> Any:
+    (folder / "a.xml").write_bytes(content)
+    return voc_labels(folder / "a.xml")
 
 
 def test_voc_objects_are_all_shown() -> None:

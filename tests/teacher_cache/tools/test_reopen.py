@@ -19,7 +19,9 @@ from torchvision import models
 
 from sskt.teacher_cache.errors import InputError, SpecMismatch
 from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.tools.recompute import probe_pairs, recompute
 from sskt.teacher_cache.tools.reopen import Reopen, reopen, reopen_source, reopen_views
+from sskt.teacher_cache.tools.verify import Report
 
 Call = Callable[..., tuple[int, str, str]]
 RIGHT = f"tiny={TINY}:build"
@@ -279,6 +281,60 @@ def test_own_datasets_and_modules_are_reopened_from_their_file(tmp_path: Path, s
         assert status == 2 and message in one_line(err)
     status, _, err = sskt(*verify, "--target", f"{file}:source", "--source", f"own={file}:source")
     assert status == 2 and "returned Source; return what sskt.open_target" in one_line(err)
+
+
+PROBABILITIES = """
+from torch import nn, Generator, no_grad, randn
+
+MEAN, STD, SIZE = (0.5,) * 3, (0.25,) * 3, 8
+
+def build():
+    layer = nn.Linear(192, 5, bias=False)
+    with no_grad():
+        layer.weight.copy_(randn(5, 192, generator=Generator().manual_seed(0)))
+    return nn.Sequential(nn.Flatten(), layer, nn.LAST)
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"), [("Softmax(1)", "probabilities"), ("Sigmoid()", "logits")]
+)
+def test_what_was_declared_of_outputs_is_kept(
+    last: str, kind: str, images: Path, tmp_path: Path, sskt: Call
+) -> None:
+    (tmp_path / "net.py").write_text(PROBABILITIES.replace("LAST", last))
+    source, cache = ("--source", f"net={tmp_path}/net.py:build"), ("--cache", tmp_path / "cache")
+    ask = ("cache-teachers", *source, *cache, "--target", images, "--seeds", 1, "--workers", 0)
+    status, _, err = sskt(*ask)
+    assert status == 2 and "--logits-are probabilities" in one_line(err)
+    for option in ("odds", f"other={kind}"):
+        assert sskt(*ask, "--logits-are", option)[0] == 2
+    status, _, err = sskt(*ask, "--logits-are", f"net={kind}")
+    assert status == 0, err
+    (label_set,) = list_label_sets(tmp_path / "cache")
+    assert label_set.spec["source"].get("outputs", "logits") == kind
+    status, out, err = sskt("verify", *cache, "--recompute", 6, *source)
+    assert status == 0 and ": clean" in out, err
+
+
+def test_recomputing_goes_on_after_a_damaged_shard(cache: Path, sskt: Call) -> None:
+    (file,) = cache.glob("*/labels/c/1/0/0")
+    file.write_bytes(bytes(file.stat().st_size))
+    ask = ("verify", "--cache", cache, "--recompute", 60, "--source", RIGHT, "--json")
+    status, out, err = sskt(*ask)
+    (report,) = json.loads(out)
+    assert status == 1 and 0 < report["recomputed"] < 60, err
+    (problem,) = report["problems"]
+    assert problem.startswith("seed 1, samples 0 to 15") and report["worst_distance"] < 1e-3
+
+
+def test_other_labels_are_recomputed_each_time(cache: Path) -> None:
+    """A forger who knew them could leave them right."""
+    (label_set,) = list_label_sets(cache)
+    assert len(set(probe_pairs(label_set, 50, 1)) & set(probe_pairs(label_set, 50, 2))) < 30
+    reports = [recompute(label_set, 30, Report(""), instead=Reopen(sources=[RIGHT]), tolerance=-1)
+               for _ in range(2)]  # fmt: skip
+    assert reports[0].problems != reports[1].problems
 
 
 def test_views_alone_need_no_source(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Matroska and WebM files count no frames: whether one was cut off, from its own sizes."""
+"""What the containers of clips say of their own size: whether a file was cut off."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ def cut_off(path: Path) -> bool:
         file.seek(_ebml_size(file), os.SEEK_CUR)
         segment = file.read(4) == b"\x18\x53\x80\x67"
         return segment and _ebml_size(file) + file.tell() > path.stat().st_size
+
+
+def is_whole_avi(path: Path) -> bool:
+    """Whether a file is an AVI file of one part (RIFF chunk) that is as long as it says."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    size = int.from_bytes(head[4:8], "little") + 8
+    # A list "odml" announces parts of 1 GiB each, of which the last may be missing.
+    one_part = head[:4] == b"RIFF" and head[8:12] == b"AVI " and b"odmldmlh" not in head
+    return one_part and size <= path.stat().st_size
 
 
 def _ebml_size(file: BinaryIO) -> int:
