@@ -18,6 +18,7 @@ from sskt.teacher_cache.format.metadata import BOUND, GROUP
 from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
@@ -93,7 +94,7 @@ def copy_label_set(
         return _copy_shards(source, target, progress)
 
 
-def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copied:
+def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress) -> Copied:
     missing = set(source.missing(range(source.seeds)))
     wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
     target.place.refresh()
@@ -121,7 +122,7 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 
-def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
+def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int | None:
     """Copies a shard: bytes written, 0 if it exists, None if another process is writing it."""
     if not target.has(shard):
         if target.claim(shard):
@@ -142,7 +143,7 @@ def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
     return 0
 
 
-def _write_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int:
+def _write_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int:
     record, written = source.shard_record(shard), 0
     for array in source.arrays:
         key = source.shard_key(array, shard)
@@ -197,7 +198,7 @@ def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
     )
 
 
-def _differs(source: LabelSet, target: LabelSet, key: str) -> InputError:
+def _differs(source: LabelSet, target: WritableLabelSet, key: str) -> InputError:
     return InputError(
         f"{target.place.where(key)} is there with other bytes than {source.place.where(key)}; "
         "check both with sskt verify --recompute, then remove one (sskt rm) or copy elsewhere"
