@@ -29,8 +29,8 @@ from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.object_store import BucketPlace
 from sskt.teacher_cache.storage.open import open_cache
 
-GRACE_SECONDS = 20
-"""Seconds that a stop waits for answers that are being sent."""
+GRACE_SECONDS = 4
+"""Seconds that a stop waits for answers that are being sent; then they are cut off."""
 RESTART_SECONDS = 5.0
 """Seconds before a compute worker that died is started again."""
 BACKLOG = 4096
@@ -39,22 +39,29 @@ _log = logging.getLogger("sskt.server")
 
 
 def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT. ``ready`` is called with the URL once it listens.
+    """Serves until SIGTERM, SIGINT or SIGHUP (which nohup makes it ignore).
 
-    Raises ``InputError`` for settings that are not valid, ``MissingData`` without a cache.
+    Args:
+        settings: What ``sskt serve`` was given.
+        ready: Called with the URL once the server listens.
+
+    Raises:
+        InputError: For settings that are not valid.
+        MissingData: If there is no cache.
     """
     require_allowed(settings)
     cache = open_cache(settings.cache)
     if not isinstance(cache, LocalPlace | BucketPlace):
         raise InputError(f"cannot serve {cache}; --cache takes a folder or a bucket's URL")
-    cache.folders()
+    held_sets = bool(cache.folders())
+    device = cache.path.stat().st_dev if held_sets and isinstance(cache, LocalPlace) else None
     if settings.on_demand and isinstance(cache, LocalPlace) and not os.access(cache.path, os.W_OK):
         raise InputError(f"--on-demand writes into {cache}, which this user may not")
     many_files()
     with listening(settings.host, settings.port) as listener, run_folder() as run:
         port = listener.getsockname()[1]
         cache_name = full_name(settings.cache)
-        settings = replace(settings, cache=cache_name, run=str(run), port=port)
+        settings = replace(settings, cache=cache_name, cache_device=device, run=str(run), port=port)
         os.environ[VARIABLE] = settings.as_json()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run / "prometheus")
         config = uvicorn.Config(
@@ -74,6 +81,8 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         signal.signal(signal.SIGTERM, _stop)
+        if not hangups_are_ignored():
+            signal.signal(signal.SIGHUP, _hang_up)
         if settings.token_file and not is_loopback(settings.host):
             _log.warning(
                 "tokens and labels are sent unencrypted to other machines unless a proxy in front "
@@ -94,6 +103,15 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
 class _Supervisor(Multiprocess):
     interrupted = False
 
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
+        hangups = signal.SIG_IGN if hangups_are_ignored() else None
+        super().__init__(config, sockets)
+        if hangups is not None:
+            signal.signal(signal.SIGHUP, hangups)
+
+    def handle_hup(self) -> None:
+        self.handle_term()
+
     def handle_int(self) -> None:
         self.interrupted = True
         super().handle_int()
@@ -101,6 +119,15 @@ class _Supervisor(Multiprocess):
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def hangups_are_ignored() -> bool:
+    """Whether the server is to outlive its terminal, as nohup makes it."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def require_allowed(settings: Settings) -> None:

@@ -66,6 +66,13 @@ def _remove_unlocked(folder: Path) -> None:
             os.close(handle)
 
 
+def make_private(folder: Path) -> None:
+    """Makes a folder that only this user can read, and its parents, if they do not exist."""
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def touch_all(folder: Path) -> None:
     """Sets the times of a folder and of everything below it to now."""
     for path in (folder, *folder.rglob("*")):
@@ -99,7 +106,7 @@ def database(
     Raises:
         DiskFull: If there is no room for the change.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     connection = sqlite3.connect(path, timeout=timeout, isolation_level=None)
     try:
         # A journal that stays is there when the disk is full.

@@ -27,7 +27,8 @@ class Settings:
     allowed_hosts: names that clients may use for the server besides those of the loopback; without
     any, all of them if there is a token file.
     log: json or text. root: where the targets are now, for the sample browser and for computing.
-    started: by the machine's monotonic clock.
+    cache_device: number of the device that the cache's folder was on when the server started, if it
+    held label sets. started: by the machine's monotonic clock.
     """
 
     cache: str
@@ -40,6 +41,7 @@ class Settings:
     on_demand: bool = False
     device: str = "auto"
     root: str | None = None
+    cache_device: int | None = None
     log: str = "json"
     queue: int = 64
     max_seeds: int = 1024

@@ -32,6 +32,10 @@ from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 
 OUT_OF_REACH = "cache out of reach"
+LOST_MOUNT = (
+    "the cache's folder is empty and on another device than when the server started; mount its "
+    "file system again"
+)
 FRESH_SECONDS = 1.0
 """Lifetime of a listing of the cache, and of what is known of a label set in a bucket, at least."""
 REST = 3
@@ -60,17 +64,23 @@ class Sets:
 
     A request for one label set touches no other, so one that cannot be read hides no other.
 
+    Args:
+        home: The cache.
+        device: Number of the device that the cache's folder is on, if it held label sets when the
+            server started.
+
     Attributes:
         damaged: By name, why a label set cannot be read, as of the last listing.
     """
 
-    def __init__(self, home: Place) -> None:
+    def __init__(self, home: Place, device: int | None = None) -> None:
         self.home = home
+        self._held_sets = device is not None
         self.damaged: dict[str, str] = {}
         self._known: dict[str, _Known] = {}
         self._listed: list[LabelSet] = []
         self._until = 0.0
-        self._device = self._folder_device()
+        self._device = self._folder_device() if device is None else device
         self._guard = threading.Lock()
 
     def all(self) -> list[LabelSet]:
@@ -139,8 +149,9 @@ class Sets:
 
     def _folders(self) -> list[str]:
         names = self.home.folders()
-        if not names and self._listed and self._folder_device() != self._device:
-            raise InputError(f"{self.home} is empty and on another device: a lost mount?")
+        held_sets = self._listed or self._held_sets
+        if not names and held_sets and self._folder_device() != self._device:
+            raise Problem(503, OUT_OF_REACH, LOST_MOUNT, RETRY)
         return names
 
     def _list(self) -> None:
@@ -188,12 +199,16 @@ class Sets:
             if type(error) is InputError:
                 raise
             if not isinstance(error, OSError) or error.errno not in _ABSENT:
-                # The log names the folder on this machine, the answer does not.
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                text = (reason or type(error).__name__).replace(self.home.where(name), name)
-                raise _Unreadable(f"{name} cannot be read: {text}") from error
+                raise _Unreadable(self._reason(name, error)) from error
         self._known.pop(name, None)
         return None
+
+    def _reason(self, name: str, error: Exception) -> str:
+        """Why a label set cannot be read, without its folder on this machine, which the log has."""
+        if isinstance(error, SsktError):
+            return str(error).replace(self.home.where(name), name)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return f"label set {name} cannot be read ({reason or type(error).__name__})"
 
     def _version(self, name: str) -> Version:
         """What changes with the metadata of a label set. Raises ``OSError``, ``InputError``."""
@@ -256,7 +271,7 @@ def make_state(settings: Settings) -> State:
     return State(
         settings,
         home,
-        Sets(home),
+        Sets(home, settings.cache_device),
         metrics,
         Tokens(Path(settings.token_file)) if settings.token_file else None,
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),

@@ -13,6 +13,8 @@ _PR_SET_PDEATHSIG = 1
 def end_with_parent() -> None:
     """Makes the kernel kill this process when the thread that started it ends."""
     if sys.platform == "linux" and multiprocessing.parent_process() is not None:
+        # A terminal that closes sends it to all processes; the parent ends this one.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if not parent_is_alive():  # it died before the call
         sys.exit(1)

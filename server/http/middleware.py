@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,10 @@ class _Exchange:
             await self._handle(headers)
         except _ClientLeft:
             self.gone = True
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            self._cut()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)  # the protocol learns of it
         except Exception as error:
             await self._fail(error)
         finally:

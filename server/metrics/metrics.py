@@ -26,7 +26,7 @@ from prometheus_client import (
     values,
 )
 
-from sskt.server.run_folder import database
+from sskt.server.run_folder import database, make_private
 from sskt.teacher_cache.errors import InputError, SsktError
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
@@ -212,6 +212,7 @@ class Metrics:
         """A registry of all processes' numbers."""
         if not self._folder:
             return self._registry
+        make_private(Path(self._folder))  # a cleaner of temporary folders may have removed it
         forget_dead(Path(self._folder))
         together = CollectorRegistry()
         multiprocess.MultiProcessCollector(together, self._folder)  # type: ignore[no-untyped-call]

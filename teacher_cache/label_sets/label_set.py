@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
@@ -42,7 +42,7 @@ from sskt.teacher_cache.format.spec import Spec, tolerance_of
 from sskt.teacher_cache.label_sets.documents import parse_attributes
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalPlace, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
     from numpy.typing import ArrayLike
@@ -185,7 +185,13 @@ class LabelSet:
         return self.place.size(self.commit_key(shard), fresh=fresh) is not None
 
     def missing(self, seeds: Iterable[int]) -> list[Shard]:
-        """The shards of ``seeds`` that are not stored now."""
+        """The shards of ``seeds`` that are not stored now.
+
+        Raises:
+            MissingData: If the folder of the set is gone, as on a file system that is not mounted
+                any more. It would be labelled anew otherwise.
+        """
+        self._require_folder()
         self.place.refresh()
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
 
@@ -436,6 +442,7 @@ class LabelSet:
                     raise FileNotFoundError(key)
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
+                self._require_folder()
                 raise self._damage(shard, f"{key} is gone or empty") from error
             except (OSError, ValueError) as error:
                 damage = error
@@ -443,7 +450,12 @@ class LabelSet:
                     break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
+    def _require_folder(self) -> None:
+        if isinstance(self.place, LocalPlace) and not self.place.there():
+            raise MissingData(f"label set {self.name}: {lost(self.place.path)}")
+
     def _lacks(self, shard: Shard) -> IncompleteLabels:
+        self._require_folder()
         return IncompleteLabels(
             f"label set {self.name}: seed {shard.seed} lacks samples {shard.start} to "
             f"{shard.stop - 1}"
@@ -481,6 +493,9 @@ class LabelSet:
 
         Returns:
             What was wrong with each shard that was discarded.
+
+        Raises:
+            InputError: If a folder is in the place of a file.
         """
         return [what for shard in shards if (what := self._discarded(shard))]
 
@@ -505,6 +520,13 @@ class LabelSet:
         if not self.has(shard):
             return ""
         gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
+        if isinstance(self.place, LocalPlace):
+            for key in self.shard_keys(shard):
+                if (self.place.path / key).is_dir():
+                    raise InputError(
+                        f"{self.place.where(key)} is a folder in the place of a shard's file; "
+                        "move it away and run the same command again"
+                    )
         if gone:
             return str(self._damage(shard, f"{gone[0]} is gone or empty"))
         try:

@@ -573,19 +573,23 @@ def test_a_label_set_that_is_made_anew_is_never_an_error(tmp_path: Path) -> None
     assert sum(s[0] == 200 for s in statuses) > 20
 
 
-def test_a_lost_mount_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("since_start", [True, False])
+def test_a_lost_mount_is_not_ready(tmp_path: Path, since_start: bool) -> None:
+    """An empty folder in place of the cache, also for a worker process that starts later."""
     label_set = make_labels(tmp_path / "cache")
-    sets = Sets(LocalPlace(tmp_path / "cache"))
-    assert [s.name for s in sets.all()] == [label_set.name]
-    shutil.rmtree(label_set.path)
-    sets._until = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sets, "_device", -1)
-        for call in (sets.all, lambda: sets.get(label_set.name)):
-            with pytest.raises(Problem) as told:
-                call()
-            assert told.value.status == 503
-    assert sets.all() == [], "removed label sets are no lost mount"
+    here = (tmp_path / "cache").stat().st_dev
+    with serving(tmp_path / "cache", cache_device=here + 1) as url:
+        if since_start:
+            assert get(url, "/readyz")[0] == 200
+        shutil.rmtree(label_set.path)
+        time.sleep(1.1 if since_start else 0)  # a listing is kept for a second
+        key = f"/zarr/{label_set.name}/labels/c/0/0/0"
+        for path in ("/readyz", "/v1/label-sets", f"/v1/label-sets/{label_set.name}", key):
+            status, _, body = get(url, path)
+            assert (status, json.loads(body)["title"]) == (503, "cache out of reach"), path
+        assert "mount its file system again" in json.loads(get(url, "/readyz")[2])["detail"]
+    with serving(tmp_path / "cache", cache_device=here) as url:
+        assert get(url, "/readyz")[0] == 200, "removed label sets are no lost mount"
 
 
 def test_a_cache_that_cannot_be_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
