@@ -43,7 +43,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("sskt.cli.serving.serve", "Serve the label sets of a cache over HTTP."),
         "token": ("sskt.cli.serving.token", "Create, list and revoke tokens."),
     },
-    "What is known by name": {
+    "What is here, and what is known by name": {
+        "doctor": ("sskt.cli.known.doctor", "Check this installation and machine."),
         "datasets": ("sskt.cli.known.datasets", "List the known targets and their layouts."),
         "sources": ("sskt.cli.known.sources", "List the known sources."),
         "policies": ("sskt.cli.known.names", "List the view policies and their parameters."),

@@ -199,12 +199,16 @@ class Sets:
             if type(error) is InputError:
                 raise
             if not isinstance(error, OSError) or error.errno not in _ABSENT:
-                # The log names the folder on this machine, the answer does not.
-                reason = error.strerror if isinstance(error, OSError) else str(error)
-                text = (reason or type(error).__name__).replace(self.home.where(name), name)
-                raise _Unreadable(f"{name} cannot be read: {text}") from error
+                raise _Unreadable(self._reason(name, error)) from error
         self._known.pop(name, None)
         return None
+
+    def _reason(self, name: str, error: Exception) -> str:
+        """Why a label set cannot be read, without its folder on this machine, which the log has."""
+        if isinstance(error, SsktError):
+            return str(error).replace(self.home.where(name), name)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return f"label set {name} cannot be read ({reason or type(error).__name__})"
 
     def _version(self, name: str) -> Version:
         """What changes with the metadata of a label set. Raises ``OSError``, ``InputError``."""

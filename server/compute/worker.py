@@ -26,6 +26,7 @@ from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import BadImage, DiskFull, MissingData, SsktError
 from sskt.teacher_cache.label_sets.create import Documents, open_for_writing, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.labeling.run import SourceLabels, StageOptions, label_units
 from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
@@ -234,7 +235,7 @@ class ComputeWorker:
             self._waiting = waiting
 
 
-def _any_free(label_set: LabelSet, shards: list[Shard]) -> bool:
+def _any_free(label_set: WritableLabelSet, shards: list[Shard]) -> bool:
     """Whether a shard is neither stored nor claimed by another process."""
     for shard in shards:
         if label_set.claim(shard):

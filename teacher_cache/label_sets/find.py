@@ -51,12 +51,13 @@ def choose_all(cache: CacheName, wanted: Sequence[str]) -> tuple[list[LabelSet],
     ]
     broken = {name: error for name, error in damaged.items() if named(name)}
     if not fitting and not broken:
-        names = open_cache(cache).folders()
+        home = open_cache(cache)
+        names = home.folders()
+        hint = f"; there are: {', '.join(names)}" if names else ""
+        if not names and home.is_local:
+            hint = "; if labels were stored there, check that its file system is mounted"
         what = f"matches {' or '.join(wanted)}" if wanted else "is there"
-        raise MissingData(
-            f"no label set in {cache} {what}"
-            + (f"; there are: {', '.join(names)}" if names else "")
-        )
+        raise MissingData(f"no label set in {cache} {what}{hint}")
     return fitting, broken
 
 

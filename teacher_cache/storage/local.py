@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_set_name, set_name, set_names
 from sskt.teacher_cache.locations import require_folder
@@ -52,15 +53,17 @@ class LocalPlace:
     def folders(self) -> list[str]:
         """See ``Place``. Raises ``MissingData`` if there is no such folder."""
         require_folder(self.path)
-        folders = [path for path in self.path.iterdir() if path.is_dir()]
-        ours = [path.name for path in folders if is_set_name(path.name)]
-        others = [path.name for path in folders if (path / GROUP).exists()]
-        return set_names([*ours, *others], str(self))
+        names = []
+        for path in self.path.iterdir():
+            with contextlib.suppress(OSError):  # a foreign folder that this user cannot read
+                if path.is_dir() if is_set_name(path.name) else (path / GROUP).is_file():
+                    names.append(path.name)
+        return set_names(names, str(self))
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
         for path in (self.path / under).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+            with contextlib.suppress(FileNotFoundError):  # a partial file that was renamed
                 about = _status(path)
                 if about is not None and stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
@@ -75,7 +78,7 @@ class LocalPlace:
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
-        """Nothing is remembered."""
+        """Does nothing: there are no listings."""
 
     def read(self, key: str) -> bytes:
         return self.read_part(key, None, None)
@@ -97,20 +100,26 @@ class LocalPlace:
             return hashlib.file_digest(file, _md5).hexdigest()
 
     def put(self, key: str, data: bytes) -> None:
+        """See ``Place``. Raises ``MissingData`` if the folder itself is gone.
+
+        Written anew below a mount point, it would look like a label set on another disk.
+        """
+        if not self.there():
+            raise MissingData(f"cannot write {self.path / key}: {lost(self.path)}")
         durable_write(self.path / key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See ``Place``; between two processes only under a claim."""
+        """See ``Place``; for two processes only under a lock."""
         if (self.path / key).exists():
             return False
-        durable_write(self.path / key, data)
+        self.put(key, data)
         return True
 
     def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
-        """See ``Place``; between two processes only under a claim."""
+        """See ``Place``; for two processes only under a lock."""
         data = change((self.path / key).read_bytes())
         if data is not None:
-            durable_write(self.path / key, data)
+            self.put(key, data)
 
     def delete(self, keys: Iterable[str]) -> None:
         paths = [self.path / key for key in keys]
@@ -124,12 +133,12 @@ class LocalPlace:
         return Locks(self.path / LOCKS / f"{name}.lock")
 
     def close(self) -> None:
-        """Nothing is waited for."""
+        """Does nothing: no method waits."""
 
     def sweep(self) -> None:
-        """Removes creations and removals that a killed process left half-way.
+        """Removes unfinished label sets and removals of killed processes.
 
-        Only where nobody holds the set's lock: what another process is making stays.
+        Those of running processes stay: they hold the lock of their label set.
         """
         for leftover in self.path.glob(".*.partial"):
             found = _PARTIAL.fullmatch(leftover.name)
@@ -150,6 +159,11 @@ def _status(path: Path) -> os.stat_result | None:
         if error.errno != errno.ELOOP:
             raise
         return None
+
+
+def lost(folder: Path) -> str:
+    """Why a folder that was there is missing, for messages."""
+    return f"{folder} is gone: it was removed, or its file system is not mounted any more"
 
 
 def _md5() -> Any:

@@ -56,7 +56,7 @@ def _voc(spec: DatasetSpec) -> Target:
     labels = np.zeros((len(ids), len(VOC_CLASSES)), np.int64)
     for row in rows.tolist():
         if not noted[row]:
-            raise MissingData(f"{base / images[row]} is there, but no {base / notes[row]}")
+            raise MissingData(f"{base / images[row]} has no annotation {base / notes[row]}")
         labels[row] = voc_labels(base / notes[row])
     files = Files(base, Names(images))
     target = Target(spec.target, spec.split, VOC_CLASSES, labels, ids, paths=files, sizes=sizes)
@@ -95,6 +95,20 @@ def voc_labels(path: Path) -> Int64:
     return labels
 
 
+def _content(data: bytes) -> str | bytes:
+    """An annotation as text, since expat knows no encodings such as GBK.
+
+    What is in another encoding than it says is taken byte by byte: all that is read is in ASCII.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", data)
+    try:
+        return data.decode(declared[1].decode() if declared else "utf-8-sig")
+    except (LookupError, ValueError):
+        return data.decode("latin-1")
+
+
 def _objects(path: Path) -> list[dict[str, str]]:
     """The texts right below each ``annotation/object``, by tag."""
     objects: list[dict[str, str]] = []
@@ -120,7 +134,7 @@ def _objects(path: Path) -> list[dict[str, str]]:
     parser.CharacterDataHandler = text
     parser.StartDoctypeDeclHandler = doctype
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(_content(path.read_bytes()), True)
     except expat.ExpatError as error:
         raise InputError(f"{path} is damaged ({error}); get the annotation again") from error
     except OSError as error:

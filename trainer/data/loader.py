@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +109,64 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-@contextmanager
+KILLED = (
+    "a loader process was killed (was there memory left?); finished epochs are kept: run again "
+    "with --resume, with fewer --workers or less --memory"
+)
+
+
+@contextlib.contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Says what became of a loader process that died or fell silent.
+    """Says that a loader process was killed, wherever this process happens to be.
 
     Raises:
-        SsktError: In place of torch's error, which it raises wherever this process happens to be.
+        SsktError: In place of torch's error.
     """
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if text.startswith("DataLoader timed out"):
-            raise SsktError(
-                f"no loader process sent a batch for {SILENT_SECONDS // 60} minutes (is the file "
-                "system of the data away?); finished epochs are kept: run again with --resume"
-            ) from error
-        if text.startswith(("DataLoader worker (pid", "Pin memory thread exited")):
-            raise SsktError(
-                "a loader process was killed (was there memory left?); finished epochs are kept: "
-                "run again with --resume, with fewer --workers or less --memory"
-            ) from error
+        if str(error).startswith("DataLoader worker (pid"):
+            raise SsktError(KILLED) from error
         raise
+
+
+class _Watch(threading.Thread):
+    """Kills loader processes that send nothing for ``SILENT_SECONDS``.
+
+    Such a process may be stopped, or wait for a file system that is away. torch's own time limit
+    does not end the wait for a tensor that such a process has begun to send, but its death does.
+    """
+
+    def __init__(self, workers: Collection[BaseProcess]) -> None:
+        super().__init__(name="sskt-loader-watch", daemon=True)
+        self._workers, self._over = workers, threading.Event()
+        self.waiting_since: float | None = None
+        self.silent = False
+
+    def run(self) -> None:
+        while not self._over.wait(SILENT_SECONDS / 10):
+            since = self.waiting_since
+            if since is not None and time.monotonic() - since > SILENT_SECONDS:
+                self.silent = True
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+    def end(self) -> None:
+        self._over.set()
+
+    def verdict(self) -> str:
+        """Why no batch came; empty if no loader process is to blame."""
+        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD raises here, once
+            wait([worker.sentinel for worker in self._workers], timeout=1)
+            for worker in self._workers:
+                worker.join(1)
+        if self.silent:
+            return (
+                f"no loader process sent a batch for {SILENT_SECONDS / 60:g} minutes (is the file "
+                "system of the data away?); finished epochs are kept: run again with --resume"
+            )
+        return KILLED if any(worker.exitcode for worker in self._workers) else ""
 
 
 @dataclass(frozen=True)
@@ -169,16 +210,32 @@ class Feed:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=LEAD if workers else None,
-            timeout=SILENT_SECONDS if workers else 0,
             pin_memory=self.pin,
         )
-        with naming_dead_workers():
-            for batch in loader:
+        others = set(multiprocessing.active_children())
+        read = iter(loader)
+        watch = _Watch(set(multiprocessing.active_children()) - others)
+        if workers:
+            watch.start()
+        try:
+            while True:
+                watch.waiting_since = time.monotonic()
+                try:
+                    batch: Batch | None = next(read, None)
+                except (RuntimeError, EOFError, OSError) as error:
+                    if workers and (why := watch.verdict()):
+                        raise SsktError(why) from error
+                    raise
+                watch.waiting_since = None
+                if batch is None:
+                    return
                 if batch.error:
                     raise InputError(batch.error)
                 if batch.bad and self.on_error != "skip":
                     raise BadImage(batch.bad[0])
                 yield replace(batch, views=torch.as_tensor(batch.views))
+        finally:
+            watch.end()
 
     def _processes(self) -> int:
         if self.views.target.images is not None:

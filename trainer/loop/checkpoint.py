@@ -273,11 +273,11 @@ def _require_same_batches(trainer: Trainer, state: Record, out: Path) -> None:
     if state["progress"]["steps"] and old.batch_count(epoch) != order.batch_count(epoch):
         raise InputError(
             f"{out} was cut within an epoch of {old.batch_count(epoch)} batches for {before} "
-            f"processes, and {plan.ranks.world} make {order.batch_count(epoch)} of it; resume it "
+            f"processes, and {plan.ranks.world} make {order.batch_count(epoch)}; resume it "
             f"with {before} processes until the epoch ends, then with as many as you like"
         )
     trainer.hooks.note(
-        f"the run goes on with {plan.ranks.world} processes instead of {before}: the same batches "
+        f"the number of processes is {plan.ranks.world} instead of {before}: the same batches "
         "in the same order, but BatchNorm and dropout see other parts of them"
     )
 

@@ -132,8 +132,9 @@ class Evaluation:
             self._labels.close()
 
     def _forward(self, network: SSKTNetwork, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._step.autocast():
-            logits, auxiliary = network(self._plan.normalise(views))
+        x = self._plan.normalise(views)
+        with self._step.autocast(), self._step.naming_small_input(x):
+            logits, auxiliary = network(x)
         return logits.float(), auxiliary
 
     @torch.inference_mode()

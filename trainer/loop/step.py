@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sskt.teacher_cache.errors import InputError, first_line
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_source_weights, total_loss
 from sskt.trainer.methods.base import Method
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from sskt.trainer.loop.setup import Plan
 
 Record = dict[str, Any]
+
+TOO_SMALL = ("Output size is too small", "Kernel size can't be greater than actual input size")
+"""What PyTorch says of a map that is smaller than a pooling or a convolution over it."""
 
 
 class Step:
@@ -66,6 +71,33 @@ class Step:
         half = self._config.precision == "bfloat16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=half)
 
+    @contextmanager
+    def naming_small_input(self, x: Tensor) -> Iterator[None]:
+        """Names the cause where an input is too small for the network.
+
+        Args:
+            x: The input: ``[n, 3, H, W]``, or ``[n, 3, D, H, W]`` for clips.
+
+        Raises:
+            InputError: In place of PyTorch's errors about the size of maps and about BatchNorm.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            text, model = first_line(error), self._config.model
+            if any(small in text for small in TOO_SMALL):
+                size = "x".join(map(str, x.shape[2:]))
+                raise InputError(
+                    f"{model} cannot take views of {size} pixels ({text}); choose a --policy "
+                    "whose views are larger, or another --model"
+                ) from error
+            if "Expected more than 1 value per channel" in text:
+                raise InputError(
+                    f"BatchNorm of {model} needs at least two samples in each process where its "
+                    "maps are 1x1, and found one; give a larger --batch-size"
+                ) from error
+            raise
+
     def losses(self, batch: SoftLabelBatch) -> tuple[Tensor, Record]:
         """Computes equation 1 of the paper on a batch.
 
@@ -78,7 +110,7 @@ class Step:
         """
         truth, x = batch.labels, batch.images
         soft = self._method.soft_labels(batch)
-        with self.autocast():
+        with self.autocast(), self.naming_small_input(x):
             logits, auxiliary = self._forward(x if self._config.channels_last else x.contiguous())
         primary = self.primary(logits.float(), truth)
         parts = self._parts(auxiliary, soft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from support.random_labels import make_labels, replace_shard, write_shard
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
 from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.tools.copy import copy_label_set
@@ -194,3 +195,60 @@ def test_new_shards_of_an_old_set_are_bound(old: Path, sskt: Sskt, tmp_path: Pat
     assert verify(open_label_set(label_set.place)).unbound == 3
     original = GOLDEN / label_set.name / label_set.commit_key(shard)
     assert label_set.commit_path(shard).read_bytes() == original.read_bytes()
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def to_link_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    "empty": lambda p: p.write_bytes(b""),
+    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "flipped": lambda p: (
+        p.write_bytes(bytes([p.read_bytes()[0] ^ 8]) + p.read_bytes()[1:]) and None
+    ),
+    "folder": to_folder,
+    "FIFO": to_fifo,
+    "link loop": to_link_loop,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", ["labels", "view_check", "record"])
+def test_every_file_of_a_shard_is_watched(tmp_path: Path, sskt: Sskt, file: str, kind: str) -> None:
+    """Found by ``verify`` and on use, without waiting; a run labels what cannot be right again."""
+    label_set = make_labels(tmp_path / "cache")
+    shard = label_set.shard(1, 1)
+    key = label_set.record_key(shard) if file == "record" else label_set.shard_key(file, shard)
+    KINDS[kind](label_set.path / key)
+    status, out, _ = sskt("verify", "--cache", tmp_path / "cache")
+    assert status == 1 and "1 problems" in out and "seed 1" in out
+    fresh = open_label_set(label_set.place)
+    read = fresh.read_checks if file == "view_check" else fresh.read
+    with pytest.raises((CorruptStore, IncompleteLabels), match="seed 1"):
+        read(1, 0, 1300)
+    assert len(fresh.read(0, 0, 1300)["labels"]) == 1300
+    writer = create_label_set(tmp_path / "cache", fresh.spec, fresh.classes, 3)
+    if kind == "folder":
+        with pytest.raises(InputError, match="is a folder in the place of a shard's file"):
+            writer.discard_unsound(writer.shards(range(3)))
+        return
+    said = writer.discard_unsound(writer.shards(range(3)))
+    needs_reading = file != "record" and kind in ("cut", "zeros", "flipped")
+    lost = (file, kind) == ("record", "deleted")
+    assert len(said) == (not (needs_reading or lost)) and all("seed 1" in what for what in said)
+    assert writer.missing(range(3)) == ([] if needs_reading else [shard])
+    writer.close()

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -412,7 +413,7 @@ def test_the_archives_own_folder_name_will_do(tmp_path: Path) -> None:
     before = open_target("places365-small", root=tmp_path).identity()
     (tmp_path / "data_256_standard").rename(tmp_path / "data_256")
     assert open_target("places365-small", root=tmp_path).identity() == before
-    with pytest.raises(MissingData, match=r"_standard\.txt is there, no folder data_large"):
+    with pytest.raises(MissingData, match=r"found .*_standard\.txt, no folder data_large"):
         open_target("places365", root=tmp_path)
 
 
@@ -430,10 +431,10 @@ def test_missing_images_and_lists_of_places365(tmp_path: Path) -> None:
     assert len(target) == 8
     assert list(target.ids)[:2] == ["a/airfield/00000001.jpg", "a/airfield/00000003.jpg"]
     assert [path.is_file() for path in target.paths or ()] == [True] * 8
-    with pytest.raises(MissingData, match=r"none of the 7 files of .*val.txt is there; expected"):
+    with pytest.raises(MissingData, match=r"none of the 7 files of .*val.txt exists; expected"):
         open_target("places365", "val", root=tmp_path, partial=True)
     (tmp_path / "places365_train_standard.txt").unlink()
-    expected = r"no places365_train_standard.txt, data_large_standard is there\); expected data_"
+    expected = r"no places365_train_standard.txt, found data_large_standard\); expected data_"
     with pytest.raises(MissingData, match=expected):
         open_target("places365", root=tmp_path)
 
@@ -567,7 +568,7 @@ def test_missing_images_and_annotations_of_voc(tmp_path: Path) -> None:
     expected = r"2 of 5 files of .*train.txt are missing, first Annotations/000012.xml; get them"
     with pytest.raises(MissingData, match=expected):
         open_target("voc2007", root=tmp_path)
-    expected = r"JPEGImages/000012.jpg is there, but no .*Annotations/000012.xml"
+    expected = r"JPEGImages/000012.jpg has no annotation .*Annotations/000012.xml"
     with pytest.raises(MissingData, match=expected):
         open_target("voc2007", root=tmp_path, partial=True)
     (base / "JPEGImages" / "000012.jpg").unlink()
@@ -575,7 +576,7 @@ def test_missing_images_and_annotations_of_voc(tmp_path: Path) -> None:
     assert list(target.ids) == ["000007", "000016", "000023"]
     assert [target.label_text(i) for i in range(3)] == ["car", None, "cat, sofa"]
     shutil.rmtree(base / "JPEGImages")
-    with pytest.raises(MissingData, match=r"none of the 5 files of .*train.txt is there; expected"):
+    with pytest.raises(MissingData, match=r"none of the 5 files of .*train.txt exists; expected"):
         open_target("voc2007", root=tmp_path, partial=True)
 
 
@@ -625,6 +626,26 @@ def test_a_damaged_annotation_is_named(content: str, message: str, tmp_path: Pat
     with pytest.raises(InputError, match=rf"Annotations/000016\.xml:? .*{message}") as caught:
         open_target("voc2007", root=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("declared", ["gbk", "GB2312", "gb18030", "utf-8", "none", "no-such"])
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8", "utf-16"])
+def test_an_annotation_in_another_encoding_is_read(
+    declared: str, encoding: str, tmp_path: Path
+) -> None:
+    """Tools for labelling images write the folder's name in the encoding of their system."""
+    expected = voc_labels_of(tmp_path, GOOD.encode())
+    text = GOOD.replace("<annotation>", "<annotation><folder>\u56fe\u7247 \u4e00</folder>", 1)
+    if declared != "none":
+        text = f'<?xml version="1.0" encoding="{declared}"?>\n{text}'
+    if encoding == "utf-16":
+        text = text.replace(declared, "utf-16")
+    np.testing.assert_array_equal(voc_labels_of(tmp_path, text.encode(encoding)), expected)
+
+
+def voc_labels_of(folder: Path, content: bytes) -> Any:
+    (folder / "a.xml").write_bytes(content)
+    return voc_labels(folder / "a.xml")
 
 
 def test_voc_objects_are_all_shown() -> None:

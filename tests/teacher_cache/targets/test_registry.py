@@ -8,13 +8,13 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.helpers import write_images
+from support.helpers import TINY, write_images
 from support.layouts import (
     VOC_OBJECTS,
     write_frames,
@@ -739,3 +739,24 @@ def test_real_cifar_jpegs_as_a_folder(cifar: Path) -> None:
     assert train.classes == test.classes
     assert np.bincount(train.labels).tolist() == [200] * 10
     assert {train.read(i).shape for i in range(0, 2000, 100)} == {(32, 32, 3)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest"])
+def test_samples_without_labels_are_cached_and_not_trained_on(
+    kind: str, tmp_path: Path, sskt: Callable[..., tuple[int, str, str]]
+) -> None:
+    """In a folder of an odd name, too."""
+    folder = tmp_path / "photos #1 (\u00fc)+%20"
+    write_files(folder, *(f"x #{i} ?.png" for i in range(4)))
+    target = folder
+    if kind == "manifest":
+        target = folder / "a#b.csv"
+        target.write_text("path\n" + "".join(f"x #{i} ?.png\n" for i in range(4)))
+    cache = tmp_path / "labels #2"
+    common = ["--target", target, "--cache", cache, "--policy", "pad-crop-flip", "--workers", 0]
+    made = sskt("cache-teachers", "--source", f"t={TINY}:build", "--seeds", 1, *common)
+    assert made[0] == 0, made
+    assert sskt("verify", "--cache", cache)[0] == 0
+    status, _, err = sskt("train", "--source", "t", "--test-split", "none", *common)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{target} train has no labels to train the target task on" in err

@@ -419,13 +419,31 @@ def test_options_that_no_target_is_needed_for_to_refuse() -> None:
         make_config({"target": "shapes", "early_stop": 3, "test_split": "none"})
 
 
-def test_other_processes_than_before_are_refused(config: TrainConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, epochs=2)
-    Trainer(make_plan(config)).run(tmp_path / "run")
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    torch.save(state | {"processes": 4}, tmp_path / "run/last.pt")
-    with pytest.raises(InputError, match="was trained with processes 4, now found 1"):
-        Trainer(make_plan(config)).run(tmp_path / "run", resume=True)
+@pytest.mark.parametrize(("processes", "done"), [(4, 0), (4, 2), (8, 0), (8, 2)])
+def test_a_run_goes_on_with_another_number_of_processes_if_the_batches_stay(
+    config: TrainConfig, tmp_path: Path, processes: int, done: int
+) -> None:
+    """60 samples in batches of 16: the rest of 12 is too small for 8 processes."""
+    config = dataclasses.replace(config, epochs=2, source=[], tm=False, out=tmp_path / "run")
+
+    def stop(epoch: int, step: int, total: int) -> None:
+        if (epoch, step) == (1, 1 + done):
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        if done:
+            patch.setattr(Autosave, "due", lambda autosave, steps: True)
+        run_training(config, Hooks(step=stop))
+    state = records.load_checkpoint(tmp_path / "run")
+    assert state is not None and state["progress"]["steps"] == done
+    records.save_checkpoint(tmp_path / "run", state | {"processes": processes})
+    said: list[str] = []
+    if processes == 8 and done:
+        with pytest.raises(InputError, match=r"3 batches for 8 processes, and 1 make 4; .* with 8"):
+            run_training(config, Hooks(note=said.append))
+        return
+    assert len(run_training(config, Hooks(note=said.append))) == 2
+    assert said[0].startswith(f"the number of processes is 1 instead of {processes}: the same")
 
 
 @pytest.mark.slow

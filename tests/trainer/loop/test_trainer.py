@@ -978,3 +978,21 @@ def test_labels_that_are_no_distribution_are_refused(
     opened.close()
     with pytest.raises(CorruptStore, match=r"of sample (16|19) .* is no probability distribution"):
         Trainer(make_plan(config)).train_epoch()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "vgg16"}, "vgg16 cannot take views of 24x24 pixels .* larger, or another --m"),
+        (
+            {"model": "resnet18", "stem": "imagenet", "batch_size": 1},
+            "BatchNorm of resnet18 needs at least two sampl",
+        ),
+    ],
+)
+def test_inputs_that_are_too_small_are_named(
+    config: TrainConfig, fields: dict[str, Any], message: str
+) -> None:
+    small = dataclasses.replace(config, source=[], tm=False, **fields)
+    with pytest.raises(InputError, match=message):
+        Trainer(make_plan(small)).train_epoch(1)
