@@ -6,7 +6,7 @@ It takes what waits in the queue and labels it as ``sskt cache-teachers`` does, 
 from __future__ import annotations
 
 import gc
-import logging.config
+import logging
 import multiprocessing
 import signal
 import sys
@@ -20,7 +20,7 @@ import torch
 
 from sskt.server.compute.queue import Entry, Queue
 from sskt.server.compute.supervisor import end_with_parent, parent_is_alive
-from sskt.server.http.logs import log_config
+from sskt.server.http.logs import set_up
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import BadImage, DiskFull, MissingData, SsktError
@@ -61,7 +61,7 @@ def run_compute_worker(settings: Settings) -> None:
     status is 1 if the device or the cache cannot be used.
     """
     end_with_parent()
-    logging.config.dictConfig(log_config(settings.log))
+    set_up(settings.log)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends us
     if sys.platform == "linux":  # a spawned process would spawn its loader's: seconds a shard

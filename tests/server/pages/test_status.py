@@ -44,6 +44,8 @@ from sskt.teacher_cache.views.views import Views
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+CONTROLS = "\x1b[\x9b2\x7fJ\u202ex\0y\x08"
+"""Clears a terminal, turns the direction of writing, ... in every second character."""
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +377,9 @@ def test_what_others_wrote_is_never_markup(
     images: Path, tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
     network = tmp_path / "evil.py"
-    network.write_text(TINY.read_text() + f"\nCLASSES = [{EVIL!r} + str(i) for i in range(12)]\n")
+    network.write_text(
+        TINY.read_text() + f"\nCLASSES = [{EVIL + CONTROLS!r} + str(i) for i in range(12)]\n"
+    )
     source = open_source(parse_source(f"evil={network}:build"))
     target = replace(open_target(str(images)), name=EVIL)
     options = stage_options(images, "evil")
@@ -384,7 +388,7 @@ def test_what_others_wrote_is_never_markup(
     (tmp_path / "c" / EVIL.replace("/", "")).mkdir()
     (tmp_path / "c" / EVIL.replace("/", "") / "zarr.json").write_text("{")
     browser = client(tmp_path / "c")
-    state_of(browser).metrics.error(EVIL, EVIL, EVIL)
+    state_of(browser).metrics.error(EVIL, EVIL + CONTROLS, EVIL)
     name = state_of(browser).sets.all()[0].name
     urls = ("/", "/status/live", f"/sets/{name}", f"/sets/{name}/samples/3?seed=0")
     for url in (*urls, f"/?q={EVIL}"):
@@ -392,8 +396,9 @@ def test_what_others_wrote_is_never_markup(
         page = parse(text)
         assert EVIL in page.text
         assert faults(page) == [], "no script, no handler, no foreign address"
+        assert not set(CONTROLS[::2]) & set(text)
         assert "<script>alert" not in text and "<img src=x" not in text
-        assert all(img.attributes["src"].startswith("/sets/") for img in page.all("img"))
+        assert all("/sets/" in img.attributes["src"] for img in page.all("img"))
     problem = get(browser, "/sets/<img src=x onerror=alert(1)>", 404)
     assert "<img src=x onerror=alert(1)>" in problem.text and not problem.all("img")
 
