@@ -65,6 +65,6 @@ class SuggestingGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             near = did_you_mean(args[0], self.list_commands(ctx))
-            if near and args[0] not in self.list_commands(ctx):
-                error.message = f"{error.message.rstrip('.')}; {near}"
-            raise
+            if not near or args[0] in self.list_commands(ctx):
+                raise
+            raise click.UsageError(f"{error.message.rstrip('.')}; {near}", ctx) from error

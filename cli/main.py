@@ -9,7 +9,7 @@ import sys
 import click
 
 from sskt.cli.help import SuggestingGroup
-from sskt.teacher_cache.errors import SsktError, first_line
+from sskt.teacher_cache.errors import SsktError, first_line, printable
 from sskt.teacher_cache.extras import missing_extra
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -131,5 +131,5 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    click.echo(f"sskt: {' '.join(message.split())}", err=True)
+    click.echo(f"sskt: {printable(' '.join(message.split()))}", err=True)
     return status

@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sskt.teacher_cache.errors import printable
+
 Step = Callable[[int, int], None]
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?( ?(B|[KMGT]iB|%|s|min|h))?|\d+/\d+")
@@ -32,6 +34,17 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
+
+
+def show(text: str = "", *, err: bool = False) -> None:
+    """Prints text in which names and messages from elsewhere cannot control the terminal.
+
+    Args:
+        text: Lines to print.
+        err: Print on standard error instead of standard output.
+    """
+    for line in text.split("\n"):
+        click.echo(printable(line), err=err)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -62,7 +75,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             min_width=narrowest[i],
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     with console.capture() as printed:
         console.print(table)
     for line in printed.get().splitlines():
@@ -72,9 +85,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     width = max(map(len, columns))
     for row in rows:
-        lines = [row[0]]
+        lines = [printable(row[0])]
         lines += [
-            f"  {name:<{width}}  {cell}" for name, cell in zip(columns[1:], row[1:], strict=True)
+            f"  {name:<{width}}  {printable(cell)}"
+            for name, cell in zip(columns[1:], row[1:], strict=True)
         ]
         console.print(Text("\n".join(lines)), soft_wrap=True)
 

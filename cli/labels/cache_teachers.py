@@ -22,6 +22,7 @@ from sskt.cli.output import (
     print_json,
     print_table,
     progress,
+    show,
     working,
 )
 from sskt.teacher_cache.errors import InputError
@@ -77,7 +78,7 @@ def cache_teachers(
         if not as_json:
             target = views.target
             classes = f" of {len(target.classes):,} classes" if target.classes else ""
-            click.echo(
+            show(
                 f"{target.name} {target.split}: {len(target):,} samples{classes} "
                 f"x {job.seeds} view seeds"
             )
@@ -142,11 +143,9 @@ def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
         )
         return
     if part:
-        click.echo(f"share {part} of the run (all of it: --share none)")
-    click.echo(
-        f"{report.written:,} labels written ({rate:,.0f}/s), {report.reused:,} were there already"
-    )
+        show(f"share {part} of the run (all of it: --share none)")
+    show(f"{report.written:,} labels written ({rate:,.0f}/s), {report.reused:,} were there already")
     if report.skipped:
-        click.echo(f"skipped, unreadable: {', '.join(report.skipped)}")
+        show(f"skipped, unreadable: {', '.join(report.skipped)}")
     rows = [[s["name"], human_bytes(s["bytes"]), error_text(s["error"])] for s in sets]
     print_table(["label set", "size", "gradient error of the encoding"], rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, human_bytes, partly, print_json, progress, resumable
+from sskt.cli.output import as_json, human_bytes, partly, print_json, progress, resumable, show
 
 if TYPE_CHECKING:
     pass
@@ -46,4 +46,4 @@ def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
         return
     for c in done:
         said = f"{c.name}: {c.written:,} shards copied ({human_bytes(c.bytes)})"
-        click.echo(f"{said}, {c.reused:,} were there already{partly(c.coverage)}")
+        show(f"{said}, {c.reused:,} were there already{partly(c.coverage)}")

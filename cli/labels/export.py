@@ -16,6 +16,7 @@ from sskt.cli.output import (
     print_json,
     progress,
     resumable,
+    show,
 )
 from sskt.teacher_cache.errors import InputError
 
@@ -55,7 +56,7 @@ def export(cache: str, label_set: str, encoding: str, out: str, as_json: bool) -
         print_json(dataclasses.asdict(done) | {"exported_from": chosen[0].digest})
         return
     said = f"{done.name}: {done.written:,} shards written, {done.reused:,} were there already"
-    click.echo(f"{said}{partly(done.coverage)}")
+    show(f"{said}{partly(done.coverage)}")
     sizes = f"{human_bytes(chosen[0].stored_bytes())} as {chosen[0].encoding}"
-    click.echo(f"{sizes}, {human_bytes(done.bytes)} as {wanted}")
-    click.echo(f"gradient error relative to the stored labels: {error_text(done.error)}")
+    show(f"{sizes}, {human_bytes(done.bytes)} as {wanted}")
+    show(f"gradient error relative to the stored labels: {error_text(done.error)}")

@@ -16,7 +16,7 @@ from sskt.cli.labels.label_set_options import (
     reopen_options,
     sets_argument,
 )
-from sskt.cli.output import as_json, print_json, print_table, working
+from sskt.cli.output import as_json, print_json, print_table, show, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
 
 if TYPE_CHECKING:
@@ -225,8 +225,8 @@ def _print_inspected(shown: dict[str, Any]) -> None:
     spec = next(iter(shown["specs"].values()))
     target, views = spec["target"], spec["views"]
     size, fingerprint = f"{target['size']:,} samples", target["fingerprint"][:19]
-    click.echo(f"target   {target['name']} {target['split']}, {size}, {fingerprint}...")
-    click.echo(f"views    {views['policy']} {views['parameters']}")
+    show(f"target   {target['name']} {target['split']}, {size}, {fingerprint}...")
+    show(f"views    {views['policy']} {views['parameters']}")
     if "id" in shown:
         state = (
             "as the sources saw it"
@@ -236,19 +236,19 @@ def _print_inspected(shown: dict[str, Any]) -> None:
         *depth, height, width, _ = shown["view"]["shape"]
         size = "x".join(map(str, [*depth, width, height] if depth else [width, height]))
         sample = f"{shown['sample']} = {shown['id']} (label: {shown['label']})"
-        click.echo(f"sample   {sample}, seed {shown['seed']}: {size}, {state}")
+        show(f"sample   {sample}, seed {shown['seed']}: {size}, {state}")
     for f_s, frames in shown.get("stills", {}).items():
         numbers = ", ".join(map(str, frames))
-        click.echo(f"stills   f_s = {f_s.split('@')[0]}: frame {numbers} of the clip")
+        show(f"stills   f_s = {f_s.split('@')[0]}: frame {numbers} of the clip")
     for key in ("png", "clip"):
         if key in shown:
-            click.echo(f"written  {shown[key]}")
+            show(f"written  {shown[key]}")
     for source in shown["sources"]:
         name = f"{source['source']} ({source['arch']})"
-        click.echo(f"\n{name}, {source['encoding']}, {source['label_set']}")
+        show(f"\n{name}, {source['encoding']}, {source['label_set']}")
         _print_source(shown["specs"][source["label_set"]]["source"])
         if source["skipped"]:
-            click.echo("  no label: the sample could not be read")
+            show("  no label: the sample could not be read")
             continue
         live = source.get("live", {})
         again = live.get("top5", [{"class": "", "p": 0}] * 5)
@@ -260,14 +260,14 @@ def _print_inspected(shown: dict[str, Any]) -> None:
         print_table(["stored", "class"] + (["live", "class"] if "top5" in live else []), rows)
         if "distance" in live:
             distance = f"{live['distance']:.2e} (total variation)"
-            click.echo(f"distance, stored to recomputed label: {distance}")
+            show(f"distance, stored to recomputed label: {distance}")
         if "error" in live:
-            click.echo(f"not recomputed: {live['error']}")
+            show(f"not recomputed: {live['error']}")
 
 
 def _print_source(spec: dict[str, Any]) -> None:
     how, weights = spec["preprocessing"], spec["weights"][:19]
     size = f"{how['size']}x{how['size']} {how['channels']}"
     numbers = [" ".join(f"{x:.4g}" for x in how[key]) for key in ("mean", "std")]
-    click.echo(f"  weights {weights}..., {spec['precision']}, BatchNorm {spec['batchnorm']}")
-    click.echo(f"  input {size}, scale {how['scale']:g}, mean {numbers[0]}, std {numbers[1]}")
+    show(f"  weights {weights}..., {spec['precision']}, BatchNorm {spec['batchnorm']}")
+    show(f"  input {size}, scale {how['scale']:g}, mean {numbers[0]}, std {numbers[1]}")

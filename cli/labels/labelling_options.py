@@ -11,6 +11,7 @@ import click
 
 from sskt.cli.completion import completing, encodings, policies, sources, targets
 from sskt.cli.locations import data_line
+from sskt.cli.output import show
 from sskt.teacher_cache.errors import raise_missing
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def require_ready(given: dict[str, Any]) -> None:
     lacking = DatasetSpec(target, root=root, download=given["download"]).lacking_data()
     raise_missing([*problems, lacking] if lacking else problems)
     if line := data_line(target, root):
-        click.echo(line, err=True)
+        show(line, err=True)
 
 
 def job_of(cache: str, given: dict[str, Any], **more: Any) -> Job:

@@ -11,7 +11,15 @@ import click
 from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import root_option, sets_argument, target_option
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
-from sskt.cli.output import as_json, error_text, human_bytes, print_json, print_table, progress
+from sskt.cli.output import (
+    as_json,
+    error_text,
+    human_bytes,
+    print_json,
+    print_table,
+    progress,
+    show,
+)
 from sskt.teacher_cache.errors import SsktError
 
 if TYPE_CHECKING:
@@ -102,7 +110,7 @@ def ls(
         for shown in found if audited else ():
             _print_audit(shown)
         for name, error in damaged.items():
-            click.echo(f"unreadable: {name}: {error}")
+            show(f"unreadable: {name}: {error}")
     if damaged:
         sys.exit(1)
 
@@ -137,7 +145,7 @@ def _audit(label_set: LabelSet, instead: Reopen, bar: Any) -> dict[str, Any]:
 
 
 def _print_audit(shown: dict[str, Any]) -> None:
-    click.echo(f"\n{shown['name']}")
+    show(f"\n{shown['name']}")
     rows = [
         [
             str(seed["seed"]),
@@ -155,7 +163,7 @@ def _print_audit(shown: dict[str, Any]) -> None:
     ]
     print_table(AUDIT, rows)
     if shown["no_truth"]:
-        click.echo(f"  no true classes to compare with: {shown['no_truth']}")
+        show(f"  no true classes to compare with: {shown['no_truth']}")
 
 
 def _number(value: float | None, form: str) -> str:

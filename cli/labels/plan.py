@@ -16,7 +16,7 @@ from sskt.cli.labels.labelling_options import (
     run_options,
 )
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, working
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, show, working
 
 
 @click.command(
@@ -85,10 +85,10 @@ def plan(
         return
     device = sources[0].device
     target = f"{views.target.name} {views.target.split}"
-    click.echo(f"{target}: {found.samples:,} samples x {found.seeds} seeds on {device}")
+    show(f"{target}: {found.samples:,} samples x {found.seeds} seeds on {device}")
     if found.stored:
         everything = f"{found.stored + found.labels:,}"
-        click.echo(f"{found.stored:,} of {everything} labels are stored; the rest is counted here")
+        show(f"{found.stored:,} of {everything} labels are stored; the rest is counted here")
     rows = [
         [f"{s.name} ({s.arch})", f"{s.classes:,}", f"{1 / s.seconds:,.0f}"] for s in found.sources
     ]
@@ -96,20 +96,20 @@ def plan(
     read = found.views / found.read_seconds if found.views else 0
     times = {0: "", 1: ", each file decoded once"}
     decoded = times.get(found.decodings, f", each file decoded {found.decodings} times")
-    click.echo(f"\nreading and augmenting: {read:,.0f} views/s{decoded}")
+    show(f"\nreading and augmenting: {read:,.0f} views/s{decoded}")
     rows = [
         [name, human_bytes(size), f"{fmean(s.bytes[name] for s in found.sources):,.0f}"]
         for name, size in found.bytes.items()
     ]
     print_table(["encoding", "to be written", "bytes a label"], rows)
-    click.echo("")
+    show("")
     hours = [[str(n), _time(h)] for n, h in found.hours.items()]
     print_table(["machines", "time"], hours)
-    click.echo(
+    show(
         f"\nthe cache costs each source {found.passes} passes over the target; one training of "
         f"{epochs} epochs with the sources in every step costs {found.trained_passes}"
     )
-    click.echo(f"it takes less time from {_trainings(found.break_even)} on")
+    show(f"it takes less time from {_trainings(found.break_even)} on")
 
 
 def _time(hours: float) -> str:

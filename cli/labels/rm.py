@@ -9,7 +9,7 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import CACHES, cache_option
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, resumable
+from sskt.cli.output import as_json, human_bytes, print_json, print_table, resumable, show
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
         return
     for r in found:
         size = f" ({human_bytes(r.bytes)})" if numbers is None else f": seeds {seeds}"
-        click.echo(f"removed {r.name}{size}")
+        show(f"removed {r.name}{size}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -15,7 +15,7 @@ from sskt.cli.labels.label_set_options import (
     reopen_options,
     sets_argument,
 )
-from sskt.cli.output import as_json, print_json, progress
+from sskt.cli.output import as_json, print_json, progress, show
 
 
 @click.command(
@@ -105,13 +105,13 @@ def _print_reports(reports: list[Any]) -> None:
             said += f", {r.skipped} skipped"
         if r.recomputed:
             said += f", {r.recomputed} recomputed (worst distance {r.worst_distance:.2e})"
-        click.echo(said + (": clean" if not r.problems else f": {len(r.problems)} problems"))
+        show(said + (": clean" if not r.problems else f": {len(r.problems)} problems"))
         if r.unbound:
-            click.echo(
+            show(
                 f"  {r.unbound} shards are not bound to their places: one in the place of another "
                 "would not be noticed; sskt verify --bind adds their records"
             )
         for problem in r.problems[:20]:
-            click.echo(f"  {problem}")
+            show(f"  {problem}")
         if len(r.problems) > 20:
-            click.echo(f"  and {len(r.problems) - 20} more (--json lists them)")
+            show(f"  and {len(r.problems) - 20} more (--json lists them)")

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, print_json, progress, working
+from sskt.cli.output import as_json, print_json, progress, show, working
 
 Command = Callable[..., Any]
 
@@ -85,7 +85,7 @@ def evaluate(
         print_json(found)
         return
     metrics = [f"{name} {found[key]:.2f} %" for key, name in METRICS.items() if key in found]
-    click.echo(
+    show(
         f"{', '.join(metrics)}, loss {found['test_loss']:.4f} on {found['samples']:,} samples "
         f"(weights after epoch {network.epoch + 1})"
     )
@@ -134,7 +134,7 @@ def predict(
                 [str(one.path), rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(pairs, 1)
             )
         else:
-            click.echo(f"{one.path}: {', '.join(f'{name} {p:.3f}' for name, p in pairs)}")
+            show(f"{one.path}: {', '.join(f'{name} {p:.3f}' for name, p in pairs)}")
     if as_json:
         print_json(found)
 
@@ -164,4 +164,4 @@ def export_model(run: Path, checkpoint: str, model: str, device: str, out: Path)
 
         network = open_run(run, checkpoint, model=model, device=device)
         described = network.export(out)
-    click.echo(f"written: {out}, {described}")
+    show(f"written: {out}, {described}")

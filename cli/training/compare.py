@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, print_json, print_table
+from sskt.cli.output import as_json, print_json, print_table, show
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ def compare(
     runs, notes = find_runs(run)
     comparison = compare_runs(runs)
     for note in notes:
-        click.echo(note, err=True)
+        show(note, err=True)
     for warning in comparison.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        show(f"warning: {warning}", err=True)
     if as_json:
         print_json(as_dict(comparison))
     else:
         _print(comparison)
     written = _write(comparison, png or (out and out / PNG), html or (out and out / HTML), out)
     if written:
-        click.echo(f"written: {', '.join(map(str, written))}", err=True)
+        show(f"written: {', '.join(map(str, written))}", err=True)
 
 
 def _write(
@@ -104,7 +104,7 @@ def _print(comparison: Comparison) -> None:
     print_table(columns, [_row(row, keys, main) for row in comparison.rows])
     if comparison.differences and main:
         first = comparison.rows[0].name
-        click.echo(f"\n{METRICS[main]}, last epoch, in points against {first}:")
+        show(f"\n{METRICS[main]}, last epoch, in points against {first}:")
         rows = [_difference(one) for one in comparison.differences]
         print_table(["group", "difference", "standard error", ""], rows)
 

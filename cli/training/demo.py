@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, print_json, print_table, progress, say
+from sskt.cli.output import as_json, print_json, print_table, progress, say, show
 from sskt.teacher_cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -180,10 +180,10 @@ def _print(result: dict[str, Any], plot: Path) -> None:
     print_table(["ResNet-20 on shapes", "test top-1, %", "seconds an epoch (median)"], rows)
     if result["labels_written"]:
         seconds_once = f"{result['cache_seconds']:.0f} s, once"
-        click.echo(f"\nlabels cached: {result['labels_written']:,} in {seconds_once}")
+        show(f"\nlabels cached: {result['labels_written']:,} in {seconds_once}")
     else:
-        click.echo(f"\nlabels reused: {result['labels_reused']:,}")
+        show(f"\nlabels reused: {result['labels_reused']:,}")
     speedup = f"{result['speedup']:.1f} times as fast"
-    click.echo(f"an epoch from the cache is {speedup} as with the source in every step")
-    click.echo("500 test images: accuracies within about 4 points are not a difference")
-    click.echo(f"curves: {plot}")
+    show(f"an epoch from the cache is {speedup} as with the source in every step")
+    show("500 test images: accuracies within about 4 points are not a difference")
+    show(f"curves: {plot}")

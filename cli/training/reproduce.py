@@ -11,7 +11,7 @@ import click
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import DEFAULT_LABELS, located_cache
-from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.output import as_json, print_json, print_table, progress, say, show, working
 from sskt.cli.training.reproduce_plan import Training, show_plan
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.trainer.config import INDIFFERENT
@@ -229,10 +229,10 @@ def reproduce(
         print_json(results.as_dict())
         return
     print_table(header(paper), result_cells(rows, results.measured))
-    click.echo(f"\nof {paper.name}: {paper.title}; accuracies in %; mean ± deviation over runs")
+    show(f"\nof {paper.name}: {paper.title}; accuracies in %; mean ± deviation over runs")
     for line in (*paper.notes, *results.changes()):
-        click.echo(line)
-    click.echo(f"written: {', '.join(map(str, [results.folder / RESULTS_TEXT, *picture]))}")
+        show(line)
+    show(f"written: {', '.join(map(str, [results.folder / RESULTS_TEXT, *picture]))}")
 
 
 def _pairs(items: Sequence[str], option: str, mark: str = "=") -> dict[str, str]:
@@ -372,10 +372,10 @@ def _train(row: Row, config: TrainConfig) -> float:
         from sskt.trainer.loop.runs import open_live_sources, run_training
         from sskt.trainer.models.pretrained import input_scale_of
         from sskt.trainer.results.groups import result_of
-    click.echo(f"row {row.number}, {row.name}: {config.out}", err=True)
+    show(f"row {row.number}, {row.name}: {config.out}", err=True)
     if config.init:
         scale, reason = input_scale_of(config.input_scale, config.init)
-        click.echo(f"input scale: {scale} ({reason})", err=True)
+        show(f"input scale: {scale} ({reason})", err=True)
     with progress() as bar:
         hooks = hooks_of(config, bar, name=row.name)
         return result_of(run_training(config, hooks, open_live_sources(config)))

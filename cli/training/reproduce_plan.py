@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from sskt.cli.output import human_bytes, print_json, print_table
+from sskt.cli.output import human_bytes, print_json, print_table, show
 from sskt.trainer.paper.tables import PaperTable, Row
 
 if TYPE_CHECKING:
@@ -82,7 +80,7 @@ def show_plan(
         shown = {"table": table.name, "title": table.title, "notes": table.notes, "cache": cache}
         print_json(shown | {"label_sets": sets, "trainings": runs})
         return
-    click.echo(f"{table.name}: {table.title}\n\nlabel sets in {cache}, where not there already")
+    show(f"{table.name}: {table.title}\n\nlabel sets in {cache}, where not there already")
     rows = [
         [s["source"], s["target"] + ("" if s["split"] == "train" else f" {s['split']}")]
         + [str(s[k] or "?") for k in ("samples", "seeds")]
@@ -91,16 +89,16 @@ def show_plan(
     sizes = [human_bytes(s["bytes"]) if s["bytes"] else "?" for s in sets]
     columns = ["source", "target", "samples", "view seeds", f"{encoding}, at most"]
     print_table(columns, [[*row, size] for row, size in zip(rows, sizes, strict=True)])
-    click.echo(f"\ntrainings: {len(runs)}")
+    show(f"\ntrainings: {len(runs)}")
     if any(t.row.panel for t in trainings):
         _print_panels(table, trainings)
     else:
         _print_rows(trainings)
     if table.notes:
-        click.echo("\n" + "\n".join(table.notes))
+        show("\n" + "\n".join(table.notes))
     for letter, get in table.needs.items():
         if any(t.row.fields.get("init") == letter for t in trainings):
-            click.echo(f"\nneeds --weights {letter}=FILE: {get}")
+            show(f"\nneeds --weights {letter}=FILE: {get}")
 
 
 def _print_rows(trainings: Sequence[Training]) -> None:

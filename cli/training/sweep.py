@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, print_json, print_table, progress, say, working
+from sskt.cli.output import as_json, print_json, print_table, progress, say, show, working
 from sskt.cli.training.train import GROUPS, all_options
 from sskt.cli.training.training_output import hooks_of
 from sskt.teacher_cache.errors import (
@@ -146,7 +146,7 @@ def sweep(
         print_json(as_dict(planned, outcomes))
     else:
         _print(planned, outcomes)
-    click.echo(f"results: {out / RESULTS}, picture: {picture}", err=True)
+    show(f"results: {out / RESULTS}, picture: {picture}", err=True)
     if outcomes.failures:
         names = [f"{planned.trainings[i]}: {said}" for i, said in outcomes.failures.items()]
         total = len(planned.trainings)
@@ -176,7 +176,7 @@ def _check(planned: Sweep) -> None:
         try:
             plan = make_plan(hottest.config)
             for sentence in plan.lossy_labels():
-                click.echo(f"{panel.title}: {sentence}", err=True)
+                show(f"{panel.title}: {sentence}", err=True)
             if not hottest.config.live:
                 plan.build()
         except InputError as error:
@@ -279,7 +279,7 @@ def _dry_run(planned: Sweep, as_json: bool) -> None:
     rows = [[*key, str(len(found)), str(sum(found))] for key, found in points.items()]
     print_table(["panel", "T", "alpha", "trainings", "finished"], rows)
     epochs = sum(t.config.epochs for t, f in zip(planned.trainings, done, strict=True) if not f)
-    click.echo(f"\n{len(done)} trainings, {sum(done)} finished; {epochs:,} epochs at most to go")
+    show(f"\n{len(done)} trainings, {sum(done)} finished; {epochs:,} epochs at most to go")
 
 
 def _graphs(planned: Sweep, outcomes: Outcomes, over: str) -> list[Graph]:
@@ -317,7 +317,7 @@ def _print(planned: Sweep, outcomes: Outcomes) -> None:
 
     for i, panel in enumerate(planned.panels):
         metric = METRICS.get(outcomes.metrics.get(i, ""), "test metric")
-        click.echo(f"{panel.title}: {metric}, %")
+        show(f"{panel.title}: {metric}, %")
         rows = [
             [f"T {t:g}"] + [_shown(point(planned, outcomes, i, t, a)) for a in planned.alphas]
             for t in planned.temperatures
@@ -325,8 +325,8 @@ def _print(planned: Sweep, outcomes: Outcomes) -> None:
         print_table(["", *(f"alpha {a:g}" for a in planned.alphas)], rows)
         scratch = point(planned, outcomes, i, None, None)
         if scratch["trainings"]:
-            click.echo(f"scratch {_shown(scratch)}")
-        click.echo("")
+            show(f"scratch {_shown(scratch)}")
+        show("")
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -11,7 +11,16 @@ import click
 
 from sskt.cli.completion import OF_OPTIONS, completing, recipes
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
+from sskt.cli.output import (
+    as_json,
+    error_text,
+    print_json,
+    print_table,
+    progress,
+    say,
+    show,
+    working,
+)
 from sskt.cli.training.training_output import first_line, hooks_of
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import (
@@ -212,7 +221,7 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     if as_json:
         print_json({"out": str(out), "epochs": records})
         return
-    click.echo(f"{_results(records[-1])} after {len(records)} epochs; written to {out}")
+    show(f"{_results(records[-1])} after {len(records)} epochs; written to {out}")
 
 
 def _results(record: dict[str, Any]) -> str:
@@ -240,14 +249,14 @@ def default_name(config: TrainConfig) -> str:
 def _print_plan(described: dict[str, Any]) -> None:
     rows = [[k, "" if v is None else str(v)] for k, v in described["config"].items()]
     print_table(["field", "value"], rows)
-    click.echo(f"\nsamples          {described['samples']:,}")
-    click.echo(f"steps an epoch   {described['steps_per_epoch']:,}")
+    show(f"\nsamples          {described['samples']:,}")
+    show(f"steps an epoch   {described['steps_per_epoch']:,}")
     parameters = described["parameters"]
-    click.echo(f"target network   {parameters['target']:,} parameters")
+    show(f"target network   {parameters['target']:,} parameters")
     for name, count in parameters["heads"].items():
-        click.echo(f"head {name:<12}{count:,} parameters")
+        show(f"head {name:<12}{count:,} parameters")
     for name, found in described["label_sets"].items():
-        click.echo(
+        show(
             f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
             f"gradient error {error_text(found['error'])})"
         )

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from sskt.server.http.logs import shown_path
 from sskt.teacher_cache.errors import (
@@ -122,8 +122,12 @@ async def _raise_invalid(request: Request, error: Exception) -> NoReturn:
     raise Problem(422, "invalid request", first, errors=found)
 
 
-async def _no_answer(request: Request, error: Exception) -> ASGIApp:
-    async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-        """Starlette raises the error after its answer, which is left out."""
+async def _no_answer(request: Request, error: Exception) -> Response:
+    return _Nothing()
 
-    return nothing
+
+class _Nothing(Response):
+    """Sends nothing: Starlette raises the error after its answer, which is left out."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass

@@ -27,7 +27,8 @@ from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
 
-SCOPES = ("read", "compute")
+ScopeName = Literal["read", "compute"]
+SCOPES: tuple[ScopeName, ...] = ("read", "compute")
 PREFIX = "sskt_"
 FRESH_SECONDS = 0.2
 """Seconds between two looks at the file: a revoked token works no longer than this."""
@@ -51,7 +52,7 @@ class Token(BaseModel, frozen=True):
 
     name: Annotated[str, Field(pattern=f"^{_NAME}$")]
     hash: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$", repr=False)]
-    scopes: tuple[Literal["read", "compute"], ...]
+    scopes: tuple[ScopeName, ...]
     created: FiniteFloat
     expires: FiniteFloat | None
 
@@ -172,7 +173,7 @@ def new_token(path: Path, name: str, scopes: Iterable[str], days: float | None) 
     token = Token(
         name=name,
         hash=_hash(secret),
-        scopes=tuple(sorted(wanted)),
+        scopes=tuple(scope for scope in SCOPES if scope in wanted),
         created=now,
         expires=None if days is None else now + days * 86400,
     )

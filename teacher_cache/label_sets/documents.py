@@ -14,7 +14,10 @@ _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 def array_document(place: Place, array: str) -> Document:
     """An array's metadata. Raises ``OSError``, ``ValueError``, ``KeyError``, ``TypeError``."""
-    document: Document = json.loads(place.read(f"{array}/{GROUP}"))
+    try:
+        document: Document = json.loads(place.read(f"{array}/{GROUP}"))
+    except RecursionError as error:
+        raise ValueError(f"{array}/{GROUP} is nested too deeply") from error
     if document["chunk_key_encoding"] != _KEYS:
         raise ValueError(f"{array} has other chunk keys")
     return document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from sskt.teacher_cache import extras
 from sskt.teacher_cache.extras import EXTRAS, MissingExtra, install_command, missing_extra
 
 BLOCKED = """
@@ -106,7 +106,7 @@ def test_the_command_installs_from_where_this_copy_came_from(
             assert name == "direct_url.json"
             return None if recorded is None else json.dumps(recorded)
 
-    monkeypatch.setattr(extras.importlib.metadata, "distribution", lambda name: Recorded())
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Recorded())
     assert install_command("cloud") == command
     assert str(MissingExtra("s3:// caches", "cloud")).endswith(f"run: {command}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,9 @@ class Step:
     @property
     def tested(self) -> SSKTNetwork:
         """The network that is evaluated and kept: the averaged one, if there is one."""
-        network: SSKTNetwork = self.average.module if self.average else self.network
-        return network
+        if self.average is None:
+            return self.network
+        return cast("SSKTNetwork", self.average.module)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of the network's forward pass."""

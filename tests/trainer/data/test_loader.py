@@ -72,7 +72,7 @@ def limited(images: Path, batches: int, *before: str, **settings: Any) -> str:
     command = [*before, sys.executable, "-c", READ, str(images), str(batches)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return str(done.stdout).strip()
 
 
 @pytest.fixture
