@@ -1,13 +1,20 @@
-# Two commands: make demo, make test. Each sets up .venv first.
+# Two commands: make demo, make test. Each sets up .venv first. The demo installs what it runs, the
+# tests also install the tools of developers.
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu   torch without CUDA, from that index
+#   make demo PIP_ARGS=...                                        more arguments of pip install
 VENV ?= .venv
 PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_INDEX ?=
 READY = $(VENV)/.ready
+RUNS = $(VENV)/.runs
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 # One process a core, each with one thread: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: demo test test-fast lint docs benchmarks dist clean
 
-demo: $(READY)
+demo: $(RUNS)
 	$(VENV)/bin/sskt demo
 
 test: $(READY)
@@ -37,11 +44,19 @@ dist: $(READY)
 	rm -rf dist
 	$(VENV)/bin/python -m build
 
-$(READY): pyproject.toml constraints.txt
+$(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("sskt needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+
+$(RUNS): pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing sskt with torch into $(VENV): about 6 GB with CUDA, about 1.5 GB with TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
+	$(PIP) $(if $(TORCH_INDEX),,-c constraints.txt) -e '.[lite]'
 	touch $@
+
+$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@ $(RUNS)
 
 clean:
 	rm -rf $(VENV) dist build runs *.egg-info

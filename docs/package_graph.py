@@ -55,6 +55,7 @@ ORDER = (
     "server.app",
     "server.run",
     "cli.help",
+    "cli.completion",
     "cli.output",
     "cli.locations",
     "cli.known",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -53,6 +54,7 @@ def create_app(settings: Settings) -> ASGIApp:
 def worker() -> ASGIApp:
     """The application of one worker process, from what the supervisor left in the environment."""
     end_with_parent()
+    logging.captureWarnings(True)
     return create_app(from_environment())
 
 

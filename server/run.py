@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from sskt.server.http.auth import is_loopback
-from sskt.server.http.logs import log_config
+from sskt.server.http.logs import log_config, set_up
 from sskt.server.http.protocol import LimitedProtocol, many_files
 from sskt.server.http.tokens import Tokens
 from sskt.server.run_folder import run_folder
@@ -57,6 +57,7 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
     device = cache.path.stat().st_dev if held_sets and isinstance(cache, LocalPlace) else None
     if settings.on_demand and isinstance(cache, LocalPlace) and not os.access(cache.path, os.W_OK):
         raise InputError(f"--on-demand writes into {cache}, which this user may not")
+    set_up(settings.log)
     many_files()
     with listening(settings.host, settings.port) as listener, run_folder() as run:
         port = listener.getsockname()[1]

@@ -27,6 +27,8 @@ class Settings:
     allowed_hosts: names that clients may use for the server besides those of the loopback; without
     any, all of them if there is a token file.
     log: json or text. root: where the targets are now, for the sample browser and for computing.
+    sources, weights, frame_sampling, allow_outside_root: what the person who started the server
+    named for computing; a label set's own record never chooses code.
     cache_device: number of the device that the cache's folder was on when the server started, if it
     held label sets. started: by the machine's monotonic clock.
     """
@@ -41,6 +43,10 @@ class Settings:
     on_demand: bool = False
     device: str = "auto"
     root: str | None = None
+    sources: tuple[str, ...] = ()
+    weights: str | None = None
+    frame_sampling: str | None = None
+    allow_outside_root: bool = False
     cache_device: int | None = None
     log: str = "json"
     queue: int = 64

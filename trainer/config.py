@@ -288,10 +288,17 @@ INDIFFERENT = frozenset(
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Fields from a recipe that ships, by its name, or from a TOML file.
+    """Fields from a recipe that ships, by its name, from a TOML file, or of a run.
+
+    Of a run, its folder or its ``config.json``, all fields but the folder are taken.
 
     Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        return {name: value for name, value in read_config(path).items() if name != "out"}
     return read_fields(load_recipe(path, "training"), f"recipe {path}")
 
 

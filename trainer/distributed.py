@@ -70,7 +70,7 @@ class Ranks:
         return dict(zip(values, together.unbind(), strict=True))
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Gives all the first one's buffers: BatchNorm saw other pictures in each process."""
+        """Gives all the first one's buffers: BatchNorm saw other images in each process."""
         for buffer in network.buffers() if self.world > 1 else ():
             dist.broadcast(buffer, 0)
 

@@ -111,10 +111,10 @@ def _here(
 
     part = parse_share(share)
     views = open_job_views(job, bar("reading files"))
-    said(views)
     with working("opening sources"):
         opened = open_job_sources(job)
         open_cache(job.cache, make=True)
+    said(views)
     options = replace(job.options(opened), share=part)
     sources = [one.source for one in opened]
     report = stage.cache_teachers(

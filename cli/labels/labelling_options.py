@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sskt.cli.completion import completing, encodings, policies, sources, targets
 from sskt.cli.locations import data_line
 from sskt.teacher_cache.errors import raise_missing
 
@@ -42,11 +43,13 @@ _OPTIONS = (
         multiple=True,
         required=True,
         metavar="NAME[:ARCH][@SIZE]",
+        **completing(sources),
         help="Source: imagenet:resnet50, places365, NAME=FILE.py:factory and so on. Repeat.",
     ),
     click.option(
         "--target",
         required=True,
+        **completing(targets),
         help="Target: a known one (sskt datasets lists them), a folder of class folders, or a .csv "
         "or .parquet manifest.",
     ),
@@ -65,6 +68,7 @@ _OPTIONS = (
     ),
     click.option(
         "--policy",
+        **completing(policies),
         default="auto",
         show_default=True,
         help="View policy NAME[:key=value,...] (see sskt policies). auto: that of the target.",
@@ -79,6 +83,7 @@ _OPTIONS = (
     ),
     click.option(
         "--encoding",
+        **completing(encodings),
         default="f16",
         show_default=True,
         help="Encoding of the labels: f16, u8, topk-K or f32.",

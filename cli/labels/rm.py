@@ -50,7 +50,7 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
     if not yes:
         if as_json or not sys.stdin.isatty():
             names = ", ".join(r.name for r in found)
-            raise InputError(f"would remove {names}; there is nobody to ask: add --yes")
+            raise InputError(f"would remove {names}; not a terminal, so pass --yes to confirm")
         _print_removable(found)
         what = f"{len(found)} label sets" if numbers is None else f"seeds {seeds} of them"
         if not click.confirm(f"Remove {what}?", err=True):

@@ -8,10 +8,17 @@ from typing import Any
 import click
 
 from sskt.cli.help import GroupedCommand
+from sskt.cli.labels.label_set_options import (
+    frame_sampling_option,
+    outside_option,
+    source_option,
+    weights_option,
+)
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
 GROUPS = {
-    "Labels": ("cache", "root", "on_demand", "device"),
+    "Labels": ("cache", "root", "allow_outside_root"),
+    "Computing on demand": ("on_demand", "sources", "weights", "frame_sampling", "device"),
     "Network": ("host", "port", "token_file", "allowed_hosts"),
     "Capacity": (
         "workers",
@@ -73,6 +80,10 @@ GROUPS = {
 @click.option(
     "--on-demand", is_flag=True, help="Compute missing shards when a client asks for them."
 )
+@source_option
+@weights_option
+@frame_sampling_option
+@outside_option
 @click.option(
     "--device", default="auto", show_default=True, help="Device that --on-demand computes on."
 )
@@ -129,6 +140,7 @@ GROUPS = {
 def serve(
     cache: str | None,
     token_file: Path | None,
+    weights: Path | None,
     allowed_hosts: tuple[str, ...],
     root: Path | None,
     **given: Any,
@@ -147,6 +159,7 @@ def serve(
         cache=cache,
         token_file=str(token_file.resolve()) if token_file else None,
         root=str(root.resolve()) if root else None,
+        weights=str(weights.resolve()) if weights else None,
         allowed_hosts=tuple(name.lower() for name in allowed_hosts),
         **given,
     )

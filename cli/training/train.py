@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from sskt.cli.completion import OF_OPTIONS, completing, recipes
 from sskt.cli.help import GroupedCommand
 from sskt.cli.output import as_json, error_text, print_json, print_table, progress, say, working
 from sskt.cli.training.training_output import first_line, hooks_of
@@ -114,6 +115,8 @@ def _option(name: str, about: str) -> Callable[[Command], Command]:
     if default not in (None, "", False) and not item:
         about += f" [default: {default}]"
     settings: dict[str, Any] = {"help": about, "default": None}
+    if name in OF_OPTIONS:
+        settings |= completing(OF_OPTIONS[name])
     if kind is bool:
         return click.option(
             f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}", name, **settings
@@ -146,7 +149,10 @@ def all_options(command: Command) -> Command:
 )
 @all_options
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), help="TOML file with any of these options."
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Recipe by name (sskt recipes), TOML file, or a run's folder: its configuration.",
+    **completing(recipes),
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last epoch.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
@@ -160,6 +166,12 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())
     }
     layers = [read_recipe(recipe)] if recipe else []
+    code = str(layers[0].get("model", "")) if recipe and recipe.suffix != ".toml" else ""
+    if ":" in code and "model" not in options:
+        raise InputError(
+            f"the network of {recipe} is code, {code}; if you trust it, name it yourself with "
+            f"--model {code}"
+        )
     if resume:
         if "out" not in options:
             raise InputError("--resume needs --out, the folder of the run")

@@ -6,7 +6,7 @@ It takes what waits in the queue and labels it as ``sskt cache-teachers`` does, 
 from __future__ import annotations
 
 import gc
-import logging.config
+import logging
 import multiprocessing
 import signal
 import sys
@@ -20,12 +20,13 @@ import torch
 
 from sskt.server.compute.queue import Entry, Queue
 from sskt.server.compute.supervisor import end_with_parent, parent_is_alive
-from sskt.server.http.logs import log_config
+from sskt.server.http.logs import set_up
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import BadImage, DiskFull, MissingData, SsktError
 from sskt.teacher_cache.label_sets.create import Documents, open_for_writing, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.labeling.run import SourceLabels, StageOptions, label_units
 from sskt.teacher_cache.labeling.units import MEMORY, Unit, seeds_together
 from sskt.teacher_cache.sources.source import Source, usable_device
@@ -60,7 +61,7 @@ def run_compute_worker(settings: Settings) -> None:
     status is 1 if the device or the cache cannot be used.
     """
     end_with_parent()
-    logging.config.dictConfig(log_config(settings.log))
+    set_up(settings.log)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends us
     if sys.platform == "linux":  # a spawned process would spawn its loader's: seconds a shard
@@ -93,7 +94,14 @@ class ComputeWorker:
         self.queue = Queue(Path(settings.run) / "queue", settings.queue)
         self.metrics = Metrics(Path(settings.run))
         self._device = usable_device(settings.device)
-        self._root = Path(settings.root) if settings.root else None
+        self._reopen = Reopen(
+            root=Path(settings.root) if settings.root else None,
+            sources=settings.sources,
+            weights=Path(settings.weights) if settings.weights else None,
+            allow_outside_root=settings.allow_outside_root,
+            frame_sampling=settings.frame_sampling,
+            device=str(self._device),
+        )
         self._opened: dict[str, _Opened] = {}
         self._waiting = -1
 
@@ -180,8 +188,7 @@ class ComputeWorker:
         if opened is None:
             while len(self._opened) >= OPEN_SETS:
                 self._close(next(iter(self._opened)))
-            how = Reopen(root=self._root, device=str(self._device))
-            opened = _Opened(*reopen(label_set, how), time.monotonic())
+            opened = _Opened(*reopen(label_set, self._reopen), time.monotonic())
         self._opened[label_set.digest] = opened
         return opened
 
@@ -228,7 +235,7 @@ class ComputeWorker:
             self._waiting = waiting
 
 
-def _any_free(label_set: LabelSet, shards: list[Shard]) -> bool:
+def _any_free(label_set: WritableLabelSet, shards: list[Shard]) -> bool:
     """Whether a shard is neither stored nor claimed by another process."""
     for shard in shards:
         if label_set.claim(shard):

@@ -6,13 +6,14 @@ Text from clients is never printed raw, so that it cannot pass for another line 
 from __future__ import annotations
 
 import json
-import logging
-import re
+import logging.config
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import quote
+
+from sskt.teacher_cache.errors import printable
 
 REQUEST_ID: ContextVar[str] = ContextVar("sskt_request_id", default="")
 """The request that is being answered; every line that is logged meanwhile carries it."""
@@ -21,7 +22,12 @@ FIELDS = ("method", "path", "status", "seconds", "bytes", "client", "token")
 """Further members of a request's line (``extra=`` of the logging call)."""
 
 _LONGEST_PATH = 1024
-_CONTROL = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\U0010ffff]")
+
+
+def set_up(style: str) -> None:
+    """Sends the logs and the warnings of this process through ``log_config``."""
+    logging.config.dictConfig(log_config(style))
+    logging.captureWarnings(True)
 
 
 def log_config(style: str = "json", level: str = "INFO") -> dict[str, Any]:
@@ -53,7 +59,8 @@ class JsonLines(logging.Formatter):
     """One JSON object a line: time (UTC), level, message, request_id and ``FIELDS``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_facts(self, record), default=str)
+        line = json.dumps(_facts(self, record), default=str)
+        return line.replace("\x7f", "\\u007f")  # the one control character that JSON leaves
 
 
 class TextLines(logging.Formatter):
@@ -62,10 +69,10 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = _facts(self, record)
         traceback = facts.pop("traceback", "")
-        head = [_tame(str(facts.pop(name))) for name in ("time", "level", "message")]
-        rest = [f"{name}={_tame(str(value))}" for name, value in facts.items()]
+        head = [printable(str(facts.pop(name))) for name in ("time", "level", "message")]
+        rest = [f"{name}={printable(str(value))}" for name, value in facts.items()]
         lines = [" ".join([*head, *rest])]
-        return "\n".join(lines + [f"  | {_tame(line)}" for line in traceback.splitlines()])
+        return "\n".join(lines + [f"  | {printable(line)}" for line in traceback.splitlines()])
 
 
 def _facts(formatter: logging.Formatter, record: logging.LogRecord) -> dict[str, Any]:
@@ -82,7 +89,3 @@ def _facts(formatter: logging.Formatter, record: logging.LogRecord) -> dict[str,
     if record.exc_info:
         facts["traceback"] = formatter.formatException(record.exc_info)
     return facts
-
-
-def _tame(text: str) -> str:
-    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

@@ -17,11 +17,13 @@ from urllib.parse import quote
 
 import jinja2
 from fastapi import APIRouter
+from markupsafe import Markup
 from starlette.responses import Response
 from starlette.types import Scope
 
 from sskt.server.http.problems import Problem, json_answer
 from sskt.server.pages.drawing import percent
+from sskt.teacher_cache.errors import printable
 
 FOLDER = Path(__file__).parent
 POLICY = (
@@ -110,6 +112,13 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _printable(value: Any) -> Any:
+    """What is shown of a value: control characters of metadata are escaped, lines are kept."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER / "templates"),
@@ -117,6 +126,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_printable,
     )
     environment.filters |= {
         "number": number,

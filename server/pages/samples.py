@@ -21,6 +21,7 @@ from starlette.responses import RedirectResponse, Response
 from sskt.server.http.problems import Problem
 from sskt.server.pages.pages import page, part, root_of
 from sskt.server.pages.summaries import as_text, summaries_of
+from sskt.server.settings import Settings
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.errors import IncompleteLabels, MissingData, SsktError
 from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -77,14 +78,14 @@ class Opened:
     def __len__(self) -> int:
         return len(self._targets)
 
-    def views(self, label_set: LabelSet, root: str | None) -> Views:
+    def views(self, label_set: LabelSet, settings: Settings) -> Views:
         """The views of a set. Raises ``SsktError``: why there are none; ``TimeoutError``."""
         key = label_set.digest
         with self._guard:
             opening, since = self._targets.get(key, (None, 0.0))
             failed = opening is not None and opening.done() and opening.exception() is not None
             if opening is None or (failed and time.monotonic() - since > AGAIN_SECONDS):
-                opening = self._pool.submit(_opened, label_set, root)
+                opening = self._pool.submit(_opened, label_set, settings)
                 self._targets[key] = (opening, time.monotonic())
             self._targets.move_to_end(key)
             while len(self._targets) > OPEN:
@@ -107,7 +108,7 @@ class Opened:
         return made
 
 
-def _opened(label_set: LabelSet, root: str | None) -> Views:
+def _opened(label_set: LabelSet, settings: Settings) -> Views:
     from sskt.teacher_cache.tools.reopen import Reopen, reopen_views
 
     sampling = str(label_set.attributes["made"].get("frame_sampling", ""))
@@ -115,7 +116,11 @@ def _opened(label_set: LabelSet, root: str | None) -> Views:
         raise MissingData(
             f"its frames were chosen by Python code ({sampling}), which a server does not run"
         )
-    return reopen_views(label_set, Reopen(root=Path(root) if root else None))
+    how = Reopen(
+        root=Path(settings.root) if settings.root else None,
+        allow_outside_root=settings.allow_outside_root,
+    )
+    return reopen_views(label_set, how)
 
 
 def _image(label_set: LabelSet, views: Views, row: int, seed: int) -> ViewImage:
@@ -156,7 +161,7 @@ def _views(request: Request, label_set: LabelSet) -> Views:
     """The views of a set. Raises ``MissingData``: why there are no images, for people."""
     opened: Opened = request.app.state.opened
     try:
-        return opened.views(label_set, state_of(request).settings.root)
+        return opened.views(label_set, state_of(request).settings)
     except TimeoutError as error:
         raise MissingData("The target is being opened; reload this page in a moment.") from error
     except (SsktError, OSError) as error:

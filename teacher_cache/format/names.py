@@ -10,12 +10,8 @@ import functools
 import logging
 import re
 from collections.abc import Iterable
-from typing import NewType
 
 from sskt.teacher_cache.errors import InputError, printable
-
-SetName = NewType("SetName", str)
-"""A name that ``set_name`` has accepted."""
 
 LONGEST_NAME = 213
 """Characters of a name. File systems take 255, and a folder that is being made has 42 more."""
@@ -32,7 +28,7 @@ class InvalidName(InputError):
     """A name that cannot be that of a label set, or of a file in one."""
 
 
-def set_name(name: object) -> SetName:
+def set_name(name: object) -> str:
     """Checks the name of a label set.
 
     Args:
@@ -52,7 +48,7 @@ def set_name(name: object) -> SetName:
             f"'{shown}' cannot be the name of a label set; expected at most {LONGEST_NAME} "
             "letters, digits and _ - . without a point at the beginning (sskt ls shows the names)"
         )
-    return SetName(str(name))
+    return str(name)
 
 
 def is_set_name(name: object) -> bool:
@@ -69,7 +65,7 @@ def is_file_key(key: object) -> bool:
     return isinstance(key, str) and len(key) <= LONGEST_KEY and bool(_KEY.fullmatch(key))
 
 
-def set_names(found: Iterable[object], where: str) -> list[SetName]:
+def set_names(found: Iterable[object], where: str) -> list[str]:
     """The names of label sets among those that a cache lists, sorted.
 
     Hidden ones are left out, and so are those that ``set_name`` refuses, with a warning.
@@ -82,7 +78,7 @@ def set_names(found: Iterable[object], where: str) -> list[SetName]:
     for name in names:
         if not is_set_name(name):
             _warn(where, str(name))
-    return sorted(SetName(str(name)) for name in names if is_set_name(name))
+    return sorted(str(name) for name in names if is_set_name(name))
 
 
 @functools.lru_cache(maxsize=64)

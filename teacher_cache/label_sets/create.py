@@ -17,8 +17,9 @@ from sskt.teacher_cache.format.encodings import encoding_of
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP, new_documents, shard_rows_of
 from sskt.teacher_cache.format.shards import layout_of
 from sskt.teacher_cache.format.spec import Spec, name_of
-from sskt.teacher_cache.label_sets.documents import array_document, bereft, read_attributes
+from sskt.teacher_cache.label_sets.documents import array_document, lacks_group, read_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
 from sskt.teacher_cache.storage.http.place import HttpPlace
@@ -45,7 +46,18 @@ SHARD_ROWS = 8192
 
 
 def open_label_set(place: CacheName) -> LabelSet:
-    """Opens a label set for reading. Raises ``MissingData``, ``CorruptStore``."""
+    """Opens a label set for reading.
+
+    Args:
+        place: The set: its folder or URL.
+
+    Returns:
+        The label set.
+
+    Raises:
+        MissingData: If there is none.
+        CorruptStore: If its metadata cannot be read or is not as docs/format.md says.
+    """
     place = open_cache(place)
     attributes = read_attributes(place)
     spec, classes = attributes["spec"], attributes["classes"]
@@ -71,7 +83,7 @@ def open_label_set(place: CacheName) -> LabelSet:
 
 
 Documents = Callable[[int | None, int | None], dict[str, bytes]]
-"""Makes a new set's files for (shard rows, seeds), which somebody else may have fixed already."""
+"""Makes a new set's files for (shard rows, seeds), which another process may have fixed already."""
 
 
 def create_label_set(
@@ -82,11 +94,24 @@ def create_label_set(
     *,
     shard_rows: int = SHARD_ROWS,
     made: dict[str, Any] | None = None,
-) -> LabelSet:
-    """Opens the label set of ``spec`` for writing, created (in one step) if it is new.
+) -> WritableLabelSet:
+    """Opens a label set for writing, created in one step if it is new.
 
-    An existing one keeps its shard size and grows to ``seeds``. ``made`` is recorded on
-    creation: versions and arguments, no part of the identity. Close it.
+    Args:
+        cache: Where the label sets are.
+        spec: Identity of the set.
+        classes: Names of the source's classes.
+        seeds: Number of view seeds; an existing set grows to it.
+        shard_rows: Samples in a shard of a new set.
+        made: Provenance of a new set: arguments and versions, no part of the identity.
+
+    Returns:
+        The label set. Close it.
+
+    Raises:
+        CorruptStore: If another thing lies in its place.
+        InputError: If the cache cannot be written to.
+        DiskFull: If there is no room.
     """
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
@@ -95,11 +120,13 @@ def create_label_set(
     return open_for_writing(cache, name_of(spec), documents, seeds)
 
 
-def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: int) -> LabelSet:
-    """Opens the label set ``name``, made of ``documents`` if it is new. See above."""
+def open_for_writing(
+    cache: CacheName, name: str, documents: Documents, seeds: int
+) -> WritableLabelSet:
+    """Opens a label set for writing, made of ``documents`` if it is new: ``create_label_set``."""
     home = open_cache(cache)
     place = home.below(name)
-    lost = place.size(GROUP) is None and (place.there() if place.is_local else bereft(place))
+    lost = place.size(GROUP) is None and (place.there() if place.is_local else lacks_group(place))
     if lost and place.size(GROUP) is None:
         raise CorruptStore(f"{place} exists but is no label set; remove or rename it")
     claims = home.claims(name)
@@ -113,8 +140,7 @@ def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: i
                 _create_objects(place, documents)
         if isinstance(home, LocalPlace):
             home.sweep()
-        label_set = open_label_set(place)
-        label_set.writable, label_set._claims = True, claims
+        label_set = WritableLabelSet.of(open_label_set(place), claims)
         if label_set.seeds < seeds:
             label_set.grow(seeds)
     except BaseException:
@@ -124,7 +150,7 @@ def open_for_writing(cache: CacheName, name: str, documents: Documents, seeds: i
 
 
 def _sweep(path: Path, claims: Locks) -> None:
-    """Clears away files of killed writers, and joins the writers: nobody removes the set then."""
+    """Removes files of killed writers, and takes the lock that keeps the set from being removed."""
     if claims.claim(SWEEP):
         for leftover in filter(claims.abandoned, path.rglob("*.partial")):
             leftover.unlink(missing_ok=True)
@@ -150,7 +176,7 @@ def _create_objects(place: Place, documents: Documents) -> None:
     """The arrays' metadata first; the group's commits the set.
 
     The first array fixes shard rows and seeds for all who create the same set at once, or
-    after somebody who was killed at it.
+    after a process that was killed while it did.
     """
     files = documents(None, None)
     first, *others = [key for key in files if key != GROUP]
@@ -231,7 +257,7 @@ def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
 def _opened_if_any(place: Place) -> LabelSet | None:
     """Opens a label set; None for a folder that is none. Raises ``CorruptStore``."""
     try:
-        if place.size(GROUP) is None and not bereft(place):
+        if place.size(GROUP) is None and not lacks_group(place):
             return None
         return open_label_set(place)
     except MissingData:

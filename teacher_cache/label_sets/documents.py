@@ -25,7 +25,7 @@ def read_attributes(place: Place) -> Document:
     try:
         return parse_attributes(place, place.read(GROUP))
     except FileNotFoundError as error:
-        if bereft(place):
+        if lacks_group(place):
             raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
         raise MissingData(f"no label set at {place}") from error
     except OSError as error:
@@ -33,10 +33,10 @@ def read_attributes(place: Place) -> Document:
         raise CorruptStore(f"{place.where(GROUP)} cannot be read ({reason})") from error
 
 
-def bereft(place: Place) -> bool:
-    """Whether what is there can only be a label set that has lost its ``zarr.json``.
+def lacks_group(place: Place) -> bool:
+    """Whether shards exist but the metadata of their group, ``zarr.json``, is missing.
 
-    In an object store, metadata without shards is a creation that somebody has not finished.
+    In an object store, metadata without shards is a creation that was not finished.
     """
     return bool(place.sizes("view_check" if place.is_local else "view_check/c"))
 

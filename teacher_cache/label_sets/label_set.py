@@ -1,14 +1,13 @@
-"""A label set: reading and writing by whole shards, wherever it is.
+"""A label set: what is stored of it, and reading it, wherever it is.
 
-A shard is one seed x one block of consecutive samples. Each of its files or objects is there
-whole or not at all, and the last one commits it: a shard that is there is complete, and
+A shard holds one block of consecutive samples under one view seed. Each of its files or objects
+exists whole or not at all, and one of them commits it: a shard that is stored is complete, and
 resuming is listing names.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,24 +23,21 @@ from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
     as_tensors,
-    distance_of,
     encoding_of,
     soft_labels,
 )
-from sskt.teacher_cache.format.metadata import BOUND, GROUP, Document, shard_file, to_json
+from sskt.teacher_cache.format.metadata import BOUND, Document
 from sskt.teacher_cache.format.shards import (
     RECORD_ENDING,
     NotAsRecorded,
     ShardLayout,
     ShardRecord,
-    file_checksums,
     layout_of,
     parse_record,
 )
-from sskt.teacher_cache.format.spec import Spec, tolerance_of
-from sskt.teacher_cache.label_sets.documents import parse_attributes
+from sskt.teacher_cache.format.spec import Spec
 from sskt.teacher_cache.label_sets.random_access import RowReader
-from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims, Place
+from sskt.teacher_cache.storage.base import Place
 from sskt.teacher_cache.storage.local import LocalPlace, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
@@ -53,16 +49,20 @@ if TYPE_CHECKING:  # the label server's workers do without torch
 AT_ONCE = 4
 """Shards that a process reads at once: of a bucket or server, it waits for each."""
 
-ALIKE_INDICES = 0.9
-"""Part of the classes of top-k labels that two machines agree on, at least."""
-
 KEPT_RECORDS = 4096
 """Records of shards that a label set keeps in memory."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One seed x the samples ``start`` to ``stop``."""
+    """The labels of one block of consecutive samples under one view seed.
+
+    Attributes:
+        seed: View seed.
+        block: Number of the block.
+        start: First sample.
+        stop: The sample after the last one.
+    """
 
     seed: int
     block: int
@@ -74,11 +74,17 @@ class Shard:
 class LabelSet:
     """The soft labels of one source over one target split under one view policy.
 
-    Use ``open_label_set`` or ``create_label_set``. Arrays (docs/format.md): the encoding's own
-    ``[S, N, ...]`` and ``view_check`` uint32 ``[S, N]``.
+    ``open_label_set`` opens one for reading. What is stored in a bucket or behind a label server
+    is listed once, and again by ``missing``.
 
-    All but ``claim`` and ``release`` is the same wherever the set is. In a bucket, what is
-    stored is listed once and again by ``missing``.
+    Attributes:
+        place: Where the set is.
+        attributes: The attributes ``sskt`` of the group (docs/format.md, section 3).
+        seeds: S, the number of view seeds.
+        samples: N, the number of samples.
+        shard_rows: Samples in a shard.
+        documents: Metadata of each array: those of the encoding ``[S, N, width]``, and
+            ``view_check``, uint32 ``[S, N]``.
     """
 
     place: Place
@@ -87,10 +93,7 @@ class LabelSet:
     samples: int
     shard_rows: int
     documents: Mapping[str, Document] = field(default_factory=dict, repr=False)
-    writable: bool = False
     _records: dict[Shard, ShardRecord] = field(default_factory=dict, repr=False)
-    _claims: Claims | None = field(default=None, repr=False)
-    _claimed: set[Shard] = field(default_factory=set, repr=False)
 
     @property
     def name(self) -> str:
@@ -112,7 +115,7 @@ class LabelSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the spec."""
+        """SHA-256 of the spec: 64 hexadecimal digits."""
         return str(self.attributes["digest"])
 
     @property
@@ -127,7 +130,7 @@ class LabelSet:
 
     @property
     def arrays(self) -> list[str]:
-        """Its arrays in the order in which a shard is written; the last one commits it."""
+        """Names of its arrays, in the order in which a shard is written."""
         return ["view_check", *self.encoding.arrays(len(self.classes))]
 
     @property
@@ -136,7 +139,7 @@ class LabelSet:
         return -(-self.samples // self.shard_rows)
 
     def shard(self, seed: int, block: int) -> Shard:
-        """The shard's place."""
+        """The shard of a block under a seed."""
         start = block * self.shard_rows
         return Shard(seed, block, start, min(start + self.shard_rows, self.samples))
 
@@ -184,6 +187,15 @@ class LabelSet:
         """Whether the shard is stored (and so complete); ``fresh``: not from an earlier listing."""
         return self.place.size(self.commit_key(shard), fresh=fresh) is not None
 
+    def refresh(self) -> None:
+        """Forgets what was listed of a bucket or a label server.
+
+        Raises:
+            MissingData: As ``missing``.
+        """
+        self._require_folder()
+        self.place.refresh()
+
     def missing(self, seeds: Iterable[int]) -> list[Shard]:
         """The shards of ``seeds`` that are not stored now.
 
@@ -191,8 +203,7 @@ class LabelSet:
             MissingData: If the folder of the set is gone, as on a file system that is not mounted
                 any more. It would be labelled anew otherwise.
         """
-        self._require_folder()
-        self.place.refresh()
+        self.refresh()
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
 
     def coverage(self) -> list[float]:
@@ -205,75 +216,6 @@ class LabelSet:
     def stored_bytes(self) -> int:
         """Bytes of all files of the set."""
         return sum(self.place.sizes().values())
-
-    def write(self, shard: Shard, encoded: Encoded, checks: NDArray[np.uint32]) -> None:
-        """Stores a whole shard: view checks, labels, and the record, which commits it.
-
-        In a bucket, what another writer has stored meanwhile stays.
-
-        Args:
-            shard: The shard, which this process has claimed.
-            encoded: Its rows as the encoding stores them: ``[n, width]`` each.
-            checks: View checks of its samples: uint32 ``[n]``.
-        """
-        if not self.place.is_local and self.place.size(self.record_key(shard), fresh=True):
-            return  # another writer was faster
-        rows = {"view_check": checks} | encoded
-        checksums = {}
-        for array in self.arrays:
-            data = shard_file(self.documents[array], rows[array])
-            stored = self._stored(array, shard, data)
-            checksums[array] = file_checksums(stored, self.layout(array).chunks)
-        self._put_record(shard, checksums)
-
-    def _stored(self, array: str, shard: Shard, data: bytes) -> bytes:
-        """Stores the file of an array and returns the bytes that are stored now."""
-        key = self.shard_key(array, shard)
-        if not self.place.is_local:
-            if self.place.create(key, data):
-                return data
-            found = self.place.read(key)
-            if found == data or self._as_good(array, found, data):
-                return found
-        self.place.put(key, data)
-        return data
-
-    def _as_good(self, array: str, found: bytes, data: bytes) -> bool:
-        """Whether stored labels differ from ours as those of two machines may.
-
-        Two machines that label the same shard must end with the same files; their labels differ in
-        the last bits.
-        """
-        layout = self.layout(array)
-        if array == "view_check":
-            return False
-        try:
-            theirs, ours = (
-                layout.read(functools.partial(_part_of, file), 0, layout.rows)
-                for file in (found, data)
-            )
-        except ValueError:
-            return False
-        if array == "index":
-            return float(np.mean(theirs == ours)) > ALIKE_INDICES
-        return distance_of(self.encoding, theirs, ours) <= tolerance_of(self.spec)
-
-    def bind(self, shard: Shard) -> None:
-        """Adds the record of a stored shard that has none, from the files as they are.
-
-        Check the shard before: whatever lies in its place counts as its own from then on.
-        """
-        data = {array: self.place.read(self.shard_key(array, shard)) for array in self.arrays}
-        self._put_record(
-            shard, {a: file_checksums(d, self.layout(a).chunks) for a, d in data.items()}
-        )
-
-    def _put_record(self, shard: Shard, checksums: Mapping[str, str]) -> None:
-        record = ShardRecord(self.digest, shard.seed, shard.block, checksums)
-        key, data = self.record_key(shard), record.to_json()
-        if not self.place.create(key, data) and self.place.read(key) != data:
-            self.place.put(key, data)
-        self._records.pop(shard, None)
 
     def shard_record(self, shard: Shard, *, fresh: bool = False) -> ShardRecord | None:
         """Reads what binds a shard to its place.
@@ -461,118 +403,6 @@ class LabelSet:
             f"{shard.stop - 1}"
         )
 
-    def claim(self, shard: Shard) -> bool:
-        """Reserves a shard; False if it is stored, or this or another process is at it.
-
-        In a bucket nobody sees another process's claims: two may label the same shard.
-        """
-        assert self._claims is not None
-        byte = SHARDS + shard.seed * self.blocks + shard.block
-        if shard in self._claimed or not self._claims.claim(byte):
-            return False
-        if self.has(shard, fresh=True):
-            self._claims.release(byte)
-            return False
-        self._claimed.add(shard)
-        return True
-
-    def release(self, shard: Shard) -> None:
-        """Ends a claim."""
-        assert self._claims is not None
-        self._claimed.discard(shard)
-        self._claims.release(SHARDS + shard.seed * self.blocks + shard.block)
-
-    def discard_unsound(self, shards: Iterable[Shard]) -> list[str]:
-        """Makes stored shards missing whose record or files cannot be theirs.
-
-        Of a folder each record is read. Of a bucket, which takes a request for each, only the
-        names and sizes of the files are looked at.
-
-        Args:
-            shards: Shards of the set.
-
-        Returns:
-            What was wrong with each shard that was discarded.
-
-        Raises:
-            InputError: If a folder is in the place of a file.
-        """
-        return [what for shard in shards if (what := self._discarded(shard))]
-
-    def _discarded(self, shard: Shard) -> str:
-        assert self._claims is not None
-        if not self._unsound(shard):
-            return ""
-        byte = SHARDS + shard.seed * self.blocks + shard.block
-        if not self._claims.claim(byte):  # another process is labelling it
-            return ""
-        try:
-            what = self._unsound(shard)
-            if what:
-                self.place.delete([self.record_key(shard), self.commit_key(shard)])
-                self._records.pop(shard, None)
-            return what
-        finally:
-            self._claims.release(byte)
-
-    def _unsound(self, shard: Shard) -> str:
-        """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
-        if not self.has(shard):
-            return ""
-        gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
-        if isinstance(self.place, LocalPlace):
-            for key in self.shard_keys(shard):
-                if (self.place.path / key).is_dir():
-                    raise InputError(
-                        f"{self.place.where(key)} is a folder in the place of a shard's file; "
-                        "move it away and run the same command again"
-                    )
-        if gone:
-            return str(self._damage(shard, f"{gone[0]} is gone or empty"))
-        try:
-            if self.place.is_local:
-                self.shard_record(shard, fresh=True)
-        except CorruptStore as error:
-            return str(error)
-        return ""
-
-    def close(self) -> None:
-        """Ends writing: gives back all claims. The set stays readable."""
-        if self._claims is not None:
-            self._claims.close()
-        self._claims, self.writable = None, False
-        self._claimed.clear()
-
-    def add_attribute(self, key: str, value: Any) -> None:
-        """Adds an attribute (once; the same value from every process that would add it)."""
-        assert self._claims is not None
-
-        def add(data: bytes) -> bytes | None:
-            self.attributes = attributes = parse_attributes(self.place, data)
-            if key in attributes:
-                return None
-            attributes[key] = value
-            return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})
-
-        with self._claims.held(METADATA):
-            self.place.update(GROUP, add)
-
-    def grow(self, seeds: int) -> None:
-        """Makes room for more seeds; stored shards stay as they are."""
-        assert self._claims is not None
-
-        def widen(data: bytes) -> bytes | None:
-            document = json.loads(data)
-            self.seeds = max(document["shape"][0], seeds)
-            if document["shape"][0] == self.seeds:
-                return None
-            document["shape"][0] = self.seeds
-            return to_json(document)
-
-        with self._claims.held(METADATA):
-            for array in [*self.arrays[1:], "view_check"]:
-                self.place.update(f"{array}/{GROUP}", widen)
-
 
 def seed_ranges(seeds: Iterable[int]) -> str:
     """``seeds 0, 3-5``."""
@@ -585,10 +415,6 @@ def seed_ranges(seeds: Iterable[int]) -> str:
     names = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
     many = len(runs) > 1 or len(runs[0]) > 1
     return f"seed{'s' if many else ''} {', '.join(names)}"
-
-
-def _part_of(data: bytes, start: int | None, stop: int | None) -> bytes:
-    return data[start:stop]
 
 
 def in_threads(call: Callable[[int], None], numbers: Iterable[int]) -> None:

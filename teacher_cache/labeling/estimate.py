@@ -26,7 +26,7 @@ from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP
 from sskt.teacher_cache.format.spec import label_set_spec, name_of
 from sskt.teacher_cache.label_sets.create import open_label_set
-from sskt.teacher_cache.label_sets.documents import bereft
+from sskt.teacher_cache.label_sets.documents import lacks_group
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job
 from sskt.teacher_cache.labeling.loader import ReadRequest, ViewReader
@@ -148,7 +148,7 @@ def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> L
     """The label set that the run goes on with; else one like it of which nothing is there."""
     if job.cache:
         place = open_cache(job.cache).below(name_of(label_set_spec(views, source, encoding)))
-        if place.size(GROUP) is not None or bereft(place):
+        if place.size(GROUP) is not None or lacks_group(place):
             return open_label_set(place)
     samples = len(views.target)
     attributes = {"spec": {"encoding": encoding.identity()}, "classes": source.classes}
@@ -212,7 +212,7 @@ def _probe_reading(
 
 
 def _batches_of(kept: Sequence[Tensor], size: int) -> list[Tensor]:
-    """As the run forwards them; pictures of several sizes as they came."""
+    """As the run forwards them; images of several sizes as they came."""
     several = len({stills.shape[1:] for stills in kept}) > 1
     groups = kept if several else [torch.cat(list(kept))]
     parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]

@@ -25,6 +25,7 @@ from sskt.teacher_cache.format.encodings import ERROR_ROWS, Encoded, Encoding, m
 from sskt.teacher_cache.format.spec import label_set_spec
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS, create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.labeling.loader import ReadRequest, ViewBatch, ViewReader
 from sskt.teacher_cache.labeling.units import MEMORY, Share, Unit, units
 from sskt.teacher_cache.labeling.writer import Writer
@@ -87,7 +88,7 @@ class SourceLabels:
     """A source and the label set that its labels go to, open for writing."""
 
     source: Source
-    label_set: LabelSet
+    label_set: WritableLabelSet
 
 
 Progress = Callable[[int, int], None]
@@ -223,9 +224,10 @@ def label_units(
         As ``cache_teachers``.
     """
     begin = time.monotonic() if begin is None else begin
-    sets = [pair.label_set for pair in pairs]
-    for label_set in sets:
-        label_set.place.refresh()
+    sets: list[LabelSet] = []
+    for label_set in (pair.label_set for pair in pairs):
+        sets.append(label_set)
+        label_set.refresh()
         shards = [shard for unit in todo if unit.holds(label_set) for shard in unit.shards]
         for what in label_set.discard_unsound(shards):
             _log.warning("%s; the shard is labelled again", what)
@@ -338,7 +340,7 @@ class _Run:
     def _missing(self) -> bool:
         sets = [pair.label_set for pair in self.pairs]
         for label_set in sets:
-            label_set.place.refresh()
+            label_set.refresh()
         return count_labels(sets, self.todo)[1] > 0
 
     def _requests(self) -> Iterator[ReadRequest]:

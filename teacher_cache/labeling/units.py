@@ -49,7 +49,7 @@ but is one process: only srun tells the tasks of a step."""
 def parse_share(text: str, environment: Mapping[str, str] = os.environ) -> Share | None:
     """``RANK/WORLD``; ``none``; or ``auto``: from RANK and WORLD_SIZE, else from srun's variables.
 
-    None: the whole run, shared by locks with whoever else works on the same folder. Raises
+    None: the whole run, shared by locks with all other processes on the same folder. Raises
     ``InputError`` for what is no share, or half of a pair of variables.
     """
     if text == "none":
@@ -96,7 +96,7 @@ def units(
     """All units of a run, stored or not.
 
     From files, the seeds of a block share a unit, as many as ``memory`` GiB allow when two units
-    are open at once, and few enough that each of ``world`` processes has one. Pictures in RAM
+    are open at once, and few enough that each of ``world`` processes has one. Images in RAM
     need no decoding: one shard a unit.
     """
     found: list[Unit] = []

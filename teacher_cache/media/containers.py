@@ -1,4 +1,4 @@
-"""What the containers of clips say of their own size: whether a file was cut off."""
+"""Tells from the header of a video container whether its file was cut off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames counted in processes of their own: a decoder that crashes or hangs takes nobody along.
+"""Counts frames in processes of their own, which a decoder may crash or hang.
 
 decord 0.6.0 was seen to end its process over damaged clips, and is known to hang (its issue 154).
 """

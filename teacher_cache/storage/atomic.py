@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic and durable writes of files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def durable_rename(path: Path, to: Path) -> None:
-    """Renames within a folder, for good. Raises ``DiskFull``."""
+    """Renames within a folder, durably. Raises ``DiskFull``."""
     with naming_full_disk(to):
         path.rename(to)
         sync_folder(to.parent)
@@ -85,7 +85,7 @@ def _make_folders(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` survive a power cut."""
+    """Synchronises a folder, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,8 +1,8 @@
-"""Where caches live: the few operations that the label store needs.
+"""Storage of caches: the operations that label sets need.
 
-``local.py`` has them over a folder, ``object_store.py`` over a bucket, ``http`` those that read
-over a label server. Keys are relative to a place, their parts joined by ``/``. Nobody ever sees
-half a file or object.
+``local.py`` implements them for a folder, ``object_store.py`` for a bucket, and ``http`` those that
+read for a label server. A key names a file or object relative to its storage; its parts are joined
+by ``/``. Files and objects appear whole: no reader sees a part of one.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ SWEEP, METADATA, SHARDS = range(3)
 
 
 class Claims(Protocol):
-    """Who is at what: see ``locks.Locks``."""
+    """The locks of a label set, each of which has a number. See ``locks.Locks``."""
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
-        """Takes a byte; False if another process has it."""
+        """Takes a lock; returns False if another process holds it."""
 
     def release(self, byte: int) -> None:
-        """Gives a byte back."""
+        """Releases a lock."""
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Releases all locks."""
 
     def held(self, byte: int) -> contextlib.AbstractContextManager[None]:
-        """Waits for a byte and holds it."""
+        """Waits for a lock and holds it until the context ends."""
 
 
 class Place(Protocol):
-    """A cache, or one label set in it. ``str(place)`` is the path or URL to name in messages.
+    """The storage of a cache, or of one label set in it.
 
-    Raises ``InputError`` if it cannot be reached or used, ``DiskFull``.
+    ``str(place)`` is its path or URL, for messages. All methods raise ``InputError`` if it cannot
+    be reached or used; those that write raise ``DiskFull`` if there is no room.
     """
 
     @property
@@ -44,31 +45,40 @@ class Place(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder: renames are atomic, locks hold between processes."""
+        """True for a folder: renames are atomic, and locks hold between processes."""
 
     def below(self, name: str) -> Place:
-        """A place in this one."""
+        """The storage of a label set of this cache.
+
+        Raises:
+            InvalidName: If the name cannot be that of a label set.
+        """
 
     def where(self, key: str) -> str:
-        """A key's path or URL, for messages."""
+        """The path or URL of a key, for messages."""
 
     def there(self) -> bool:
-        """Whether anything is there."""
+        """Whether it exists: the folder, or an object in the bucket."""
 
     def folders(self) -> list[str]:
-        """Names of the places in this one, sorted, without hidden ones."""
+        """The names below this cache that can be those of label sets, sorted."""
 
     def sizes(self, under: str = "") -> dict[str, int]:
-        """Bytes of everything below a key."""
+        """The sizes in bytes of everything below a key, by key."""
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
-        """Bytes, None if there is no such key; ``fresh``: not from an earlier listing."""
+        """The size in bytes; None if there is no such key.
+
+        Args:
+            key: Name of the file or object.
+            fresh: Whether to ask the storage, where an earlier listing would do.
+        """
 
     def refresh(self) -> None:
-        """Forgets earlier listings."""
+        """Discards earlier listings."""
 
     def read(self, key: str) -> bytes:
-        """The content. Raises ``FileNotFoundError``."""
+        """Reads the content. Raises ``FileNotFoundError`` if there is no such key."""
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
         """Reads a part of the content.
@@ -86,30 +96,34 @@ class Place(Protocol):
         """
 
     def md5(self, key: str) -> str | None:
-        """MD5 of the content in hexadecimal digits, if it can be had without a transfer."""
+        """The MD5 of the content in hexadecimal digits; None if that would take a transfer."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Stores the content, whole or not at all, whatever was there."""
+        """Stores the content in one step and replaces an earlier one."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """As ``put``, but False and nothing done if the key is there."""
+        """As ``put``, but does nothing and returns False if the key exists."""
 
     def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
-        """Replaces the content by what ``change`` makes of it (None: nothing to do).
+        """Replaces the content by what a function returns for it.
 
-        Somebody else's update in between is not lost; ``change`` may be called again.
+        An update by another process in between is not lost: ``change`` is called again.
+
+        Args:
+            key: Name of the file or object.
+            change: Takes the content and returns the new one, or None to leave it.
         """
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Removes what is there of ``keys``, for good when it returns."""
+        """Removes those of the keys that exist, durably."""
 
     def claims(self, name: str) -> Claims:
-        """The claims on the label set ``name`` of this cache; close them."""
+        """The locks of the label set ``name`` of this cache. The caller closes them."""
 
     def close(self) -> None:
-        """Ends all waiting for it, in every thread."""
+        """Ends all waiting for this storage, in every thread."""
 
 
 CacheName = str | Path | Place
-"""A cache as its user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), a label server's
-``http://HOST:PORT`` (``https``), or opened."""
+"""A cache as a user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), the URL of a label
+server (``http://HOST:PORT``, ``https``), or opened storage."""

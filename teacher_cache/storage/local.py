@@ -63,7 +63,7 @@ class LocalPlace:
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
         for path in (self.path / under).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a partial file that is whole by now
+            with contextlib.suppress(FileNotFoundError):  # a partial file that was renamed
                 about = _status(path)
                 if about is not None and stat.S_ISREG(about.st_mode):
                     found[path.relative_to(self.path).as_posix()] = about.st_size
@@ -78,7 +78,7 @@ class LocalPlace:
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:
-        """Nothing is remembered."""
+        """Does nothing: there are no listings."""
 
     def read(self, key: str) -> bytes:
         return self.read_part(key, None, None)
@@ -133,12 +133,12 @@ class LocalPlace:
         return Locks(self.path / LOCKS / f"{name}.lock")
 
     def close(self) -> None:
-        """Nothing is waited for."""
+        """Does nothing: no method waits."""
 
     def sweep(self) -> None:
-        """Removes creations and removals that a killed process left half-way.
+        """Removes unfinished label sets and removals of killed processes.
 
-        Only where nobody holds the set's lock: what another process is making stays.
+        Those of running processes stay: they hold the lock of their label set.
         """
         for leftover in self.path.glob(".*.partial"):
             found = _PARTIAL.fullmatch(leftover.name)

@@ -1,4 +1,4 @@
-"""Locks that the kernel drops when their process dies; the one module that needs ``fcntl``."""
+"""Locks that the kernel releases when their process dies; the only module that uses ``fcntl``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.atomic import naming_full_disk
 
 SHARDS_TWICE = (
-    "several processes may label the same shards (give each its part with --share); what they "
-    "store is right all the same"
+    "several processes may label the same shards (give each its part with --share); the labels "
+    "are right nevertheless"
 )
 
 FIRST_POLL, LONGEST_POLL = 0.002, 0.1
 """Seconds between two tries of a lock."""
 
 ABANDONED_SECONDS = 24 * 3600.0
-"""Age of a temporary file whose writer is taken for dead where there are no locks to tell."""
+"""Age of a temporary file whose writer counts as dead on a file system without locks."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,13 +107,21 @@ def file_lock(
 
 
 class Locks:
-    """Byte-range locks over one file; the kernel drops them when a process dies.
+    """Locks on the bytes of a file, which the kernel releases when a process dies.
 
-    Where the file system has none, every claim is granted, ``working`` becomes False, and a
-    warning says once what that means (``without``).
+    On a file system without locks every lock is granted, ``working`` becomes False, and a warning
+    is logged once.
 
-    The kernel also drops all of a process's locks on a file as soon as that process closes any
-    handle of it: ask ``open_here`` before opening a second one.
+    The kernel also releases all locks of a process on a file as soon as that process closes any
+    handle of it: call ``open_here`` before opening a second one.
+
+    Args:
+        path: The lock file, which is created if it does not exist.
+        without: What the lack of locks means, for the warning.
+
+    Raises:
+        InputError: If the file cannot be written.
+        DiskFull: If there is no room for it.
     """
 
     _open: ClassVar[Counter[Path]] = Counter()
@@ -140,7 +148,16 @@ class Locks:
             return cls._open[path.resolve()] > 0
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
-        """Takes a byte; False if another process has it (and ``wait`` is not set)."""
+        """Locks a byte.
+
+        Args:
+            byte: Number of the byte.
+            shared: Whether others may have shared locks beside this one.
+            wait: Whether to wait for the lock.
+
+        Returns:
+            False if another process has the lock and ``wait`` is not set.
+        """
         fcntl = _fcntl()
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
@@ -155,7 +172,10 @@ class Locks:
         return True
 
     def abandoned(self, leftover: Path) -> bool:
-        """Whether nobody writes a temporary file any more; for who holds what its writers claim."""
+        """Whether the writer of a temporary file is dead.
+
+        The caller holds the lock that its writers hold.
+        """
         try:
             age = time.time() - leftover.stat().st_mtime
         except FileNotFoundError:
@@ -163,12 +183,12 @@ class Locks:
         return self.working or age > ABANDONED_SECONDS
 
     def release(self, byte: int) -> None:
-        """Gives a byte back."""
-        with contextlib.suppress(OSError):  # there was no lock to give back
+        """Releases a byte."""
+        with contextlib.suppress(OSError):  # the file system has no locks
             _fcntl().lockf(self._handle, _fcntl().LOCK_UN, 1, byte)
 
     def close(self) -> None:
-        """Gives everything back; nothing happens the second time."""
+        """Releases all locks. A second call does nothing."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -177,7 +197,7 @@ class Locks:
 
     @contextlib.contextmanager
     def held(self, byte: int) -> Iterator[None]:
-        """Waits for a byte and holds it."""
+        """Waits for the lock of a byte and holds it until the context ends."""
         self.claim(byte, wait=True)
         try:
             yield

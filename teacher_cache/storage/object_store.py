@@ -11,9 +11,9 @@ its environment variables and the usual machine roles; sskt adds none:
 
 Requests that fail on the way are repeated by obstore (10 times, up to three minutes).
 
-Shards are conditional creates: of two writers the first one's shard stays, and the second finds
-it there. There are no locks between machines: ``claim`` only looks whether a shard is stored
-already, so two processes may label the same shard; nothing but time is lost by it.
+Shards are conditional creates: of two writers the first one's shard stays, and the second one finds
+it. There are no locks between machines: two processes may label the same shard, which costs time
+and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
 class NoClaims:
-    """Claims where machines share no locks: all are granted."""
+    """The locks of a storage that has none: all are granted."""
 
     def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         return True
@@ -57,8 +57,8 @@ class _Object:
 class BucketPlace:
     """A prefix of a bucket. See ``base.Place``.
 
-    What is below its first-level keys is listed once, and again after ``refresh``. What this
-    process stored itself is known without a listing.
+    The objects below each first-level key are listed once, and again after ``refresh``. Objects
+    that this process has stored are known without a listing.
     """
 
     bucket: Any = field(repr=False)
@@ -79,7 +79,7 @@ class BucketPlace:
         return BucketPlace(self.bucket, self.root, self.key(set_name(name)))
 
     def key(self, key: str) -> str:
-        """A key as the bucket knows it."""
+        """The name of a key in the bucket."""
         return f"{self.path}/{key}" if self.path else key
 
     def where(self, key: str) -> str:
@@ -132,7 +132,7 @@ class BucketPlace:
         return _Object(found["size"], found["e_tag"])
 
     def entity(self, key: str) -> tuple[int, str] | None:
-        """Size and strong entity tag of an object now, None if there is none."""
+        """The size and strong entity tag of an object now; None if there is none."""
         found = self._head(key)
         return (found.size, found.e_tag or f'"{found.size:x}"') if found else None
 
@@ -165,7 +165,7 @@ class BucketPlace:
             return found.to_bytes()
 
     def _get(self, key: str) -> tuple[bytes, Any]:
-        """The content, and what names this version of it in a conditional put."""
+        """The content, and the version by which a conditional put names it."""
         import obstore
 
         with plainly(self.where(key)):
@@ -248,12 +248,12 @@ class BucketPlace:
         return NoClaims()
 
     def close(self) -> None:
-        """obstore's waiting ends by itself."""
+        """Does nothing: obstore's requests end by themselves."""
 
 
 @contextlib.contextmanager
 def plainly(url: str) -> Iterator[None]:
-    """Turns obstore's errors into ``InputError`` with the URL, in one line.
+    """Turns the errors of obstore into ``InputError`` with the URL, in one line.
 
     ``FileNotFoundError``, ``NotImplementedError`` and the errors of conditional puts pass; a
     range that is not there is a ``ValueError``.
@@ -297,13 +297,22 @@ def _code(said: str) -> str:
 
 
 def _reason(said: str) -> str:
-    """The first line of what obstore says, without the document that the server sent."""
+    """The first line of obstore's message, without the document that the server sent."""
     lines = said.splitlines() or ["no reason given"]
     return lines[0].split(": <?xml")[0].strip() + _code(said)
 
 
 def open_bucket(scheme: str, rest: str) -> BucketPlace:
-    """``rest`` is ``BUCKET/PREFIX``. Raises ``InputError``, ``MissingData`` without obstore."""
+    """Opens the storage of a cache in a bucket, which is not contacted yet.
+
+    Args:
+        scheme: ``s3``, ``gs`` or ``az``.
+        rest: ``BUCKET/PREFIX``.
+
+    Raises:
+        InputError: If the URL or the credentials cannot be used.
+        MissingData: If obstore is not installed.
+    """
     try:
         import obstore.store
     except ImportError as error:

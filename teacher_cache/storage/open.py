@@ -15,16 +15,21 @@ SERVED = ("http", "https")
 
 
 def is_served(cache: CacheName) -> bool:
-    """Whether a cache is behind a label server, and so cannot be written to."""
+    """True for the cache of a label server, which cannot be written to."""
     return str(cache).partition("://")[0] in SERVED and "://" in str(cache)
 
 
 def open_cache(cache: CacheName, *, make: bool = False) -> Place:
-    """A cache by its name; with ``make``, ready to be written to.
+    """Opens the storage of a cache.
 
-    See ``object_store.py`` and ``http/place.py`` for URLs. Raises ``InputError`` if the name means
-    nothing, or with ``make`` if it cannot be used; ``MissingData`` if object stores are not
-    installed.
+    Args:
+        cache: A folder, the URL of a bucket (``object_store.py``) or of a label server
+            (``http/place.py``), or opened storage.
+        make: Whether it will be written to; a folder is created then.
+
+    Raises:
+        InputError: If the URL is of another kind, or with ``make`` if the cache cannot be used.
+        MissingData: If the package for object stores is not installed.
     """
     if not isinstance(cache, str | Path):
         return cache

@@ -215,7 +215,15 @@ class Target:
         return identity | ({"contents": self.contents} if self.contents else {})
 
     def label_text(self, sample: int) -> str | None:
-        """The sample's class, or classes, in words; difficult ones in brackets; None if unknown."""
+        """The class of a sample in words.
+
+        Args:
+            sample: Number of the sample.
+
+        Returns:
+            The name of the class, or of several; those of difficult objects in brackets; None if
+            no class is known.
+        """
         if not self.multi_label:
             label = int(self.labels[sample])
             return self.classes[label] if label >= 0 else None
@@ -224,9 +232,17 @@ class Target:
         return ", ".join(marks[mark].format(name) for name, mark in row if mark) or None
 
     def limited(self, limit: int | None) -> Target:
-        """At most ``limit`` samples, evenly spread over the classes, and over the order in each.
+        """Takes some of the samples, evenly over the classes and over the order in each.
 
-        Samples of several classes are evenly spread over the order.
+        Args:
+            limit: Number of samples; None for all.
+
+        Returns:
+            The target with at most so many samples. If a sample may have several classes, they are
+            spread over the order only.
+
+        Raises:
+            InputError: If the limit is below 1.
         """
         if limit is None or limit >= len(self):
             return self
@@ -238,7 +254,7 @@ class Target:
         return self.chosen(rows)
 
     def chosen(self, rows: Int64) -> Target:
-        """The samples ``rows`` in that order, as a target of its own."""
+        """Takes the samples ``rows`` (int64 ``[n]``) in that order, as a target of its own."""
         paths = self.paths
         if isinstance(paths, Files):
             paths = Files(paths.folder, Names(paths.names[i] for i in rows.tolist()))
@@ -260,11 +276,19 @@ class Target:
         )
 
     def windows(self, frames: int) -> Target:
-        """Each clip cut into non-overlapping windows of ``frames``, one sample each.
+        """Cuts each clip into windows that do not overlap, as the paper's validation does.
 
-        The last window may be short (a view repeats its frames), as in the paper's validation;
-        a damaged clip keeps one sample, so that it is reported: how many of its frames decode is
-        no part of the format. Ids become ``ID#FIRST_FRAME``.
+        The last window of a clip may be short: a view repeats its frames. A damaged clip keeps one
+        sample, so that it is reported: how many of its frames decode is no part of the format.
+
+        Args:
+            frames: Frames of a window.
+
+        Returns:
+            The target with the windows as samples. Their ids are ``ID#FIRST_FRAME``.
+
+        Raises:
+            InputError: If it was cut into windows of another length before.
         """
         assert self.frames is not None
         if self.starts is not None:

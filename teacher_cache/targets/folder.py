@@ -1,4 +1,4 @@
-"""A user's own folder of class folders, of images or of clips."""
+"""Opens a user's folder of class folders, with images or clips in them."""
 
 from __future__ import annotations
 

@@ -97,13 +97,13 @@ def _class_folders(spec: DatasetSpec, base: Path, folders: list[str]) -> tuple[N
     if len(lacking) and not spec.partial:
         raise MissingData(
             f"{len(lacking):,} of the {len(wnids):,} class folders of {base} are missing or empty, "
-            f"first {wnids[int(lacking[0])]}; get them, or take what is there with --partial"
+            f"first {wnids[int(lacking[0])]}; get them, or accept what exists with --partial"
         )
     expected = IMAGENET_FILES[spec.split]
     if len(names) != expected and not spec.partial:
         raise MissingData(
             f"{base} holds {len(names):,} images, expected {expected:,}; get the official split, "
-            "or take what is there with --partial"
+            "or accept what exists with --partial"
         )
     return names, np.repeat(np.arange(len(wnids), dtype=np.int64), counts)
 
@@ -204,8 +204,8 @@ def _places365(spec: DatasetSpec) -> Target:
     folders = (f"data_{size}_standard", f"data_{size}") if train else (f"val_{size}",)
     base = next((root / name for name in folders if is_folder(root / name)), None)
     if base is None or not path.exists():
-        folder = f"no folder {folders[0]}" if base is None else f"{base.name} is there"
-        listed = f"{path.name} is there" if path.exists() else f"no {path.name}"
+        folder = f"no folder {folders[0]}" if base is None else f"found {base.name}"
+        listed = f"found {path.name}" if path.exists() else f"no {path.name}"
         raise spec.not_found(f"{listed}, {folder}")
     classes = places365_classes()
     categories = root / "categories_places365.txt"

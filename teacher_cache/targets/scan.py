@@ -1,4 +1,4 @@
-"""Files by the million: what a folder holds, what a list names, which of it is there."""
+"""Finds and sizes up to millions of files: those of a folder, or those that a list names."""
 
 from __future__ import annotations
 
@@ -234,18 +234,27 @@ def check_unique(names: Sequence[str], where: object) -> None:
 def rows_there(
     there: NDArray[np.bool_], names: Sequence[str], where: object, layout: str, partial: bool
 ) -> Int64:
-    """The rows of a list whose files are there: all of them, or what is there if ``partial``.
+    """The rows of a list whose files exist.
 
-    Raises ``MissingData`` with the number of the missing ones and the first.
+    Args:
+        there: Whether the file of each row exists, ``[N]``.
+        names: Names of the files, for the message.
+        where: The list, for the message.
+        layout: The expected layout, for the message.
+        partial: Whether files may be missing.
+
+    Returns:
+        The rows, int64.
+
+    Raises:
+        MissingData: If files are missing; names their number and the first.
     """
     rows = np.flatnonzero(there)
     if not len(rows):
-        raise MissingData(
-            f"none of the {len(names):,} files of {where} is there; expected {layout}"
-        )
+        raise MissingData(f"none of the {len(names):,} files of {where} exists; expected {layout}")
     if len(rows) < len(names) and not partial:
         raise MissingData(
             f"{len(names) - len(rows):,} of {len(names):,} files of {where} are missing, first "
-            f"{names[int(np.argmin(there))]}; get them, or take what is there with --partial"
+            f"{names[int(np.argmin(there))]}; get them, or accept what exists with --partial"
         )
     return rows

@@ -1,9 +1,9 @@
 """UCF101 and HMDB51: clips in class folders, with the official lists of their splits.
 
 Clips are files or folders of extracted frames (``CLASS/VIDEO/image_00001.jpg``, ``n_frames``);
-where a video is there as both, the file is taken. A sample's id is ``CLASS/VIDEO.EXTENSION`` of a
+if a video exists as both, the file is taken. A sample's id is ``CLASS/VIDEO.EXTENSION`` of a
 file and ``CLASS/VIDEO`` of a folder, so that labels of the one are never taken for the other.
-Where no list is there, the JSON annotation of 3D-ResNets-PyTorch is read: ``training`` is train,
+Without a list, the JSON annotation of 3D-ResNets-PyTorch is read: ``training`` is train,
 ``testing``, or ``validation`` if it has no such videos, is test.
 """
 

@@ -56,7 +56,7 @@ def _voc(spec: DatasetSpec) -> Target:
     labels = np.zeros((len(ids), len(VOC_CLASSES)), np.int64)
     for row in rows.tolist():
         if not noted[row]:
-            raise MissingData(f"{base / images[row]} is there, but no {base / notes[row]}")
+            raise MissingData(f"{base / images[row]} has no annotation {base / notes[row]}")
         labels[row] = voc_labels(base / notes[row])
     files = Files(base, Names(images))
     target = Target(spec.target, spec.split, VOC_CLASSES, labels, ids, paths=files, sizes=sizes)

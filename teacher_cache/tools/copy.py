@@ -1,6 +1,7 @@
 """Copying label sets between caches.
 
-A copy may be stopped anywhere: what is there of a set is whole shards, and the same call finishes.
+A copy may be stopped at any time. The shards copied so far are whole, and the same call copies the
+rest.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from sskt.teacher_cache.format.metadata import BOUND, GROUP
 from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName, Place
 from sskt.teacher_cache.storage.local import LocalPlace
 from sskt.teacher_cache.storage.open import open_cache
 
 AT_ONCE = 4
-"""Shards under way at once."""
+"""Shards that are copied at the same time."""
 
 POLL_SECONDS = 0.1
-"""Pause between looks at shards that another process is writing."""
+"""Seconds between two checks of shards that another process is writing."""
 
 
 Progress = Callable[[int, int], None]
@@ -34,7 +36,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy did: shards written, shards found there, bytes written."""
+    """The result of a copy.
+
+    Attributes:
+        name: Name of the label set.
+        written: Number of shards written.
+        reused: Number of shards that existed and are the same.
+        bytes: Bytes written.
+        coverage: Share of each seed's samples that the source has stored.
+    """
 
     name: str
     written: int
@@ -46,11 +56,24 @@ class Copied:
 def copy_label_set(
     source: LabelSet, to: CacheName, progress: Progress = lambda done, total: None
 ) -> Copied:
-    """Copies what is stored of a set, byte for byte; each object is checked before and after.
+    """Copies the stored shards of a label set with their records, byte for byte.
 
-    Raises ``InputError`` if the other cache has something else under the same name, naming the
-    first object that differs; ``CorruptStore`` for a damaged shard of the source, or if what was
-    written does not read back; ``DiskFull``.
+    Each file is checked before it is written and after.
+
+    Args:
+        source: The label set.
+        to: The cache to copy to.
+        progress: Called with shards done and to do.
+
+    Returns:
+        What was copied.
+
+    Raises:
+        InputError: If the other cache has another label set or other bytes under the same name;
+            the message names the first file that differs.
+        CorruptStore: If a shard of the source is damaged, or if a written file reads back
+            otherwise.
+        DiskFull: If there is no room.
     """
     home = open_cache(to, make=True)
     if _real(home.below(source.name)) == _real(source.place):
@@ -71,7 +94,7 @@ def copy_label_set(
         return _copy_shards(source, target, progress)
 
 
-def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copied:
+def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress) -> Copied:
     missing = set(source.missing(range(source.seeds)))
     wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
     target.place.refresh()
@@ -99,8 +122,8 @@ def _copy_shards(source: LabelSet, target: LabelSet, progress: Progress) -> Copi
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 
-def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
-    """Bytes written (0: it was there); None if another process is writing it."""
+def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int | None:
+    """Copies a shard: bytes written, 0 if it exists, None if another process is writing it."""
     if not target.has(shard):
         if target.claim(shard):
             try:
@@ -120,7 +143,7 @@ def _copy_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int | None:
     return 0
 
 
-def _write_shard(source: LabelSet, target: LabelSet, shard: Shard) -> int:
+def _write_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int:
     record, written = source.shard_record(shard), 0
     for array in source.arrays:
         key = source.shard_key(array, shard)
@@ -175,7 +198,7 @@ def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
     )
 
 
-def _differs(source: LabelSet, target: LabelSet, key: str) -> InputError:
+def _differs(source: LabelSet, target: WritableLabelSet, key: str) -> InputError:
     return InputError(
         f"{target.place.where(key)} is there with other bytes than {source.place.where(key)}; "
         "check both with sskt verify --recompute, then remove one (sskt rm) or copy elsewhere"

@@ -22,6 +22,7 @@ from sskt.teacher_cache.format.encodings import (
 )
 from sskt.teacher_cache.label_sets.create import create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
 
@@ -128,7 +129,7 @@ def _lacks(source: LabelSet, missing: set[Shard], shard: Shard) -> bool:
     return any(source.shard(shard.seed, block) in missing for block in blocks)
 
 
-def _export_shard(source: LabelSet, target: LabelSet, shard: Shard) -> None:
+def _export_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> None:
     stored = source.read(shard.seed, shard.start, shard.stop)
     checks = source.read_checks(shard.seed, shard.start, shard.stop)
     skipped = source.encoding.skipped(stored)

@@ -15,7 +15,7 @@ from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
 from sskt.teacher_cache.format.metadata import GROUP, to_json
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.create import open_label_set
-from sskt.teacher_cache.label_sets.documents import bereft
+from sskt.teacher_cache.label_sets.documents import lacks_group
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
@@ -51,7 +51,7 @@ def removable(cache: CacheName, wanted: Sequence[str]) -> list[Removable]:
     found = [r for r in (_look(home, name) for name in chosen) if r is not None]
     for w in wanted:
         if not any(w in r.name or w.startswith(r.name[-12:]) for r in found):
-            raise MissingData(f"no label set in {home} matches {w}; sskt ls shows what is there")
+            raise MissingData(f"no label set in {home} matches {w}; sskt ls lists the label sets")
     return found
 
 
@@ -61,7 +61,7 @@ def _look(home: Place, name: str) -> Removable | None:
         label_set = open_label_set(place)
     except (CorruptStore, MissingData) as error:
         # A killed creation in a bucket has arrays only; a folder of another kind is none of ours.
-        ours = place.size(GROUP) is not None or bereft(place) or not place.is_local
+        ours = place.size(GROUP) is not None or lacks_group(place) or not place.is_local
         if not ours or not _NAME.fullmatch(name):
             return None
         return Removable(home, name, None, sum(place.sizes().values()), str(error))

@@ -16,6 +16,7 @@ from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
 
 
@@ -49,7 +50,7 @@ def verify(
     label_set: LabelSet,
     progress: Callable[[int, int], None] = lambda done, n: None,
     *,
-    binder: LabelSet | None = None,
+    binder: WritableLabelSet | None = None,
 ) -> Report:
     """Reads every shard: checksums, record, row sums, NaN, view checks, coverage.
 
@@ -115,7 +116,7 @@ def bind(
 
 
 def _verify_shard(
-    label_set: LabelSet, shard: Shard, report: Report, binder: LabelSet | None
+    label_set: LabelSet, shard: Shard, report: Report, binder: WritableLabelSet | None
 ) -> None:
     problem = _shard_problem(label_set, shard, report)
     if problem:

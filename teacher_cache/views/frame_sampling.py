@@ -33,7 +33,7 @@ class FrameSampling:
 
     @property
     def clips(self) -> bool:
-        """Whether it is of clips."""
+        """Whether it is for clips."""
         return self.pick is not None
 
     def identity(self) -> str:

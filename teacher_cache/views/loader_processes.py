@@ -121,7 +121,9 @@ def send(views: UInt8, limit: int) -> Tensor | UInt8:
     if not 0 < views.nbytes <= limit:
         return views
     try:
-        return torch.from_numpy(np.ascontiguousarray(views)).share_memory_()
+        shared: Tensor = torch.from_numpy(np.ascontiguousarray(views))
+        shared.share_memory_()  # type: ignore[no-untyped-call]
+        return shared
     except (RuntimeError, OSError):  # another process has filled it, or no file can be opened
         return views
 
@@ -138,7 +140,7 @@ def receive(sent: Tensor | UInt8, out: Tensor | None = None) -> Tensor:
     """
     views = sent if isinstance(sent, Tensor) else torch.from_numpy(sent)
     if out is None:
-        return views.clone() if views.is_shared() else views
+        return views.clone() if isinstance(sent, Tensor) else views
     return out.copy_(views)
 
 

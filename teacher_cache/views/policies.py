@@ -216,10 +216,16 @@ PerClip = Callable[[Policy, Sequence[UInt8], int, int], UInt8]
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """A policy's defaults and its executions: of images or of clips.
+    """A view policy of images or of clips.
 
-    ``batched`` is None where none is faster. ``windows``: the samples are the clips' windows of
-    ``frames`` frames, not the clips.
+    Attributes:
+        about: What it does.
+        defaults: Its parameters.
+        evaluation: Name of the policy of the test split.
+        per_sample: Makes the view of an image.
+        batched: Makes the views of images of one size; None if that is not faster.
+        per_clip: Makes the view of a clip.
+        windows: Whether the samples are the windows of ``frames`` frames of the clips.
     """
 
     about: str

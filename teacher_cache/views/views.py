@@ -1,7 +1,7 @@
-"""Views: the uint8 image or clip a sample becomes under an augmentation seed, replayed exactly.
+"""Views: the uint8 image or clip that a sample becomes under a view seed, replayed exactly.
 
-Teacher stage and trainer both call this module and nothing else. A view is a pure function of
-(policy, seed, sample, pixels).
+The teacher stage and the trainer both make their views by this module only. A view is a pure
+function of (policy, seed, sample, pixels).
 """
 
 from __future__ import annotations
@@ -207,9 +207,18 @@ class Views:
         return DecodedViews(np.array(rows, np.int64), stacked, bad)
 
     def stills(self, views: UInt8, samples: Int64, seed: int) -> UInt8:
-        """What a source sees of views: images as they are, of clips the stills of f_s.
+        """The images that a source sees: equation 1's f_s of the views.
 
-        uint8 ``[n, H, W, 3]`` to the same; ``[n, D, H, W, 3]`` to ``[n, K, H, W, 3]``.
+        Args:
+            views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
+            samples: The samples of the views, int64 ``[n]``.
+            seed: View seed.
+
+        Returns:
+            The views themselves, or the K stills of each clip, uint8 ``[n, K, H, W, 3]``.
+
+        Raises:
+            InputError: If the number of stills differs between clips.
         """
         if not self.target.clips:
             return views
@@ -227,7 +236,18 @@ class Views:
         return np.stack(stills)
 
     def batch(self, samples: Int64, seed: int) -> UInt8:
-        """``self[s, seed]`` for each sample, stacked. Raises ``BadImage``."""
+        """Stacks the views of several samples.
+
+        Args:
+            samples: int64 ``[n]``.
+            seed: View seed.
+
+        Returns:
+            uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
+
+        Raises:
+            BadImage: If a sample cannot be decoded.
+        """
         seen = self.seen(samples, [seed])
         if seen.bad:
             raise BadImage(seen.bad[0][1])
@@ -235,9 +255,18 @@ class Views:
 
 
 def open_views(target: Target, policy: Policy, f_s: FrameSampling | None = None) -> Views:
-    """A target under a policy; under an evaluation policy of clips, its windows are the samples.
+    """Puts a target under a policy.
 
-    Raises ``InputError`` if the policy is not for such a target.
+    Args:
+        target: The samples. Under an evaluation policy of clips they are cut into windows.
+        policy: The augmentation.
+        f_s: Frame sampling; default: the centre frame of a clip.
+
+    Returns:
+        The views.
+
+    Raises:
+        InputError: If the policy is not for such a target.
     """
     if POLICIES[policy.name].windows and target.clips:
         target = target.windows(int(policy.parameters["frames"]))

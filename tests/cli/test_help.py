@@ -6,6 +6,7 @@ import shlex
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 from sskt.cli.help import GroupedCommand
 from sskt.cli.main import COMMANDS, cli, run
@@ -78,3 +79,21 @@ def test_the_lists_print(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].startswith("name ")
     assert len(lines) > 4
     assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("sskt cache-teachers --target cif", ["cifar10", "cifar100"]),
+        ("sskt cache-teachers --source pl", ["places365"]),
+        ("sskt train --policy pad", ["pad-crop-flip"]),
+        ("sskt train --model resnet3d1", ["resnet3d10", "resnet3d18"]),
+        ("sskt train --recipe stl", ["stl10-resnet20"]),
+        ("sskt cache-teachers --encoding u", ["u8"]),
+        ("sskt exp", ["export", "export-model"]),
+    ],
+)
+def test_names_are_completed(words: str, completed: list[str]) -> None:
+    program, *arguments, incomplete = words.split()
+    complete = ShellComplete(cli, {}, program, "_SSKT_COMPLETE")
+    assert [one.value for one in complete.get_completions(arguments, incomplete)] == completed

@@ -91,7 +91,8 @@ def guarding(
     tokens = folder / "tokens.json"
     new_token(tokens, "first", ["read"], None)
     arguments = ("--token-file", tokens, "--on-demand", "--device", "cpu", "--queue", 2)
-    with serving(folder, cache, *arguments, "--max-ids", 100) as server:
+    named = ("--source", f"tiny={TINY}:build")
+    with serving(folder, cache, *arguments, *named, "--max-ids", 100) as server:
         yield server, tokens
 
 

@@ -20,7 +20,7 @@ import pytest
 from support.helpers import TINY, tree, write_images
 from support.processes import Launcher, launched
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, SsktError
+from sskt.teacher_cache.errors import CorruptStore, SsktError
 from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling import run as stage
@@ -425,17 +425,14 @@ def test_a_damaged_shard_is_named(
     if place.startswith("view_check"):
         reads = [lambda: label_set.read_checks(1, 16, 32), lambda: label_set.read_checks(1, 20, 21)]
     for read in reads:
-        with pytest.raises((CorruptStore, IncompleteLabels), match=r"seed 1.* 16|seed 1.* 20"):
+        with pytest.raises(CorruptStore, match=r"seed 1.* 16|seed 1.* 20"):
             read()
     label_set.read(1, 0, 16)
     label_set.read_checks(1, 32, 60)
     status, out, err = sskt("verify", "--cache", tmp_path / "cache")
     assert status == 1
     assert "1 problems" in out and "Traceback" not in out + err and "unexpected" not in err
-    committing = damage == "deleted" and place.startswith(("labels", "value"))
-    assert (
-        "1 of 8 shards are missing (seed 1)" if committing else "seed 1, samples 16 to 31"
-    ) in out
+    assert "seed 1, samples 16 to 31" in out
 
 
 @pytest.mark.slow
@@ -619,7 +616,7 @@ def test_bad_input(images: Path, tmp_path: Path, sskt: Sskt, what: str) -> None:
         "--policy": "pad-crop-flip",
     } | changes
     status, out, err = sskt("cache-teachers", *(x for item in options.items() for x in item))
-    assert status == 2 and out == ""
+    assert status == 2 and (out == "" or out.endswith("view seeds\n"))
     assert expected in one_line(err)
     assert stored_shards(tmp_path / "cache") == 0
 

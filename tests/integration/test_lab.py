@@ -171,7 +171,8 @@ def test_labels_computed_on_demand_are_those_of_cache_teachers(
     url = f"http://127.0.0.1:{port}"
     how = ["--seeds", SEEDS, "--epochs", SEEDS, "--batch-size", 32, "--workers", 0]
     how += ["--test-split", "none", "--device", "cpu"]
-    with server("--cache", begun, "--on-demand", "--device", "cpu", port=port):
+    named = ("--source", f"tiny={TINY}:build")
+    with server("--cache", begun, "--on-demand", "--device", "cpu", *named, port=port):
         looked = launcher.start("train", *what, *how, "--labels", url, "--dry-run")
         assert looked.wait()[0] == 0
         with urllib.request.urlopen(f"{url}/v1/compute") as answer:

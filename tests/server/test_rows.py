@@ -20,6 +20,7 @@ from support.random_labels import (
     make_labels,
     replace_shard,
     write_shard,
+    writer_of,
 )
 
 from sskt.server import rows as server_rows
@@ -312,8 +313,8 @@ def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert served.hot_rows(label_set, 0, check_rows) is None, "a network is not for the event loop"
     with pytest.raises(IncompleteLabels, match="lacks samples 512 to 1023"):
         served.rows(label_set, 0, np.array([ROWS]))
-    writer = open_label_set(BucketPlace(place.bucket, place.root, "lab").below(label_set.name))
-    writer.writable = True
+    place = BucketPlace(place.bucket, place.root, "lab").below(label_set.name)
+    writer = writer_of(open_label_set(place))
     write_shard(writer, writer.shard(0, 1))
     assert served.missing(label_set, 0, np.array([ROWS])) == []
     wanted = {name: rows[[ROWS]] for name, rows in stored(writer, 0).items()}

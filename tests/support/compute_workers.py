@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from sskt.server.compute.queue import COMPUTING, Queue
 from sskt.server.compute.worker import run_compute_worker
 from sskt.server.settings import Settings
-from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.views.views import Views
 
@@ -70,7 +70,7 @@ def _inject(run: Path) -> None:
     """While a file exists in ``run``, a fault: ``die`` kills once between the two files of a shard,
     ``poison`` kills when seed 2 is computed, ``full`` leaves no room on the disk, ``loader`` kills
     the loader processes."""
-    forward, write, fsync, replace = Source.forward, LabelSet.write, os.fsync, os.replace
+    forward, write, fsync, replace = Source.forward, WritableLabelSet.write, os.fsync, os.replace
     seen = Views.seen
 
     def forwarding(self: Source, stills: Any) -> Any:
@@ -78,7 +78,7 @@ def _inject(run: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, stills)
 
-    def writing(self: LabelSet, *shard: Any) -> None:
+    def writing(self: WritableLabelSet, *shard: Any) -> None:
         with (run / "written").open("a") as log:
             log.write("x")
         write(self, *shard)
@@ -101,7 +101,7 @@ def _inject(run: Path) -> None:
 
     patch = pytest.MonkeyPatch()
     patch.setattr(Source, "forward", forwarding)
-    patch.setattr(LabelSet, "write", writing)
+    patch.setattr(WritableLabelSet, "write", writing)
     patch.setattr(Views, "seen", viewing)
     patch.setattr(os, "fsync", syncing)
     patch.setattr(os, "replace", replacing)

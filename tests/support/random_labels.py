@@ -10,7 +10,9 @@ from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.format.spec import classes_identity
 from sskt.teacher_cache.label_sets.create import create_label_set, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.object_store import NoClaims
 
 SAMPLES, ROWS, CLASSES, SEEDS = 1300, 512, 12, 3
 """Three shards a seed, the last one not full."""
@@ -47,7 +49,7 @@ def make_labels(
     return open_label_set(label_set.place)
 
 
-def write_shard(label_set: LabelSet, shard: Shard, salt: int = 0) -> None:
+def write_shard(label_set: WritableLabelSet, shard: Shard, salt: int = 0) -> None:
     """Stores one shard of a set that is open for writing."""
     rng = np.random.default_rng([salt, shard.seed, shard.block])
     count = shard.stop - shard.start
@@ -61,7 +63,10 @@ def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None
     """Removes a stored shard and stores it again with other labels."""
     place, shard = label_set.place, label_set.shard(seed, block)
     place.delete(label_set.shard_keys(shard))
-    writer = open_label_set(place)
-    writer.writable = True
-    write_shard(writer, shard, salt)
+    write_shard(writer_of(label_set), shard, salt)
     place.refresh()
+
+
+def writer_of(label_set: LabelSet) -> WritableLabelSet:
+    """The label set, open for writing without locks."""
+    return WritableLabelSet.of(open_label_set(label_set.place), NoClaims())

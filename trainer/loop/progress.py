@@ -56,6 +56,6 @@ class Progress:
         """Totals and counts of all processes, float64."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         mine = self.totals | {name: zero + count for name, count in self.counts.items()}
-        # A process that was just resumed, or could read no picture yet, has not all of them.
+        # A process that was just resumed, or could read no image yet, has not all of them.
         names = dict.fromkeys(name for part in ranks.gathered(list(mine)) for name in part)
         return ranks.summed({name: mine.get(name, zero) for name in names})

@@ -48,7 +48,7 @@ class TargetNetwork(nn.Module):
     transfer_width: int = 1000
     """Output width of a transfer module's branches."""
     dimensions: int = 2
-    """2 for pictures, 3 for clips."""
+    """2 for images, 3 for clips."""
     transfer_fan_out: bool = False
     """Whether transfer modules get He's fan-out initialisation, as released for this network."""
     fc: nn.Module

@@ -14,13 +14,13 @@ THREE_D = {"resnet3d10": 10, "resnet3d18": 18, "resnet3d34": 34, "resnet3d50": 5
 """3D-ResNets, by depth."""
 
 NETWORKS = {
-    **dict.fromkeys(SMALL, "pictures of 32 to 96 pixels; three stages"),
-    **dict.fromkeys(KNOWN_TAPS, "pictures; torchvision's, stages tapped"),
+    **dict.fromkeys(SMALL, "images of 32 to 96 pixels; three stages"),
+    **dict.fromkeys(KNOWN_TAPS, "images; torchvision's, stages tapped"),
     **dict.fromkeys(THREE_D, "clips; four stages"),
 }
 """Networks known by name: what each is for."""
 
-SMALL_PICTURE = 64
+SMALL_IMAGE = 64
 """Up to this many pixels ``stem="auto"`` takes the CIFAR form."""
 
 
@@ -36,7 +36,7 @@ def build_network(
     """A target network by name, with fresh parameters drawn from torch's global generator.
 
     ``name`` is one of ``NETWORKS``, another classifier of torchvision's, or
-    ``FILE.py:factory``. ``stem``: ``cifar`` keeps the resolution of small pictures, ``imagenet``
+    ``FILE.py:factory``. ``stem``: ``cifar`` keeps the resolution of small images, ``imagenet``
     is torchvision's; ``auto`` goes by ``size``, the pixels of a view. ``shortcut`` is that of
     3-D ResNets. ``taps`` name the modules whose outputs are the stages, in order; known
     networks have theirs. Raises ``UnknownName``, ``MissingData``, ``InputError``.
@@ -62,7 +62,7 @@ def build_network(
     if name not in NETWORKS and name not in tapped.torchvision_names():
         hint = "or another classifier of torchvision's, or FILE.py:factory"
         raise UnknownName("model", name, NETWORKS, hint)
-    small = stem == "cifar" or (stem == "auto" and size is not None and size <= SMALL_PICTURE)
+    small = stem == "cifar" or (stem == "auto" and size is not None and size <= SMALL_IMAGE)
     return tapped.torchvision_network(name, classes, small, stem, taps, size)
 
 

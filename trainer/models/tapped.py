@@ -22,7 +22,7 @@ from sskt.teacher_cache.sources.python_code import load_module
 from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
 
 PROBE = 32
-"""Pixels of the picture that finds the stages' widths of known networks."""
+"""Pixels of the image that finds the stages' widths of known networks."""
 USUAL = 224
 
 
@@ -44,10 +44,10 @@ class _Keep:
 
 
 class TappedNetwork(TargetNetwork):
-    """A network of pictures whose last linear layer is the classifier ``fc``.
+    """A network of images whose last linear layer is the classifier ``fc``.
 
     ``body`` is the network without it. ``taps`` name the modules of ``body`` whose outputs
-    ``[n, c, h, w]`` are the stages, in order; ``size`` is the pixels of the picture that finds
+    ``[n, c, h, w]`` are the stages, in order; ``size`` is the pixels of the image that finds
     their widths. The first stage begins with the module ``begin``, by default with the first tap.
     Raises ``InputError`` if there is no such classifier or tap.
     """
@@ -95,7 +95,7 @@ class TappedNetwork(TargetNetwork):
             network.get_submodule(tap).register_forward_hook(_Keep(self._pass, tap))
 
     def features(self, x: Tensor) -> Features:
-        """Stage outputs and pooled features of float pictures ``[n, 3, h, w]``."""
+        """Stage outputs and pooled features of float images ``[n, 3, h, w]``."""
         outputs = self._pass.outputs = {}
         try:
             pooled = self.body(x)
@@ -141,7 +141,7 @@ class _Found:
 def _look(
     name: str, body: nn.Module, classifier: str, taps: Sequence[str], size: int, begin: str
 ) -> _Found:
-    """Runs one black picture in eval mode; leaves modes, statistics and generator as they were."""
+    """Runs one black image in eval mode; leaves modes, statistics and generator as they were."""
     finished: list[str] = []
     outputs: dict[str, tuple[Any, int]] = {}
     first: list[int] = []
@@ -158,7 +158,7 @@ def _look(
     handles = [m.register_forward_hook(leave(key)) for key, m in body.named_modules() if key]
     if taps:
         module = body.get_submodule(begin or taps[0])
-        # A tap without parameters (a ReLU) only ends its stage, which then began with the picture.
+        # A tap without parameters (a ReLU) only ends its stage, which then began with the image.
         whole = next(module.parameters(), None) is not None
         handles.append(
             module.register_forward_pre_hook(lambda *_: first.append(len(finished) if whole else 0))
@@ -166,11 +166,11 @@ def _look(
     parameter = next(body.parameters(), torch.zeros(0))
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            picture = torch.zeros(1, 3, size, size, device=parameter.device)
-            output = body.eval()(picture)
+            image = torch.zeros(1, 3, size, size, device=parameter.device)
+            output = body.eval()(image)
     except Exception as error:
         raise InputError(
-            f"{name} does not run on pictures of {size} pixels: {first_line(error)[:200]}"
+            f"{name} does not run on images of {size} pixels: {first_line(error)[:200]}"
         ) from error
     finally:
         for handle in handles:
@@ -246,7 +246,7 @@ def torchvision_network(
         )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(
-            f"{name} cannot be built for pictures of {size} pixels: {first_line(error)}"
+            f"{name} cannot be built for images of {size} pixels: {first_line(error)}"
         ) from error
     if small and name in KNOWN_TAPS:
         _shrink(name, network)

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 METRICS = {
     "test_video_top1": "top-1 by video",
-    "test_ap": "AP by picture",
+    "test_ap": "AP by image",
     "test_map": "mAP by class",
     "test_top1": "top-1",
     "test_top5": "top-5",

@@ -207,7 +207,7 @@ class _Run:
                         self._require_seen(sets, todo.pop(number), labelled.node)
                         bar.finished(number)
                 bar.refresh()
-            if len(todo) == before:  # others are at what is left: another run, or a lost worker
+            if len(todo) == before:  # what is left is claimed by another run or a lost worker
                 time.sleep(LOOK_SECONDS)
 
     def _ready(self) -> list[Any]:

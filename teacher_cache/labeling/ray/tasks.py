@@ -40,7 +40,16 @@ REPORT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What every task of a run is told. ``names``: the run's label sets, once they exist."""
+    """The arguments of every task of a run.
+
+    Attributes:
+        job: What to label.
+        version: Version of sskt that the driver runs.
+        cpus: Cores of a task.
+        gpus: GPUs of a task.
+        slots: Tasks that run at a time.
+        names: Names of the run's label sets, once they exist.
+    """
 
     job: Job
     version: str
@@ -102,7 +111,16 @@ def survey(work: Work, views: Views) -> Found | Failure:
 def label(
     work: Work, views: Views, number: int, unit: Unit, owed: int, board: Any
 ) -> Labelled | Failure:
-    """Labels what is missing of a unit and nobody is at. ``owed``: labels it lacked at first."""
+    """Labels what is missing of a unit and not claimed by another process.
+
+    Args:
+        work: Arguments of the run.
+        views: The target under its policy.
+        number: Number of the unit.
+        unit: The unit.
+        owed: Labels that the unit lacked at first.
+        board: The progress actor.
+    """
     try:
         with _opened(work, views) as (options, pairs):
             said = _Reporter(board, number, owed)

@@ -70,7 +70,7 @@ class HttpPlace:
     def folders(self) -> list[str]:
         path = "/v1/label-sets"
         try:
-            return list(set_names(self.server.json(path, _names), str(self)))
+            return set_names(self.server.json(path, _names), str(self))
         except Gone as error:
             raise InputError(
                 f"{self.server} has no {path} ({error}): it is not a label server, or the URL "

@@ -38,10 +38,10 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 BLOCKS = 4  # of 16 samples, 8 a batch
 
 
-def cache_teachers(images: Path, source: Path, cache: Path, seeds: int) -> None:
+def cache_teachers(images: Path, source: Path, cache: Path, seeds: int, name: str = "tiny") -> None:
     """The real command."""
     options = {
-        "--source": f"tiny={source}:build",
+        "--source": f"{name}={source}:build",
         "--target": images,
         "--policy": "pad-crop-flip",
         "--encoding": "f16",
@@ -72,7 +72,10 @@ def settings(made: dict[int, Path], tmp_path: Path) -> Settings:
     shutil.copytree(made[1], cache)
     grow(*list_label_sets(cache))
     run_folder.mkdir()
-    return Settings(str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30)
+    named = (f"tiny={TINY}:build",)
+    return Settings(
+        str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30, sources=named
+    )
 
 
 @pytest.fixture
@@ -370,7 +373,8 @@ def test_a_source_that_is_gone(
     """All that waits for it fails at once, with the reason; other sets go on."""
     healthy = only(state).name
     copy = Path(shutil.copy(TINY, tmp_path / "mine.py"))
-    cache_teachers(images, copy, Path(settings.cache), 1)
+    cache_teachers(images, copy, Path(settings.cache), 1, "mine")
+    settings = replace(settings, sources=(*settings.sources, f"mine={copy}:build"))
     copy.unlink()
     grow(*[s for s in list_label_sets(state.home) if s.name != healthy])
     [broken] = [s for s in list_label_sets(state.home) if s.name != healthy]
@@ -391,6 +395,35 @@ def test_a_source_that_is_gone(
     assert broken.coverage() == [1.0, 0.0, 0.0]
     errors = state.metrics.recent_errors(5)
     assert len(errors) == 1 and "mine.py" in errors[0]["detail"]
+
+
+CODE = {
+    "a file": ("source", "tiny={evil}:build"),
+    "a module": ("source", "tiny=os:abort"),
+    "an exported network": ("source", "tiny={evil.parent}/evil.pt2"),
+    "the file that made it": ("source", "tiny={TINY}:build"),
+    "a target": ("target", "{evil}:build"),
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_what_a_label_set_records_never_chooses_code(
+    state: State, settings: Settings, tmp_path: Path, kind: str
+) -> None:
+    """Only the person who starts the server does, with --source."""
+    evil, ran = tmp_path / "evil.py", tmp_path / "ran"
+    evil.write_text(f"open({str(ran)!r}, 'w')\ndef build(): raise SystemExit\n")
+    key, text = CODE[kind]
+    metadata = only(state).path / "zarr.json"
+    document = json.loads(metadata.read_text())
+    document["attributes"]["sskt"]["made"][key] = text.format(evil=evil, TINY=TINY)
+    metadata.write_text(json.dumps(document))
+    named = settings if key == "target" else replace(settings, sources=())
+    with compute_worker(named) as process:
+        problem = refused(state, 1, 0)
+        assert problem.status == 500 and process.is_alive()
+        assert key == "target" or "--source tiny=" in problem.detail, problem.detail
+    assert not ran.exists()
 
 
 def test_a_damaged_image(state: State, settings: Settings, images: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -675,14 +676,16 @@ def test_files_may_be_opened_up_to_the_systems_limit() -> None:
 # The log
 
 
-@given(text=st.text(), value=st.text())
+@given(text=st.text() | st.text("\x00\x1b\x7f\x9b\n\u2028\u202e\ud800"), value=st.text())
 def test_a_line_of_the_log_is_a_line(text: str, value: str) -> None:
     record = logging.makeLogRecord({"msg": "%s", "args": (text,), "path": value, "levelname": "X"})
     line = JsonLines().format(record)
     assert line.isascii() and line.isprintable()
     assert json.loads(line)["message"] == text and json.loads(line)["path"] == value
     shown = TextLines().format(record)
-    assert len(shown.splitlines()) == 1 and "\x1b" not in shown
+    assert len(shown.splitlines()) == 1
+    assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cs", "Zl", "Zp"}
+    assert not {unicodedata.bidirectional(c) for c in shown} & {"RLO", "LRO", "RLI", "LRI", "PDF"}
 
 
 def test_a_traceback_in_text_cannot_pass_for_lines_of_the_log() -> None:

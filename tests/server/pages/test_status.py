@@ -44,6 +44,8 @@ from sskt.teacher_cache.views.views import Views
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+CONTROLS = "\x1b[\x9b2\x7fJ\u202ex\0y\x08"
+"""Clears a terminal, turns the direction of writing, ... in every second character."""
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,7 @@ def client(tmp_path: Path) -> Callable[..., TestClient]:
     return make
 
 
+SETTINGS = Settings(cache="", run="")
 LINKS = {"href", "src", "action"}
 
 
@@ -374,7 +377,9 @@ def test_what_others_wrote_is_never_markup(
     images: Path, tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
     network = tmp_path / "evil.py"
-    network.write_text(TINY.read_text() + f"\nCLASSES = [{EVIL!r} + str(i) for i in range(12)]\n")
+    network.write_text(
+        TINY.read_text() + f"\nCLASSES = [{EVIL + CONTROLS!r} + str(i) for i in range(12)]\n"
+    )
     source = open_source(parse_source(f"evil={network}:build"))
     target = replace(open_target(str(images)), name=EVIL)
     options = stage_options(images, "evil")
@@ -383,7 +388,7 @@ def test_what_others_wrote_is_never_markup(
     (tmp_path / "c" / EVIL.replace("/", "")).mkdir()
     (tmp_path / "c" / EVIL.replace("/", "") / "zarr.json").write_text("{")
     browser = client(tmp_path / "c")
-    state_of(browser).metrics.error(EVIL, EVIL, EVIL)
+    state_of(browser).metrics.error(EVIL, EVIL + CONTROLS, EVIL)
     name = state_of(browser).sets.all()[0].name
     urls = ("/", "/status/live", f"/sets/{name}", f"/sets/{name}/samples/3?seed=0")
     for url in (*urls, f"/?q={EVIL}"):
@@ -391,8 +396,9 @@ def test_what_others_wrote_is_never_markup(
         page = parse(text)
         assert EVIL in page.text
         assert faults(page) == [], "no script, no handler, no foreign address"
+        assert not set(CONTROLS[::2]) & set(text)
         assert "<script>alert" not in text and "<img src=x" not in text
-        assert all(img.attributes["src"].startswith("/sets/") for img in page.all("img"))
+        assert all("/sets/" in img.attributes["src"] for img in page.all("img"))
     problem = get(browser, "/sets/<img src=x onerror=alert(1)>", 404)
     assert "<img src=x onerror=alert(1)>" in problem.text and not problem.all("img")
 
@@ -595,20 +601,20 @@ def test_a_set_cannot_make_the_server_run_code(
     label_set = of_encoding(cache, "u8")
     label_set.attributes["made"]["frame_sampling"] = f"{tmp_path / 'own.py'}:pick"
     with pytest.raises(InputError, match="which a server does not run"):
-        Opened().views(label_set, None)
+        Opened().views(label_set, SETTINGS)
     assert not ran.exists()
 
 
 def test_few_targets_stay_open(cache: Path) -> None:
     label_set = of_encoding(cache, "u8")
     opened = Opened()
-    views = opened.views(label_set, None)
-    assert opened.views(label_set, None) is views
+    views = opened.views(label_set, SETTINGS)
+    assert opened.views(label_set, SETTINGS) is views
     for i in range(OPEN):
         attributes = label_set.attributes | {"digest": f"{i:064d}"}
-        opened.views(replace(label_set, attributes=attributes), None)
+        opened.views(replace(label_set, attributes=attributes), SETTINGS)
     assert len(opened) == OPEN
-    assert opened.views(label_set, None) is not views
+    assert opened.views(label_set, SETTINGS) is not views
 
 
 def test_static_files_are_kept_as_long_as_they_stay_the_same(

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 from support.batches import read_batch
-from support.random_labels import CLASSES, ROWS, SAMPLES, SEEDS, make_labels, write_shard
+from support.random_labels import CLASSES, ROWS, SAMPLES, SEEDS, make_labels, write_shard, writer_of
 
 from sskt.server.app import create_app
 from sskt.server.http.tokens import new_token
@@ -23,7 +23,6 @@ from sskt.server.routes import labels_batch as batch
 from sskt.server.routes.batch_formats import OFFERED, RAW, SAFETENSORS, Budget, chosen
 from sskt.server.settings import Settings
 from sskt.teacher_cache.format.encodings import Encoded
-from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 ENCODINGS = ("f32", "f16", "u8", "topk-3")
@@ -381,8 +380,7 @@ def test_labels_in_the_place_of_others_are_never_sent(tmp_path: Path, what: str,
         record.unlink()
     elif what == "rows":  # with a record of their own
         record.unlink()
-        writer = open_label_set(label_set.place)
-        writer.writable = True
+        writer = writer_of(label_set)
         rows, checks = label_set.read(1, 0, ROWS), label_set.read_checks(1, 0, ROWS)
         rows["labels"][7] += 3
         writer.write(mine, rows, checks)
@@ -451,8 +449,7 @@ class OnDemand:
         return sorted((entry.seed, entry.block) for entry in entries)
 
     def store(self, seed: int, block: int) -> None:
-        writer = open_label_set(self.label_set.place)
-        writer.writable = True
+        writer = writer_of(self.label_set)
         write_shard(writer, writer.shard(seed, block))
 
 

@@ -135,10 +135,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "FIFO": of_kind(os.mkfifo),
     "link loop": linked_to_itself,
     "foreign group": foreign_group,
-    "array is a FIFO": lambda p: (
-        (p / "labels/zarr.json").unlink(),
-        os.mkfifo(p / "labels/zarr.json"),
-    ),
+    "array is a FIFO": lambda p: of_kind(os.mkfifo)(p / "labels"),
     "no permission": lambda p: None,
     "copy": lambda p: None,
 }

@@ -212,11 +212,11 @@ def to_link_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-KINDS: dict[str, Callable[[Path], None]] = {
+KINDS: dict[str, Callable[[Path], object]] = {
     "deleted": Path.unlink,
-    "cut": lambda p: p.write_bytes(p.read_bytes()[:-9]) and None,
-    "empty": lambda p: p.write_bytes(b"") and None,
-    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)) and None,
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    "empty": lambda p: p.write_bytes(b""),
+    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
     "flipped": lambda p: (
         p.write_bytes(bytes([p.read_bytes()[0] ^ 8]) + p.read_bytes()[1:]) and None
     ),

@@ -383,7 +383,8 @@ def test_pictures_that_cannot_be_read(
     cluster: Cluster, spoilt: Path, tmp_path: Path, sskt: Sskt
 ) -> None:
     """The same line and status as without Ray; with skip the same names, once each."""
-    more: dict[str, Any] = {"target": str(spoilt), "limit": None, "shard_rows": 10, "seeds": 2}
+    dataset = DatasetSpec(str(spoilt))
+    more: dict[str, Any] = {"dataset": dataset, "shard_rows": 10, "seeds": 2}
     said = {}
     for engine in ("local", "ray"):
         job = replace(job_over_shapes(tmp_path / engine), **more)

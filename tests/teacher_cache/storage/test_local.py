@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.random_labels import CLASSES, make_labels
+from support.random_labels import CLASSES, make_labels, writer_of
 
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.label_sets.create import list_label_sets
@@ -36,6 +36,7 @@ def test_a_mount_that_is_lost(tmp_path: Path, sskt: Callable[..., tuple[int, str
     """An empty folder is in its place: nothing is read as missing, and nothing written there."""
     cache = tmp_path / "cache"
     made = make_labels(cache)
+    writer = writer_of(made)
     labels = {"labels": np.zeros((512, CLASSES), np.float16)}
     checks = np.zeros(512, np.uint32)
     cache.rename(tmp_path / "elsewhere")
@@ -44,7 +45,7 @@ def test_a_mount_that_is_lost(tmp_path: Path, sskt: Callable[..., tuple[int, str
         lambda: made.read(0, 0, 10),
         lambda: made.read_checks(0, 0, 10),
         lambda: made.missing([0]),
-        lambda: made.write(made.shard(0, 0), labels, checks),
+        lambda: writer.write(made.shard(0, 0), labels, checks),
         lambda: made.place.create("labels/c/9/0/0", b"x"),
     ):
         with pytest.raises(MissingData, match=f"{made.place} is gone: .*not mounted any more"):

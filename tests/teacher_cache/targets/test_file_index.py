@@ -89,7 +89,7 @@ def test_clips_are_counted_once(own: Path) -> None:
     again = count_clips(of(own), calls)
     assert again.frames is not None and again.frames.tolist() == first.frames.tolist()
     assert not calls.seen
-    assert [p.name.split(".", 1)[1] for p in index_folder().glob("own-*")] == ["frames1-pyav.npz"]
+    assert [p.name.split(".", 1)[1] for p in index_folder().glob("own-*")] == ["frames2-pyav.npz"]
 
 
 def test_each_decoder_has_its_own_index(own: Path) -> None:

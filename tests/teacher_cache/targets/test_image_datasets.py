@@ -413,7 +413,7 @@ def test_the_archives_own_folder_name_will_do(tmp_path: Path) -> None:
     before = open_target("places365-small", root=tmp_path).identity()
     (tmp_path / "data_256_standard").rename(tmp_path / "data_256")
     assert open_target("places365-small", root=tmp_path).identity() == before
-    with pytest.raises(MissingData, match=r"_standard\.txt is there, no folder data_large"):
+    with pytest.raises(MissingData, match=r"found .*_standard\.txt, no folder data_large"):
         open_target("places365", root=tmp_path)
 
 
@@ -431,10 +431,10 @@ def test_missing_images_and_lists_of_places365(tmp_path: Path) -> None:
     assert len(target) == 8
     assert list(target.ids)[:2] == ["a/airfield/00000001.jpg", "a/airfield/00000003.jpg"]
     assert [path.is_file() for path in target.paths or ()] == [True] * 8
-    with pytest.raises(MissingData, match=r"none of the 7 files of .*val.txt is there; expected"):
+    with pytest.raises(MissingData, match=r"none of the 7 files of .*val.txt exists; expected"):
         open_target("places365", "val", root=tmp_path, partial=True)
     (tmp_path / "places365_train_standard.txt").unlink()
-    expected = r"no places365_train_standard.txt, data_large_standard is there\); expected data_"
+    expected = r"no places365_train_standard.txt, found data_large_standard\); expected data_"
     with pytest.raises(MissingData, match=expected):
         open_target("places365", root=tmp_path)
 
@@ -568,7 +568,7 @@ def test_missing_images_and_annotations_of_voc(tmp_path: Path) -> None:
     expected = r"2 of 5 files of .*train.txt are missing, first Annotations/000012.xml; get them"
     with pytest.raises(MissingData, match=expected):
         open_target("voc2007", root=tmp_path)
-    expected = r"JPEGImages/000012.jpg is there, but no .*Annotations/000012.xml"
+    expected = r"JPEGImages/000012.jpg has no annotation .*Annotations/000012.xml"
     with pytest.raises(MissingData, match=expected):
         open_target("voc2007", root=tmp_path, partial=True)
     (base / "JPEGImages" / "000012.jpg").unlink()
@@ -576,7 +576,7 @@ def test_missing_images_and_annotations_of_voc(tmp_path: Path) -> None:
     assert list(target.ids) == ["000007", "000016", "000023"]
     assert [target.label_text(i) for i in range(3)] == ["car", None, "cat, sofa"]
     shutil.rmtree(base / "JPEGImages")
-    with pytest.raises(MissingData, match=r"none of the 5 files of .*train.txt is there; expected"):
+    with pytest.raises(MissingData, match=r"none of the 5 files of .*train.txt exists; expected"):
         open_target("voc2007", root=tmp_path, partial=True)
 
 

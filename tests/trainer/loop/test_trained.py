@@ -214,3 +214,17 @@ def test_a_clip_is_the_mean_over_its_windows(data: Path, tmp_path: Path) -> None
     ).softmax(1)
     assert len(views.target) > 1
     assert one.probabilities == pytest.approx(sorted(p.mean(0).tolist(), reverse=True), abs=1e-5)
+
+
+def test_a_run_is_a_recipe(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe in (trained[0], trained[0] / "config.json"):
+        asked = ["train", "--recipe", str(recipe), "--epochs", "7", "--dry-run", "--json"]
+        assert run(asked) == 0
+        config = json.loads(capsys.readouterr().out)["config"]
+        assert (config["limit"], config["model"], config["epochs"]) == (40, "resnet18", 7)
+        assert config["out"] is None
+    code = changed_copy(trained, tmp_path, model="own.py:build")
+    assert run(["train", "--recipe", str(code), "--dry-run"]) == 2
+    assert "name it yourself with --model own.py:build" in capsys.readouterr().err

@@ -147,7 +147,7 @@ REFUSED = [
     ("shufflenet_v2_x0_5", {"taps": ["stage9"]}, "no module 'stage9' to tap; it has e.g. conv1, "),
     ("shufflenet_v2_x0_5", {"taps": ["conv1"] * 2}, "names a module of .* twice: conv1, conv1"),
     ("shufflenet_v2_x0_5", {"taps": ["stage3", "stage2"]}, "name them as stage2, stage3"),
-    ("vit_b_32", {"size": 33}, "vit_b_32 cannot be built for pictures of 33 pixels"),
+    ("vit_b_32", {"size": 33}, "vit_b_32 cannot be built for images of 33 pixels"),
     ("FILE:net", {"stem": "cifar"}, "has the stem that it was written with; leave --stem out"),
     ("FILE:net", {"taps": ["first.1"]}, "changes in place: tap that one; a stage is one output"),
     ("FILE:net", {"taps": ["drop"]}, r"'drop' gives of shape \[1, 8\]; a stage is one output"),

@@ -381,7 +381,7 @@ def an_error_page(path: str, body: bytes) -> bytes:
     return answered(path, b"<html>It works!</html>")
 
 
-WRONG = {
+WRONG: dict[Answered, str] = {
     empty: r"is damaged \(it is empty\)",
     cut: r"the answer broke off",
     too_short: r"is damaged \(the checksum of its index fails\)",

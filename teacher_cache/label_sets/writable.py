@@ -1,0 +1,229 @@
+"""A label set that is open for writing: claims, shards and their records, attributes, seeds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sskt.teacher_cache.errors import CorruptStore, InputError
+from sskt.teacher_cache.format.encodings import Encoded, distance_of
+from sskt.teacher_cache.format.metadata import GROUP, shard_file, to_json
+from sskt.teacher_cache.format.shards import ShardRecord, file_checksums
+from sskt.teacher_cache.format.spec import tolerance_of
+from sskt.teacher_cache.label_sets.documents import parse_attributes
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims
+from sskt.teacher_cache.storage.local import LocalPlace
+
+ALIKE_INDICES = 0.9
+"""Part of the classes of top-k labels that two machines agree on, at least."""
+
+
+@dataclass(kw_only=True)
+class WritableLabelSet(LabelSet):
+    """A label set that this process may add shards to; close it.
+
+    ``create_label_set`` opens one. Claims hold between the processes that share a folder.
+
+    Attributes:
+        claims: Locks on the set.
+    """
+
+    claims: Claims = field(repr=False)
+    _claimed: set[Shard] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def of(cls, label_set: LabelSet, claims: Claims) -> WritableLabelSet:
+        """The same label set, open for writing."""
+        found = {f.name: getattr(label_set, f.name) for f in fields(LabelSet)}
+        return cls(**found, claims=claims)
+
+    def write(self, shard: Shard, encoded: Encoded, checks: NDArray[np.uint32]) -> None:
+        """Stores a whole shard: view checks, labels, and the record, which commits it.
+
+        In a bucket, what another writer has stored meanwhile stays.
+
+        Args:
+            shard: The shard, which this process has claimed.
+            encoded: Its rows as the encoding stores them: ``[n, width]`` each.
+            checks: View checks of its samples: uint32 ``[n]``.
+        """
+        if not self.place.is_local and self.has(shard, fresh=True):
+            return  # another writer was faster
+        rows = {"view_check": checks} | encoded
+        checksums = {}
+        for array in self.arrays:
+            data = shard_file(self.documents[array], rows[array])
+            stored = self._stored(array, shard, data)
+            checksums[array] = file_checksums(stored, self.layout(array).chunks)
+        self._put_record(shard, checksums)
+
+    def _stored(self, array: str, shard: Shard, data: bytes) -> bytes:
+        """Stores the file of an array and returns the bytes that are stored now."""
+        key = self.shard_key(array, shard)
+        if not self.place.is_local:
+            if self.place.create(key, data):
+                return data
+            found = self.place.read(key)
+            if found == data or self._as_good(array, found, data):
+                return found
+        self.place.put(key, data)
+        return data
+
+    def _as_good(self, array: str, found: bytes, data: bytes) -> bool:
+        """Whether stored labels differ from ours as those of two machines may.
+
+        Two machines that label the same shard must end with the same files; their labels differ in
+        the last bits.
+        """
+        layout = self.layout(array)
+        if array == "view_check":
+            return False
+        try:
+            theirs, ours = (
+                layout.read(functools.partial(_part_of, file), 0, layout.rows)
+                for file in (found, data)
+            )
+        except ValueError:
+            return False
+        if array == "index":
+            return float(np.mean(theirs == ours)) > ALIKE_INDICES
+        return distance_of(self.encoding, theirs, ours) <= tolerance_of(self.spec)
+
+    def bind(self, shard: Shard) -> None:
+        """Adds the record of a stored shard that has none, from the files as they are.
+
+        Check the shard before: whatever lies in its place counts as its own from then on.
+        """
+        data = {array: self.place.read(self.shard_key(array, shard)) for array in self.arrays}
+        self._put_record(
+            shard, {a: file_checksums(d, self.layout(a).chunks) for a, d in data.items()}
+        )
+
+    def _put_record(self, shard: Shard, checksums: Mapping[str, str]) -> None:
+        record = ShardRecord(self.digest, shard.seed, shard.block, checksums)
+        key, data = self.record_key(shard), record.to_json()
+        if not self.place.create(key, data) and self.place.read(key) != data:
+            self.place.put(key, data)
+        self._records.pop(shard, None)
+
+    def claim(self, shard: Shard) -> bool:
+        """Reserves a shard for this process.
+
+        In a bucket no process sees the claims of another one: two may label the same shard.
+
+        Args:
+            shard: The shard.
+
+        Returns:
+            False if it is stored, or if this or another process has claimed it.
+        """
+        byte = SHARDS + shard.seed * self.blocks + shard.block
+        if shard in self._claimed or not self.claims.claim(byte):
+            return False
+        if self.has(shard, fresh=True):
+            self.claims.release(byte)
+            return False
+        self._claimed.add(shard)
+        return True
+
+    def release(self, shard: Shard) -> None:
+        """Ends a claim."""
+        self._claimed.discard(shard)
+        self.claims.release(SHARDS + shard.seed * self.blocks + shard.block)
+
+    def discard_unsound(self, shards: Iterable[Shard]) -> list[str]:
+        """Makes stored shards missing whose record or files cannot be theirs.
+
+        Of a folder each record is read. Of a bucket, which takes a request for each, only the
+        names and sizes of the files are looked at.
+
+        Args:
+            shards: Shards of the set.
+
+        Returns:
+            What was wrong with each shard that was discarded.
+
+        Raises:
+            InputError: If a folder is in the place of a file.
+        """
+        return [what for shard in shards if (what := self._discarded(shard))]
+
+    def _discarded(self, shard: Shard) -> str:
+        if not self._unsound(shard):
+            return ""
+        byte = SHARDS + shard.seed * self.blocks + shard.block
+        if not self.claims.claim(byte):  # another process is labelling it
+            return ""
+        try:
+            what = self._unsound(shard)
+            if what:
+                self.place.delete([self.record_key(shard), self.commit_key(shard)])
+                self._records.pop(shard, None)
+            return what
+        finally:
+            self.claims.release(byte)
+
+    def _unsound(self, shard: Shard) -> str:
+        """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
+        if not self.has(shard):
+            return ""
+        gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
+        if isinstance(self.place, LocalPlace):
+            for key in self.shard_keys(shard):
+                if (self.place.path / key).is_dir():
+                    raise InputError(
+                        f"{self.place.where(key)} is a folder in the place of a shard's file; "
+                        "move it away and run the same command again"
+                    )
+        if gone:
+            return str(self._damage(shard, f"{gone[0]} is gone or empty"))
+        try:
+            if self.place.is_local:
+                self.shard_record(shard, fresh=True)
+        except CorruptStore as error:
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """Ends writing and gives back all claims; the set stays readable."""
+        self.claims.close()
+        self._claimed.clear()
+
+    def add_attribute(self, key: str, value: Any) -> None:
+        """Adds an attribute to the group. One that exists stays as it is."""
+
+        def add(data: bytes) -> bytes | None:
+            self.attributes = attributes = parse_attributes(self.place, data)
+            if key in attributes:
+                return None
+            attributes[key] = value
+            return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})
+
+        with self.claims.held(METADATA):
+            self.place.update(GROUP, add)
+
+    def grow(self, seeds: int) -> None:
+        """Makes room for more seeds; stored shards stay as they are."""
+
+        def widen(data: bytes) -> bytes | None:
+            document = json.loads(data)
+            self.seeds = max(document["shape"][0], seeds)
+            if document["shape"][0] == self.seeds:
+                return None
+            document["shape"][0] = self.seeds
+            return to_json(document)
+
+        with self.claims.held(METADATA):
+            for array in [*self.arrays[1:], "view_check"]:
+                self.place.update(f"{array}/{GROUP}", widen)
+
+
+def _part_of(data: bytes, start: int | None, stop: int | None) -> bytes:
+    return data[start:stop]
