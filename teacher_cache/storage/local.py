@@ -58,7 +58,7 @@ class LocalPlace:
             with contextlib.suppress(OSError):  # a foreign folder that this user cannot read
                 if path.is_dir() if is_set_name(path.name) else (path / GROUP).is_file():
                     names.append(path.name)
-        return set_names(names, str(self))
+        return [*set_names(names, str(self))]
 
     def sizes(self, under: str = "") -> dict[str, int]:
         found = {}
