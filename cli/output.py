@@ -40,11 +40,11 @@ def show(text: str = "", *, err: bool = False) -> None:
     """Prints text in which names and messages from elsewhere cannot control the terminal.
 
     Args:
-        text: Lines to print.
+        text: A line to print; line breaks at its beginning are empty lines before it.
         err: Print on standard error instead of standard output.
     """
-    for line in text.split("\n"):
-        click.echo(printable(line), err=err)
+    line = text.lstrip("\n")
+    click.echo("\n" * (len(text) - len(line)) + printable(line), err=err)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -136,3 +136,30 @@ def test_the_example_of_a_loss(module: ModuleType) -> None:
     assert AUXILIARY["squared"](p.log(), p, 1.0, 2.0) == pytest.approx(0, abs=1e-12)
     uniform = AUXILIARY["squared"](torch.zeros(2, 3), p, 1.0, 2.0)
     assert uniform == pytest.approx(float((p - 1 / 3).square().sum() / 2))
+
+
+def test_the_tests_of_the_promises_exist() -> None:
+    text = (ROOT / "docs/promises.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 25
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+
+
+def test_troubleshooting_has_every_error() -> None:
+    import sskt
+    from sskt.teacher_cache import errors
+
+    text = (ROOT / "docs/guides/troubleshooting.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.M)
+    known = [
+        name
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, errors.SsktError)
+    ]
+    assert sorted(listed) == sorted(known)
+    public = {name for name in sskt.__all__ if name[0].isupper()}
+    assert set(known) <= public
+    api = (ROOT / "docs/reference/api.md").read_text("utf-8")
+    missing = [n for n in sskt.__all__ if n != "__version__" and f"sskt.{n}\n" not in api]
+    assert missing == []

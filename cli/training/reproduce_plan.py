@@ -80,7 +80,8 @@ def show_plan(
         shown = {"table": table.name, "title": table.title, "notes": table.notes, "cache": cache}
         print_json(shown | {"label_sets": sets, "trainings": runs})
         return
-    show(f"{table.name}: {table.title}\n\nlabel sets in {cache}, where not there already")
+    show(f"{table.name}: {table.title}")
+    show(f"\nlabel sets in {cache}, where not there already")
     rows = [
         [s["source"], s["target"] + ("" if s["split"] == "train" else f" {s['split']}")]
         + [str(s[k] or "?") for k in ("samples", "seeds")]
@@ -95,7 +96,9 @@ def show_plan(
     else:
         _print_rows(trainings)
     if table.notes:
-        show("\n" + "\n".join(table.notes))
+        show()
+        for note in table.notes:
+            show(note)
     for letter, get in table.needs.items():
         if any(t.row.fields.get("init") == letter for t in trainings):
             show(f"\nneeds --weights {letter}=FILE: {get}")
