@@ -405,7 +405,7 @@ class _LateChecks:
         if views.device.type == "cuda":
             views = torch.empty(views.shape, dtype=views.dtype, pin_memory=True)
             views.copy_(found.views, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._pending.append(self._pool.submit(self._compare, found.samples, views, event, labels))
         self.finish(LATE)

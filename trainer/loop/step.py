@@ -63,8 +63,10 @@ class Step:
     @property
     def tested(self) -> SSKTNetwork:
         """The network that is evaluated and kept: the averaged one, if there is one."""
-        network: SSKTNetwork = self.average.module if self.average else self.network
-        return network
+        if self.average is None:
+            return self.network
+        assert isinstance(self.average.module, SSKTNetwork)
+        return self.average.module
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of the network's forward pass."""

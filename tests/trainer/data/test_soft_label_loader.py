@@ -126,7 +126,7 @@ def test_the_trainer_trains_on_the_batches_of_the_loader(
         found.append(batch.samples.tolist())
         return step(batch)
 
-    trainer.step = recorded  # type: ignore[method-assign]
+    trainer.step = recorded  # type: ignore[assignment]
     for trainer.epoch in range(2):
         trainer.train_epoch()
     loader = loader_of(target, config.cache, seed=7)

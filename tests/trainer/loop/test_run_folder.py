@@ -156,7 +156,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_resumed_from(
     wanted = torch.load(folder / "cut" / "best.pt", weights_only=True)["model"]
     for seed in range(40):
         for name in ("last.pt", "best.pt"):
-            path = shutil.copy(folder / "cut" / name, tmp_path / name)
+            path = Path(shutil.copy(folder / "cut" / name, tmp_path / name))
             flip(path, seed)
             with pytest.raises(BadCheckpoint, match=f"cannot use checkpoint {path}: .*; restore"):
                 records.load_checkpoint(tmp_path, name)
@@ -191,7 +191,7 @@ def test_a_checkpoint_with_an_entry_of_another_type_or_range_is_refused(
 
     records.save_checkpoint(tmp_path, state)
     assert restored()
-    places = [(key,) for key in state]
+    places: list[tuple[str, ...]] = [(key,) for key in state]
     places += [(key, inner) for key in ("schedule", "early", "progress") for inner in state[key]]
     right = {("config", "None"), ("early.best", "None"), ("digests", "{}"), ("processes", "999")}
     right |= {(f"schedule.{part}", "999") for part in ("best", "bad", "reductions")}
