@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ class Step:
         """The network that is evaluated and kept: the averaged one, if there is one."""
         if self.average is None:
             return self.network
-        return cast("SSKTNetwork", self.average.module)
+        assert isinstance(self.average.module, SSKTNetwork)
+        return self.average.module
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of the network's forward pass."""

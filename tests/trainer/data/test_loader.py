@@ -68,11 +68,11 @@ print(len(kept))
 """
 
 
-def limited(images: Path, batches: int, *before: str, **settings: Any) -> str:
+def limited(images: Path, batches: int, *before: str, **settings: Any) -> int:
     command = [*before, sys.executable, "-c", READ, str(images), str(batches)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
     assert done.returncode == 0, done.stderr
-    return str(done.stdout).strip()
+    return int(done.stdout)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_batches_that_do_not_fit_the_shared_memory_arrive(large: Path) -> None:
     shell = ["unshare", "--mount", "--map-root-user", "sh", "-c", small, "sh"]
     if subprocess.run([*shell, "true"], capture_output=True).returncode:
         pytest.skip("a mount of its own is not allowed here")
-    assert limited(large, 6, *shell) == "6"
+    assert limited(large, 6, *shell) == 6
 
 
 def test_more_batches_than_open_files_are_kept(images: Path) -> None:
@@ -97,4 +97,4 @@ def test_more_batches_than_open_files_are_kept(images: Path) -> None:
     if hard != resource.RLIM_INFINITY and hard < 512:
         pytest.skip("the system allows few open files")
     few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))  # noqa: E731
-    assert limited(images, 150, preexec_fn=few) == "150"
+    assert limited(images, 150, preexec_fn=few) == 150

@@ -382,7 +382,7 @@ def test_bad_recipes(sskt: Call, tmp_path: Path, text: str, message: str) -> Non
     assert (status, out) == (2, "")
     assert message in err and err.count("\n") == 1
     if "alfa" in text:
-        assert "temperature" in err
+        assert "did you mean 'alpha'?" in err
 
 
 def test_train_from_the_command_line(
