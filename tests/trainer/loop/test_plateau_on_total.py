@@ -178,6 +178,9 @@ def test_samples_without_a_label_are_left_out_of_the_auxiliary_mean(
     for name, value in (("labels", np.nan), ("view_check", 0)):
         array: Any = group[name]
         array[0, 3:5] = value
+    for record in (stored.path / "view_check").rglob("*.json"):  # as of sskt 0.1.0: none
+        if record.name != "zarr.json":
+            record.unlink()
     trainer = Trainer(make_plan(following))
     expected = total_by_rule(trainer, tiny, [i for i in range(24) if i not in (3, 4)])
     assert trainer.evaluate()["test_loss_total"] == pytest.approx(expected, rel=1e-5)
