@@ -235,7 +235,8 @@ def test_other_beginnings(tmp_path: Path) -> None:
     save_file({"conv1.weight": torch.zeros(64, 3, 7, 7, 7)}, tmp_path / "w.safetensors")
     assert input_scale_of(AUTO, str(tmp_path / "w.safetensors"))[0] == "imagenet"
     (tmp_path / "bad.pth").write_bytes(b"nothing")
-    assert input_scale_of(AUTO, str(tmp_path / "bad.pth"))[0] == "imagenet"
+    with pytest.raises(BadCheckpoint, match="cannot be read safely as weights"):
+        input_scale_of(AUTO, str(tmp_path / "bad.pth"))
     with pytest.raises(MissingData, match="no weights file"):
         input_scale_of(AUTO, str(tmp_path / "absent.pth"))
     assert input_scale_of("kinetics", str(tmp_path / "absent.pth"))[0] == "kinetics"
