@@ -295,7 +295,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
     """
     path = Path(path)
-    if path.is_dir():
+    if (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json":
         return {name: value for name, value in read_config(path).items() if name != "out"}

@@ -173,7 +173,7 @@ def new_token(path: Path, name: str, scopes: Iterable[str], days: float | None) 
     token = Token(
         name=name,
         hash=_hash(secret),
-        scopes=tuple(scope for scope in SCOPES if scope in wanted),
+        scopes=tuple(scope for scope in sorted(SCOPES) if scope in wanted),
         created=now,
         expires=None if days is None else now + days * 86400,
     )

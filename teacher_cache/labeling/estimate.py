@@ -153,7 +153,14 @@ def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> L
     samples = len(views.target)
     attributes = {"spec": {"encoding": encoding.identity()}, "classes": source.classes}
     rows = min(job.shard_rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
-    return LabelSet(LocalPlace(Path(os.devnull) / "none"), attributes, job.seeds, samples, rows)
+    return _NothingStored(LocalPlace(Path(os.devnull)), attributes, job.seeds, samples, rows)
+
+
+class _NothingStored(LabelSet):
+    """A label set that does not exist yet: all of its shards are missing."""
+
+    def refresh(self) -> None:
+        """Does nothing, as there is no folder to look at."""
 
 
 def _missing(label_set: LabelSet, seeds: int) -> int:

@@ -104,6 +104,12 @@ class _Maxl(_Part):
     optimizer: dict[str, Any]
 
 
+class _TrainedOn(_Part):
+    classes: list[str]
+    multi_label: bool
+    view_size: Natural | None
+
+
 class _State(_Part):
     """The types of a checkpoint's entries; ``require_whole`` compares them with the run."""
 
@@ -118,6 +124,7 @@ class _State(_Part):
     progress: _Place
     processes: Annotated[int, Field(ge=1)] = 1
     config: dict[str, Any] | None = None
+    trained_on: _TrainedOn | None = None
     digest: str | None = None
 
 

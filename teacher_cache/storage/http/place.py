@@ -7,9 +7,10 @@ node, which downloads each of them once for all processes of a machine.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError, printable
@@ -18,6 +19,8 @@ from sskt.teacher_cache.format.shards import RECORD_ENDING, ShardLayout, layout_
 from sskt.teacher_cache.storage.http.answers import DOCUMENT_BYTES, Answer, Computing, Gone
 from sskt.teacher_cache.storage.http.client import WAIT_MINUTES, Server
 from sskt.teacher_cache.storage.http.disk_cache import disk_cache
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,21 @@ class HttpPlace:
         return self.set_name in self.folders() if self.set_name else bool(self.folders())
 
     def folders(self) -> list[str]:
+        return set_names(self._list_of(_names), str(self))
+
+    def damaged(self) -> dict[str, str]:
+        """Why the server cannot read some of its label sets, by their names."""
+        return self._list_of(_reasons)
+
+    def _list_of(self, shape: Callable[[Any], _T]) -> _T:
         path = "/v1/label-sets"
         try:
-            return set_names(self.server.json(path, _names), str(self))
+            return self.server.json(path, shape)
         except Gone as error:
             raise InputError(
                 f"{self.server} has no {path} ({error}): it is not a label server, or the URL "
                 "lacks its path prefix"
             ) from error
-
-    def damaged(self) -> dict[str, str]:
-        """Why the server cannot read some of its label sets, by their names."""
-        return self.server.json("/v1/label-sets", _reasons)
 
     def _list(self, first: str) -> dict[str, int]:
         try:

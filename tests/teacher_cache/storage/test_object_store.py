@@ -296,7 +296,7 @@ def test_rm(filled: str, local: Path, sskt: Sskt) -> None:
     assert not [k for k in objects(filled) if k.startswith(gone.name) and "/c/1/" in k]
     assert sskt("verify", "--cache", filled, keep.name)[0] == 0
     status, _, err = sskt("rm", "--cache", filled, "tiny")
-    assert status == 2 and "add --yes" in one_line(err)
+    assert status == 2 and "pass --yes" in one_line(err)
     assert sskt("rm", "--cache", filled, gone.name, "--yes")[0] == 0
     assert objects(filled) == {k: v for k, v in files(local).items() if k.startswith(keep.name)}
     status, _, err = sskt("rm", "--cache", filled, gone.name, "--yes")

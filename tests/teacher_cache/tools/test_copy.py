@@ -281,7 +281,7 @@ def test_rm(several: Path, made: Path, sskt: Sskt) -> None:
 def test_rm_asks(several: Path, made: Path, sskt: Sskt, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(several)
     status, out, err = sskt("rm", "--cache", several, "tiny")
-    assert status == 2 and out == "" and "add --yes" in one_line(err)
+    assert status == 2 and out == "" and "pass --yes" in one_line(err)
     assert contents(several) == before
 
     class Terminal(io.StringIO):

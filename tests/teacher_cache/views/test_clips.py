@@ -488,9 +488,8 @@ def test_unknown_frame_samplings_are_named_with_the_known(text: str) -> None:
         parse_frame_sampling(text)
     message = str(caught.value)
     assert message.startswith(f"unknown frame sampling '{text}'; ")
-    assert message.endswith(
-        "known: center, first, uniform-K, random; or your own as FILE.py:function"
-    )
+    assert "known: center, first, uniform-K, random" in message
+    assert message.endswith("; or your own as FILE.py:function")
 
 
 OWN = "def last(depth, sample, seed):\n    return [depth - 1]\n"

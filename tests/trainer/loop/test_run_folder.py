@@ -198,7 +198,7 @@ def test_a_checkpoint_with_an_entry_of_another_type_or_range_is_refused(
     right |= {("schedule.best", "-1"), ("schedule.best", "3.5"), ("progress.counts", "{}")}
     right |= {("early.best", str(v)) for v in (3.5, -1, 999)} | {("early.bad", "999")}
     right |= {(f"progress.{part}", str(v)) for part in ("seconds", "waited") for v in (3.5, 999)}
-    right |= {("progress.batch", "999"), ("progress.totals", "{}")}
+    right |= {("progress.batch", "999"), ("progress.totals", "{}"), ("trained_on", "None")}
     for place in places:
         for value in WRONG:
             changed = copy.deepcopy(state)

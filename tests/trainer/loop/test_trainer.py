@@ -515,7 +515,7 @@ def test_divergence_is_said(config: TrainConfig) -> None:
             "above 0, found 0.0; (3) ema must be below 1, found 1.0",
         ),
         (["--device", "cuda:77"], "device cuda:77 cannot be used"),
-        (["--model", "resnet21"], "unknown model 'resnet21'; did you mean"),
+        (["--model", "resnet21"], "unknown model 'resnet21'; known: "),
     ],
 )
 def test_options_that_cannot_be_meant(sskt: Call, options: list[str], message: str) -> None:

@@ -204,8 +204,8 @@ def test_missing_labels_are_named_before_anything_is_trained(
     told = shlex.split(err.partition("all that is missing: ")[2])
     assert told[:2] == ["sskt", "cache-teachers"] and told.count("--source") == 2
     assert sskt(*told[1:], "--workers", 0)[0] == 0
-    (shard,) = empty.glob("*.other-*/labels/c/0/0/0")
-    shard.unlink()
+    (record,) = empty.glob("*.other-*/view_check/c/0/0.json")
+    record.unlink()
     status, _, err = sskt(*command)
     assert status == 2
     again = shlex.split(err.partition("all that is missing: ")[2])

@@ -333,7 +333,7 @@ def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
 def test_runs_of_an_older_version_have_the_defaults(study: Path) -> None:
     path = study / "b-scratch" / "0" / "config.json"
     stored = json.loads(path.read_text())
-    del stored["ema"], stored["method"]
+    del stored["ema"], stored["method"], stored["digest"]
     path.write_text(json.dumps(stored))
     assert load_run(path.parent)[0]["ema"] == 0.0
     assert len(compare(find_runs([study / "b-scratch"])[0]).groups) == 1
