@@ -879,7 +879,8 @@ def test_threads_of_a_process_share_a_download(large: Path, tmp_path: Path) -> N
             reader.start()
         for reader in readers:
             reader.join()
-    assert len(shard_requests(seen)) == 8
+    # A thread may ask whether a shard that another one has just kept is still the same (304).
+    assert len(shard_requests(seen, 200)) == 8
 
 
 def test_a_kept_cache_is_asked_about_and_not_fetched_again(large: Path, tmp_path: Path) -> None:
