@@ -1,8 +1,8 @@
 """Images a second that reach the network, against torchvision's reference way, in turn.
 
-The reference: PIL pictures, torchvision's transforms one sample at a time, a DataLoader with as
-many workers as ours. Pictures in RAM (real CIFAR-10, crop and flip) and JPEG files (real ImageNet
-pictures, random resized crop to 224).
+The reference: PIL images, torchvision's transforms one sample at a time, a DataLoader with as
+many workers as ours. Images in RAM (real CIFAR-10, crop and flip) and JPEG files (real ImageNet
+images, random resized crop to 224).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def imagenet_folder() -> Path:
-    """The real ImageNet pictures, each a few times, as class folders."""
+    """The real ImageNet images, each a few times, as class folders."""
     folder = Path(tempfile.mkdtemp(prefix="sskt-bench-"))
     for i, path in enumerate(sorted((data_folder() / "imagenet").rglob("*.JPEG"))):
         (folder / "train" / f"class{i % 10}").mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def by_torchvision(
 
 
 class InRam(Dataset[tuple[Tensor, int]]):
-    """As torchvision's CIFAR10: decoded arrays, made PIL pictures for the transforms."""
+    """As torchvision's CIFAR10: decoded arrays, made PIL images for the transforms."""
 
     def __init__(self, images: ImageFolder) -> None:
         self._transform = images.transform
@@ -117,8 +117,8 @@ class InRam(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from PIL import Image
 
-        picture, label = self._held[index]
-        return self._transform(Image.fromarray(picture)), label
+        image, label = self._held[index]
+        return self._transform(Image.fromarray(image)), label
 
 
 def touch(x: Tensor) -> None:

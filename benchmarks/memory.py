@@ -40,11 +40,11 @@ def main() -> None:
 
 
 def links(folder: Path, to: Path, count: int) -> Path:
-    """``count`` samples of ten classes, as hard links to the pictures of ``folder``."""
-    pictures = {c.name: sorted(c.iterdir()) for c in sorted((folder / "train").iterdir())}
-    for name, files in pictures.items():
+    """``count`` samples of ten classes, as hard links to the images of ``folder``."""
+    images = {c.name: sorted(c.iterdir()) for c in sorted((folder / "train").iterdir())}
+    for name, files in images.items():
         (to / "train" / name).mkdir(parents=True)
-        for i in range(count // len(pictures)):
+        for i in range(count // len(images)):
             os.link(files[i % len(files)], to / "train" / name / f"{i:06d}.jpg")
     return to
 

@@ -174,7 +174,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = Path(tempfile.mkdtemp(prefix="sskt-bench-"))
     rng = np.random.default_rng(0)
-    target = work / "pictures"
+    target = work / "images"
     from PIL import Image
 
     for name in ("a", "b"):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sskt.trainer.paper.table_runs import Bar, Results
 
 
-PICTURE = "figure.png"
+FIGURE = "figure.png"
 
 
 GROUPS = {
@@ -224,7 +224,7 @@ def reproduce(
         raise KeyboardInterrupt(
             "labels, finished runs and epochs are kept; the same command continues"
         ) from None
-    picture = _draw(rows, results)
+    figure_file = _draw(rows, results)
     if as_json:
         print_json(results.as_dict())
         return
@@ -232,7 +232,7 @@ def reproduce(
     show(f"\nof {paper.name}: {paper.title}; accuracies in %; mean ± deviation over runs")
     for line in (*paper.notes, *results.changes()):
         show(line)
-    show(f"written: {', '.join(map(str, [results.folder / RESULTS_TEXT, *picture]))}")
+    show(f"written: {', '.join(map(str, [results.folder / RESULTS_TEXT, *figure_file]))}")
 
 
 def _pairs(items: Sequence[str], option: str, mark: str = "=") -> dict[str, str]:
@@ -304,13 +304,15 @@ def _draw(rows: Sequence[Row], results: Results) -> list[Path]:
     from sskt.trainer.paper.figures import panel_graphs
     from sskt.trainer.results.plots import draw_sweep
 
-    picture = results.folder / PICTURE
+    figure_file = results.folder / FIGURE
     points = [row for row in results.table.rows if row.panel in shown]
     try:
-        draw_sweep(panel_graphs(points, results.measured), picture, columns=min(6, 2 * len(shown)))
+        draw_sweep(
+            panel_graphs(points, results.measured), figure_file, columns=min(6, 2 * len(shown))
+        )
     except OSError as error:
-        raise InputError(f"cannot write {picture}: {error.strerror}") from error
-    return [picture]
+        raise InputError(f"cannot write {figure_file}: {error.strerror}") from error
+    return [figure_file]
 
 
 def _place(

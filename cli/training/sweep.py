@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sskt.trainer.paper.sweep import Outcomes, Sweep
     from sskt.trainer.results.plots import Graph
 
-RESULTS, PICTURE = "results.json", "figure.png"
+RESULTS, FIGURE = "results.json", "figure.png"
 SWEEP_GROUPS = {
     "Sweep": ("temperatures", "alphas", "runs", "with_scratch", "only", "over", "png"),
     **GROUPS,
@@ -86,7 +86,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> A
     help="Axis of the graphs; each value of the other is a line.",
 )
 @click.option(
-    "--png", type=click.Path(path_type=Path), help=f"File of the figure. Default: OUT/{PICTURE}."
+    "--png", type=click.Path(path_type=Path), help=f"File of the figure. Default: OUT/{FIGURE}."
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show the points and the number of trainings, and stop."
@@ -134,19 +134,19 @@ def sweep(
     with working("opening targets and labels"):
         _check(planned)
     outcomes = _train(planned, out)
-    picture = png or out / PICTURE
+    figure_file = png or out / FIGURE
     from sskt.trainer.paper.sweep import as_dict
     from sskt.trainer.results.plots import draw_sweep
 
     try:
-        draw_sweep(_graphs(planned, outcomes, over), picture)
+        draw_sweep(_graphs(planned, outcomes, over), figure_file)
     except OSError as error:
-        raise InputError(f"cannot write {picture}: {error.strerror}") from error
+        raise InputError(f"cannot write {figure_file}: {error.strerror}") from error
     if as_json:
         print_json(as_dict(planned, outcomes))
     else:
         _print(planned, outcomes)
-    show(f"results: {out / RESULTS}, picture: {picture}", err=True)
+    show(f"results: {out / RESULTS}, figure: {figure_file}", err=True)
     if outcomes.failures:
         names = [f"{planned.trainings[i]}: {said}" for i, said in outcomes.failures.items()]
         total = len(planned.trainings)
@@ -157,7 +157,7 @@ sweep.params = [p for p in sweep.params if p.name not in ("temperature", "alpha"
 for _parameter in sweep.params:
     if isinstance(_parameter, click.Option) and _parameter.name == "out":
         _parameter.help = (
-            f"Folder of {RESULTS}, {PICTURE} and the trainings. Default: runs/sweep-RECIPE."
+            f"Folder of {RESULTS}, {FIGURE} and the trainings. Default: runs/sweep-RECIPE."
         )
 
 

@@ -151,7 +151,7 @@ def test_preprocessing_reaches_labels_and_live_sources(
     command = ["reproduce", recipe, "--device", "cpu", "--set", "workers=0", "--out", out]
     command += ["--cache", out / "cache"]
     assert sskt(*command, "--row", "stored")[0] == 0
-    # With the labels of other pictures there, and with its own.
+    # With the labels of other images there, and with its own.
     status, _, err = sskt(*command, "--preprocessing", "A:size=8")
     assert status == 2 and "results with preprocessing = the recipe's, not {'A': 'size=8'}" in err
     (out / "small/results.json").unlink()

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parents[1] / "networks" / "tiny.py"
 
 
-def write_images(folder: Path, pictures: Any) -> None:
+def write_images(folder: Path, images: Any) -> None:
     """PNGs 0000.png, 0001.png, ... from uint8 ``[n, H, W, 3]``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{i:04d}.png")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
 
 
 def write_frames(folder: Path, frames: Any) -> None:

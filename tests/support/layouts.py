@@ -80,7 +80,7 @@ VOC_OBJECTS: dict[str, list[tuple[str, int | None]]] = {
 
 
 def write_voc(folder: Path, splits: Sequence[str]) -> None:
-    """``folder`` is VOC2007 or VOC2012; each split leaves one of the pictures out."""
+    """``folder`` is VOC2007 or VOC2012; each split leaves one of the images out."""
     for number, (name, objects) in enumerate(VOC_OBJECTS.items()):
         write_image(folder / "JPEGImages" / f"{name}.jpg", number)
         note = folder / "Annotations" / f"{name}.xml"

@@ -26,9 +26,9 @@ def main() -> int:
         return 1
     rng = np.random.default_rng(7)
     for name in ("ant", "bee"):
-        pictures = rng.integers(0, 256, (3, 10, 14, 3), np.uint8)
-        write_images(GOLDEN / "images" / "train" / name, pictures)
-    (GOLDEN / "images" / "train" / "ant" / "0003.png").write_bytes(b"no picture")
+        images = rng.integers(0, 256, (3, 10, 14, 3), np.uint8)
+        write_images(GOLDEN / "images" / "train" / name, images)
+    (GOLDEN / "images" / "train" / "ant" / "0003.png").write_bytes(b"no image")
     for encoding, policy in SETS:
         command = (
             "cache-teachers --source tiny=tests/networks/tiny.py:build "

@@ -111,12 +111,12 @@ def test_a_changed_pixel_is_seen(tmp_path: Path, tiny: Source) -> None:
     """A view check is compared for each view: one pixel of one image, file size unchanged."""
     folder = tmp_path / "images" / "train"
     folder.mkdir(parents=True)
-    pictures = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{i}.bmp")
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i}.bmp")
     made = make(tmp_path / "cache", open_target(str(tmp_path / "images")), tiny, "none")
-    pictures[1, 8, 8, 0] ^= 1
-    Image.fromarray(pictures[1]).save(folder / "1.bmp")
+    images[1, 8, 8, 0] ^= 1
+    Image.fromarray(images[1]).save(folder / "1.bmp")
     opened = open_folder(tmp_path / "images", "train", 3)
     found = compare(open_set(made.path), opened, load_factory(f"{TINY}:build"))
     assert found.wrong_views == 2
@@ -124,7 +124,7 @@ def test_a_changed_pixel_is_seen(tmp_path: Path, tiny: Source) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [PAD, "random-resized-crop-flip:size=32"])
-def test_real_pictures_and_a_real_network(
+def test_real_images_and_a_real_network(
     data: Path, cifar: Path, sskt: Sskt, tmp_path: Path, policy: str
 ) -> None:
     """CIFAR-10 JPEGs (decoded by torchvision there, by Pillow here) and a Places365 network."""

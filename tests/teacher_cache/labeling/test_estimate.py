@@ -224,7 +224,7 @@ def test_two_sources_add_up(sskt: Sskt, images: Path) -> None:
 
 
 class Recording(nn.Module):
-    """Logits of ``classes`` classes; remembers how many pictures came at once."""
+    """Logits of ``classes`` classes; remembers how many images came at once."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -303,15 +303,15 @@ def test_nothing_is_written(sskt: Sskt, jpegs: Path, tmp_path: Path, home: Path)
     assert list(tmp_path.iterdir()) == [] and tree(jpegs) == before and tree(home) == indices
 
 
-def test_unreadable_pictures_are_passed_over(sskt: Sskt, jpegs: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_passed_over(sskt: Sskt, jpegs: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(jpegs, tmp_path / "jpegs")
     files = sorted(folder.rglob("*.jpg"))
     for file in files[::2]:
-        file.write_bytes(b"\xff\xd8\xff no picture")
+        file.write_bytes(b"\xff\xd8\xff no image")
     found = asked(sskt, folder, "--seeds", 2, "--batch-size", 2)
     assert found["labels"] == 44 and found["sources"][0]["seconds"] > 0
     for file in files:
-        file.write_bytes(b"\xff\xd8\xff no picture")
+        file.write_bytes(b"\xff\xd8\xff no image")
     ask = ("--source", SOURCE, "--target", folder, "--probe", SECONDS, "--workers", 0)
     status, _, err = sskt("plan", "--cache", "labels", *ask)
     assert status == 2

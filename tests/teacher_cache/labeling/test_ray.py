@@ -370,16 +370,16 @@ def one_line(err: str) -> str:
 
 @pytest.fixture
 def spoilt(images: Path, tmp_path: Path) -> Path:
-    """60 pictures, two of which cannot be read."""
+    """60 images, two of which cannot be read."""
     folder = tmp_path / "spoilt"
     shutil.copytree(images, folder)
     for name in ("apple/0003.png", "cup/0019.png"):
-        (folder / "train" / name).write_bytes(b"no picture")
+        (folder / "train" / name).write_bytes(b"no image")
     return folder
 
 
 @on_cluster
-def test_pictures_that_cannot_be_read(
+def test_images_that_cannot_be_read(
     cluster: Cluster, spoilt: Path, tmp_path: Path, sskt: Sskt
 ) -> None:
     """The same line and status as without Ray; with skip the same names, once each."""

@@ -172,12 +172,12 @@ def test_sets_of_different_shard_sizes_run_together(
     assert stored(tmp_path / "both") == stored(tmp_path / "alone")
 
 
-def test_an_unreadable_picture_is_skipped_the_same_by_all(
+def test_an_unreadable_image_is_skipped_the_same_by_all(
     jpegs: Path, pair: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(jpegs, tmp_path / "jpegs")
     for name in ("one/004.jpg", "two/001.jpg", "two/003.jpg", "two/005.jpg"):
-        (folder / "train" / name).write_bytes(b"\xff\xd8\xff no picture")
+        (folder / "train" / name).write_bytes(b"\xff\xd8\xff no image")
     views = open_views(open_target(str(folder)), parse_policy("random-resized-crop-flip:size=20"))
     found = []
     for workers, memory, share in (
@@ -202,7 +202,7 @@ def test_a_damaged_frame_is_skipped_the_same_by_all(
 ) -> None:
     # Some seeds do not look at this frame: whether they are labelled must not depend on others.
     folder = shutil.copytree(clips, tmp_path / "clips")
-    (folder / "train/swim/video 7/image_00006.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (folder / "train/swim/video 7/image_00006.jpg").write_bytes(b"\xff\xd8\xff no image")
     views = open_views(open_target(str(folder)), parse_policy(SMALL))
     for name, memory in (("together", TOGETHER), ("apart", APART)):
         report = run(views, pair, tmp_path / name, memory=memory, on_error="skip")
@@ -369,7 +369,7 @@ def test_a_share_that_is_none_exits_with_2(jpegs: Path, sskt: Sskt, tmp_path: Pa
 def sheets(
     jpegs: Path, pair: list[Source], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[tuple[Views, list[LabelSet]]]]:
-    """Label sets over 22 pictures and 1, from files and memory, by the rows of their shards."""
+    """Label sets over 22 images and 1, from files and memory, by the rows of their shards."""
     crop, pad = parse_policy("random-resized-crop-flip:size=20"), parse_policy("pad-crop-flip")
     folder = open_target(str(jpegs))
     opened, stack = [], contextlib.ExitStack()
@@ -529,14 +529,14 @@ def test_parts_make_the_same_batches(
 
 @pytest.mark.parametrize("part", [1, 2**24])
 @pytest.mark.parametrize("bad", [(0,), (4,), (3, 4), (5, 6, 7, 8, 9), tuple(range(22))])
-def test_unreadable_pictures_in_parts(
+def test_unreadable_images_in_parts(
     jpegs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, bad: tuple[int, ...]
 ) -> None:
     folder = shutil.copytree(jpegs, tmp_path / "jpegs")
     target = open_target(str(folder))
     assert target.paths is not None
     for row in bad:
-        target.paths[row].write_bytes(b"\xff\xd8\xff no picture")
+        target.paths[row].write_bytes(b"\xff\xd8\xff no image")
     views = open_views(target, parse_policy("random-resized-crop-flip:size=20"))
     monkeypatch.setattr(reading, "PART_BYTES", part)
     ask = orders(22, 5, (0, 1))
@@ -581,11 +581,11 @@ SIZES = ((24, 24), (24, 30))
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Four pictures of one size and one of another."""
+    """Four images of one size and one of another."""
     rng = np.random.default_rng(0)
     for name, size, n in (("a", SIZES[0], 4), ("b", SIZES[1], 1)):
-        pictures = rng.integers(0, 256, (n, *size, 3), np.uint8)
-        write_images(tmp_path / "mixed/train" / name, pictures)
+        images = rng.integers(0, 256, (n, *size, 3), np.uint8)
+        write_images(tmp_path / "mixed/train" / name, images)
     return tmp_path / "mixed"
 
 
@@ -854,13 +854,13 @@ def test_batches_that_would_not_be_fixed_are_refused(batch6: Source, tmp_path: P
     assert list_label_sets(tmp_path) == []
 
 
-def test_an_unreadable_picture_ends_a_run_in_batches(
+def test_an_unreadable_image_ends_a_run_in_batches(
     jpegs: Path, batch6: Source, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(jpegs, tmp_path / "jpegs")
     target = open_target(str(folder))
     assert target.paths is not None
-    target.paths[15].write_bytes(b"no picture")
+    target.paths[15].write_bytes(b"no image")
     views = open_views(target, parse_policy("random-resized-crop-flip:size=20"))
     with pytest.raises(InputError, match=target.paths[15].name):
         run(views, [batch6], tmp_path / "cache", batch_size=6, shard_rows=12)

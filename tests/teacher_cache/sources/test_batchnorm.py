@@ -22,7 +22,7 @@ from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze, sta
 HOW = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def pictures(n: int, size: int = 20, seed: int = 0) -> Tensor:
+def images(n: int, size: int = 20, seed: int = 0) -> Tensor:
     rng = np.random.default_rng(seed)
     brightness = rng.integers(40, 256, (n, 1, 1, 1))
     return torch.from_numpy((rng.random((n, size, size, 3)) * brightness).astype(np.uint8))
@@ -78,7 +78,7 @@ def test_batch_mode_is_training_mode_of_the_batchnorm_layers_alone(tiny: Source)
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     source = frozen(network, "batch-5", 12)
-    views = pictures(5)
+    views = images(5)
     with torch.inference_mode():
         expected = torch.log_softmax(reference(HOW(views)), dim=1)
     found = source.log_probabilities(views)
@@ -90,7 +90,7 @@ def test_batch_mode_is_training_mode_of_the_batchnorm_layers_alone(tiny: Source)
 def test_mean_and_biased_variance_are_those_of_the_batch() -> None:
     torch.manual_seed(1)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
-    found = frozen(network).log_probabilities(views := pictures(4, 8)).double().numpy()
+    found = frozen(network).log_probabilities(views := images(4, 8)).double().numpy()
     x = HOW(views).double().flatten(1).numpy()
     linear = network[1]
     assert isinstance(linear, nn.Linear)
@@ -102,16 +102,16 @@ def test_mean_and_biased_variance_are_those_of_the_batch() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(range(6)), seed=st.integers(0, 100))
-def test_labels_belong_to_the_set_of_pictures_not_to_their_order(
+def test_labels_belong_to_the_set_of_images_not_to_their_order(
     batch6: Source, order: list[int], seed: int
 ) -> None:
-    views = pictures(6, seed=seed)
+    views = images(6, seed=seed)
     found = batch6.log_probabilities(views)[order]
     torch.testing.assert_close(batch6.log_probabilities(views[order]), found, rtol=1e-4, atol=1e-3)
 
 
 def test_a_label_depends_on_its_batch_in_batch_mode_only(tiny: Source, batch6: Source) -> None:
-    one, other = pictures(6), torch.cat([pictures(6)[:1], pictures(5, seed=9)])
+    one, other = images(6), torch.cat([images(6)[:1], images(5, seed=9)])
 
     def distance(source: Source) -> float:
         first = [source.log_probabilities(views)[0].exp() for views in (one, other)]
@@ -123,7 +123,7 @@ def test_a_label_depends_on_its_batch_in_batch_mode_only(tiny: Source, batch6: S
 
 def test_stored_statistics_are_not_read_in_batch_mode(batch6: Source) -> None:
     network = copy.deepcopy(batch6.network)
-    views, names = pictures(6), batch6.classes
+    views, names = images(6), batch6.classes
     source = freeze("own", "own", network, batch6.preprocessing, names, batchnorm="batch-6")
     expected = source.log_probabilities(views)
     for module in source.network.modules():
@@ -139,11 +139,11 @@ def test_stored_statistics_are_not_read_in_batch_mode(batch6: Source) -> None:
 
 def test_statistics_do_not_move_in_batch_mode(tiny: Source, batch6: Source) -> None:
     for seed in range(3):
-        batch6.log_probabilities(pictures(6, seed=seed))
+        batch6.log_probabilities(images(6, seed=seed))
     assert batch6.weights == tiny.weights == state_sha256(batch6.network)
     batch6.check_frozen()
     assert not any(module.training for module in batch6.network.modules())
-    views = pictures(6)
+    views = images(6)
     assert torch.equal(batch6.log_probabilities(views), batch6.log_probabilities(views))
 
 
@@ -161,7 +161,7 @@ def test_an_error_on_the_way_leaves_the_statistics_in_place() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
     source = frozen(network)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        source.log_probabilities(pictures(1, 8))
+        source.log_probabilities(images(1, 8))
     source.check_frozen()
     assert network[2].running_mean is not None
 
@@ -178,7 +178,7 @@ def test_a_layer_that_does_more_than_normalise_keeps_the_rest() -> None:
     inside = nn.Sequential(conv, timm.BatchNormAct2d(6), *head)
     beside = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), *head)
     without = nn.Sequential(conv, nn.BatchNorm2d(6), *head)
-    views = pictures(4)
+    views = images(4)
     inside_, beside_, without_ = (
         frozen(copy.deepcopy(n)).log_probabilities(views) for n in (inside, beside, without)
     )
@@ -191,7 +191,7 @@ def test_bfloat16_and_sync_batchnorm_work_in_batch_mode() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)
     )
-    views = pictures(4, 8)
+    views = images(4, 8)
     exact = frozen(copy.deepcopy(network)).log_probabilities(views)
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
     sync = convert(copy.deepcopy(network))
@@ -202,7 +202,7 @@ def test_bfloat16_and_sync_batchnorm_work_in_batch_mode() -> None:
 
 
 def test_a_network_can_be_frozen_again_in_the_other_mode(tiny: Source, batch6: Source) -> None:
-    network, views = copy.deepcopy(batch6.network), pictures(6)
+    network, views = copy.deepcopy(batch6.network), images(6)
     for batchnorm, same in (("eval", tiny), ("batch-6", batch6), ("batch-6", batch6)):
         source = freeze("t", "t", network, tiny.preprocessing, tiny.classes, batchnorm=batchnorm)
         assert torch.equal(source.log_probabilities(views), same.log_probabilities(views))
@@ -221,7 +221,7 @@ def test_a_layer_without_statistics_needs_batch_mode() -> None:
     )
     with pytest.raises(InputError, match=r"layer '1' keeps no running statistics.*--batchnorm bat"):
         frozen(network, "eval")
-    assert frozen(network).log_probabilities(pictures(4, 8)).shape == (4, 3)
+    assert frozen(network).log_probabilities(images(4, 8)).shape == (4, 3)
 
 
 def test_known_networks_open_in_batch_mode(tmp_path: Path) -> None:
@@ -232,5 +232,5 @@ def test_known_networks_open_in_batch_mode(tmp_path: Path) -> None:
     torch.save(models.mobilenet_v3_small().state_dict(), file)
     wanted = parse_source("imagenet:mobilenet_v3_small@64")
     source = open_source(wanted, weights=file, batchnorm="batch-3")
-    assert source.log_probabilities(pictures(3, 64)).shape == (3, 1000)
+    assert source.log_probabilities(images(3, 64)).shape == (3, 1000)
     source.check_frozen()

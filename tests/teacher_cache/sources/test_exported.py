@@ -35,7 +35,7 @@ HOW = {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 OPTION = "size=16,mean=0.5/0.4/0.3,std=0.2/0.25/0.3"
 
 
-def pictures(n: int, size: int = 20) -> Tensor:
+def images(n: int, size: int = 20) -> Tensor:
     rng = np.random.default_rng(n)
     return torch.from_numpy(rng.integers(0, 256, (n, size, size, 3), np.uint8))
 
@@ -82,7 +82,7 @@ def opened(file: Path, name: str = "tiny", **options: Any) -> Source:
 def test_a_file_labels_as_its_network_does(name: str, files: Path, tiny: Source) -> None:
     source = opened(files / name)
     for n in (1, 3, 4, 9):
-        found, expected = (s.log_probabilities(pictures(n)) for s in (source, tiny))
+        found, expected = (s.log_probabilities(images(n)) for s in (source, tiny))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     assert source.classes == tuple(f"class {i}" for i in range(12))
     source.check_frozen()
@@ -106,7 +106,7 @@ def test_another_graph_over_the_same_weights_is_another_source(files: Path, tmp_
     one, other = opened(files / "dynamic.pt2"), opened(tmp_path / "dynamic.pt2")
     assert one.weights == other.weights
     assert one.identity() != other.identity()
-    assert not torch.equal(one.log_probabilities(pictures(2)), other.log_probabilities(pictures(2)))
+    assert not torch.equal(one.log_probabilities(images(2)), other.log_probabilities(images(2)))
 
 
 class Constants(nn.Module):
@@ -129,10 +129,10 @@ def test_constants_of_an_export_are_part_of_its_weights(tmp_path: Path) -> None:
         export(file := tmp_path / "c.pt2", Constants(attribute, buffer))
         source = opened(file)
         hashes.add(source.weights)
-        x = source.preprocessing(pictures(3))
+        x = source.preprocessing(images(3))
         expected = torch.log_softmax(Constants(attribute, buffer)(x), dim=1)
         torch.testing.assert_close(
-            source.log_probabilities(pictures(3)), expected, rtol=1e-4, atol=1e-3
+            source.log_probabilities(images(3)), expected, rtol=1e-4, atol=1e-3
         )
     assert len(hashes) == 3
 
@@ -140,19 +140,19 @@ def test_constants_of_an_export_are_part_of_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dynamic.pt2", "fixed.pt2"])
 def test_labels_do_not_depend_on_how_often_it_has_run(name: str, files: Path) -> None:
     source = opened(files / name)
-    first = source.log_probabilities(pictures(5))
+    first = source.log_probabilities(images(5))
     for _ in range(6):
-        assert torch.equal(source.log_probabilities(pictures(5)), first)
+        assert torch.equal(source.log_probabilities(images(5)), first)
 
 
 @pytest.mark.parametrize("name", ["dynamic.pt2", "fixed.pt2"])
 def test_bfloat16_and_stills(name: str, files: Path, tiny: Source) -> None:
     half = opened(files / name, precision="bfloat16")
-    exact = tiny.log_probabilities(pictures(4))
-    found = half.log_probabilities(pictures(4))
+    exact = tiny.log_probabilities(images(4))
+    found = half.log_probabilities(images(4))
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found.exp(), exact.exp(), rtol=0, atol=0.15)
-    clips = pictures(6).view(2, 3, 20, 20, 3)
+    clips = images(6).view(2, 3, 20, 20, 3)
     torch.testing.assert_close(
         opened(files / name).log_probabilities(clips), tiny.log_probabilities(clips),
         rtol=1e-4, atol=1e-3,
@@ -248,7 +248,7 @@ def test_a_known_name_brings_its_class_names(
     assert opened(tmp_path / "n.pt2", "other").classes[-1] == f"class {count - 1}"
 
 
-# --- files that are no classifiers for these pictures -----------------------------------------
+# --- files that are no classifiers for these images -----------------------------------------
 
 
 class Two(nn.Module):
@@ -389,7 +389,7 @@ def test_torchscript_is_refused_with_the_way_to_export(suffix: str, tmp_path: Pa
     command = message[message.index("torch.export.save(") :].replace("SIZE", "16")
     file = tmp_path / "converted.pt2"
     exec(command.replace("FILE.pt2", str(file)), {"torch": torch, "network": tiny_network()})
-    assert opened(file).log_probabilities(pictures(5)).shape == (5, 12)
+    assert opened(file).log_probabilities(images(5)).shape == (5, 12)
 
 
 def rewritten(file: Path, source: Path, changed: dict[str, bytes]) -> None:

@@ -19,7 +19,7 @@ PLAIN = Preprocessing(4, (0, 0, 0), (1, 1, 1), scale=255)
 
 
 class Scaled(nn.Module):
-    """Logits far apart: the mean colour of a picture, times ``by``."""
+    """Logits far apart: the mean colour of an image, times ``by``."""
 
     def __init__(self, by: float) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def test_stills_give_the_mean_of_their_softmaxes(tiny: Source, n: int, k: int, s
     torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(n))
 
 
-def test_one_still_is_a_picture_to_the_last_bit(tiny: Source) -> None:
+def test_one_still_is_a_image_to_the_last_bit(tiny: Source) -> None:
     views = clips(7, 1)
     assert torch.equal(tiny.log_probabilities(views), tiny.log_probabilities(views[:, 0]))
 

@@ -53,7 +53,7 @@ PAPER = [
 ]  # fmt: skip
 
 
-def pictures(n: int, size: int = 40) -> Tensor:
+def images(n: int, size: int = 40) -> Tensor:
     rng = np.random.default_rng(n)
     return torch.from_numpy(rng.integers(0, 256, (n, size, size, 3), np.uint8))
 
@@ -126,11 +126,11 @@ def test_an_architecture_opens_from_a_file_and_labels(arch: str, tmp_path: Path)
     network: nn.Module = models.get_model_builder(arch)(**no_initialisation(arch)).eval()
     torch.save(network.state_dict(), file := tmp_path / "w.pth")
     source = open_source(parse_source(f"imagenet:{arch}"), weights=file)
-    x = source.preprocessing(pictures(2))
+    x = source.preprocessing(images(2))
     assert x.shape == (2, 3, SIZES.get(arch, 224), SIZES.get(arch, 224))
     with torch.inference_mode():
         expected = torch.log_softmax(network(x), dim=1)
-    found = source.log_probabilities(pictures(2))
+    found = source.log_probabilities(images(2))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     source.check_frozen()
 
@@ -180,8 +180,8 @@ def test_csails_checkpoints_open_and_label(arch: str, tmp_path: Path) -> None:
     for key, value in network.state_dict().items():
         assert torch.equal(loaded[key], value), key
     with torch.inference_mode():
-        expected = torch.log_softmax(network(source.preprocessing(pictures(1))), dim=1)
-    found = source.log_probabilities(pictures(1))
+        expected = torch.log_softmax(network(source.preprocessing(images(1))), dim=1)
+    found = source.log_probabilities(images(1))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -51,7 +51,7 @@ from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 
 
-def pictures(n: int = 6, size: int = 20) -> Tensor:
+def images(n: int = 6, size: int = 20) -> Tensor:
     rng = np.random.default_rng(n)
     return torch.from_numpy(rng.integers(0, 256, (n, size, size, 3), np.uint8))
 
@@ -70,28 +70,28 @@ def user_source(folder: Path, code: str, name: str = "own") -> Source:
 def test_labelling_changes_neither_weights_nor_statistics(tiny: Source) -> None:
     before = state_sha256(tiny.network)
     assert before == tiny.weights
-    first = tiny.log_probabilities(pictures())
+    first = tiny.log_probabilities(images())
     for _ in range(3):
-        tiny.log_probabilities(pictures(9))
+        tiny.log_probabilities(images(9))
     assert state_sha256(tiny.network) == before
     tiny.check_frozen()
     assert not any(p.requires_grad for p in tiny.network.parameters())
     assert not any(module.training for module in tiny.network.modules())
-    torch.testing.assert_close(tiny.log_probabilities(pictures()), first, rtol=0, atol=0)
+    torch.testing.assert_close(tiny.log_probabilities(images()), first, rtol=0, atol=0)
 
 
 def test_a_label_does_not_depend_on_its_batch(tiny: Source) -> None:
-    together = tiny.log_probabilities(pictures())
-    alone = torch.cat([tiny.log_probabilities(view[None]) for view in pictures()])
+    together = tiny.log_probabilities(images())
+    alone = torch.cat([tiny.log_probabilities(view[None]) for view in images()])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_labels_are_float32_log_probabilities(tiny: Source) -> None:
-    found = tiny.log_probabilities(pictures())
+    found = tiny.log_probabilities(images())
     assert found.dtype == torch.float32
     assert found.shape == (6, 12)
     torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(6))
-    x = tiny.preprocessing(pictures())
+    x = tiny.preprocessing(images())
     expected = torch.log_softmax(tiny.network(x), dim=1)
     torch.testing.assert_close(found, expected)
 
@@ -127,7 +127,7 @@ CHANGES = ["self.count += 1", "self.train()", "self[0].weight.data.mul_(1.001)"]
 def test_a_network_that_changes_in_forward_is_found_out(forward: str, tmp_path: Path) -> None:
     source = changing(tmp_path, forward, calls=4)
     source.check_frozen()
-    source.log_probabilities(pictures())
+    source.log_probabilities(images())
     with pytest.raises(TeacherMoved, match="source own changed while labelling"):
         source.check_frozen()
 
@@ -195,7 +195,7 @@ def test_opening_a_source_leaves_the_global_rng_alone(tmp_path: Path) -> None:
 def test_bfloat16_is_recorded_and_close(tiny: Source) -> None:
     half = open_source(parse_source(f"tiny={TINY}:build"), precision="bfloat16")
     assert half.identity() == tiny.identity() | {"precision": "bfloat16"}
-    exact, found = tiny.log_probabilities(pictures()), half.log_probabilities(pictures())
+    exact, found = tiny.log_probabilities(images()), half.log_probabilities(images())
     assert found.dtype == torch.float32
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found.exp(), exact.exp(), rtol=0, atol=0.03)
@@ -206,7 +206,7 @@ def test_bfloat16_is_recorded_and_close(tiny: Source) -> None:
 
 
 def test_preprocessing_is_scale_order_and_normalisation() -> None:
-    views = pictures(2, 8)
+    views = images(2, 8)
     how = Preprocessing(8, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     expected = (views.numpy() / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
     np.testing.assert_allclose(how(views).permute(0, 2, 3, 1), expected, atol=1e-5)
@@ -218,7 +218,7 @@ def test_preprocessing_is_scale_order_and_normalisation() -> None:
 
 @pytest.mark.parametrize("size", [5, 20, 31])
 def test_preprocessing_resizes_bilinearly_with_antialias(size: int) -> None:
-    views = pictures(2, 20)
+    views = images(2, 20)
     plain = Preprocessing(size, (0, 0, 0), (1, 1, 1), scale=255)
     found = plain(views)
     assert found.shape == (2, 3, size, size)
@@ -326,7 +326,7 @@ def test_the_recorded_arch(text: str, arch: str | None) -> None:
 def test_the_size_of_a_name_is_the_preprocessings() -> None:
     source = open_source(parse_source(f"tiny={TINY}:build@24"))
     assert source.preprocessing.size == 24
-    assert source.log_probabilities(pictures()).shape == (6, 12)
+    assert source.log_probabilities(images()).shape == (6, 12)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_a_csail_checkpoint_opens(csail: Path) -> None:
     for name, value in source.network.state_dict().items():
         if "num_batches" not in name:
             torch.testing.assert_close(value, saved[f"module.{name}"], rtol=0, atol=0)
-    assert source.log_probabilities(pictures(2)).shape == (2, 365)
+    assert source.log_probabilities(images(2)).shape == (2, 365)
 
 
 def test_safetensors_of_the_same_weights_have_the_same_identity(
@@ -773,7 +773,7 @@ def build():
     source = user_source(tmp_path, code)
     message = "source own: expected logits of shape (6, 3), found (2, 3)"
     with pytest.raises(InputError, match=re.escape(message)):
-        source.log_probabilities(pictures())
+        source.log_probabilities(images())
     message = "source own: expected logits of shape (2, 3), found (1, 3)"
     with pytest.raises(InputError, match=re.escape(message)):
         user_source(tmp_path, code.replace("[:2]", "[:1]"))

@@ -31,7 +31,7 @@ timm: Any = pytest.importorskip("timm")
 SMALL = "test_resnet.r160_in1k"
 
 
-def pictures(n: int, size: int = 40) -> Tensor:
+def images(n: int, size: int = 40) -> Tensor:
     rng = np.random.default_rng(n)
     return torch.from_numpy(rng.integers(0, 256, (n, size, size, 3), np.uint8))
 
@@ -65,8 +65,8 @@ def test_a_network_of_timm_opens_and_labels(
     network = timm.create_model(arch).eval()
     network.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True))
     with torch.inference_mode():
-        expected = torch.log_softmax(network(source.preprocessing(pictures(2))), dim=1)
-    torch.testing.assert_close(source.log_probabilities(pictures(2)), expected)
+        expected = torch.log_softmax(network(source.preprocessing(images(2))), dim=1)
+    torch.testing.assert_close(source.log_probabilities(images(2)), expected)
     source.check_frozen()
 
 
@@ -153,7 +153,7 @@ def test_batch_statistics_and_an_untouched_rng(tmp_path: Path) -> None:
     )
     assert torch.equal(torch.rand(3), expected)
     assert stored.weights == batch.weights
-    views = pictures(4)
+    views = images(4)
     assert not torch.allclose(
         stored.log_probabilities(views), batch.log_probabilities(views), atol=1e-3
     )

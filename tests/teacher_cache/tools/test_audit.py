@@ -67,7 +67,7 @@ def written(
     damaged: Sequence[int] = (),
     left_out: Sequence[tuple[int, int]] = (),
 ) -> LabelSet:
-    """A label set over ``rows`` pictures in which the named rows are special under each seed.
+    """A label set over ``rows`` images in which the named rows are special under each seed.
 
     left_out: (seed, block) of shards that are not stored.
     """
@@ -343,7 +343,7 @@ def things(images: Path, tmp_path: Path) -> Path:
     """Real files in classes two of which the tiny source knows."""
     for old, new in (("apple", "Thing_1"), ("bear", "thing-2"), ("cup", "other")):
         shutil.copytree(images / "train" / old, tmp_path / "things/train" / new)
-    (tmp_path / "things/train/other/0003.png").write_bytes(b"no picture")
+    (tmp_path / "things/train/other/0003.png").write_bytes(b"no image")
     return tmp_path / "things"
 
 
@@ -409,8 +409,8 @@ def test_ls_needs_no_frame_sampling_to_compare(sskt: Sskt, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_real_source_is_right_on_real_pictures(sskt: Sskt, data: Path, tmp_path: Path) -> None:
-    """EfficientNet-Lite0 over 100 pictures of ImageNet, one a class, through the stored labels."""
+def test_a_real_source_is_right_on_real_images(sskt: Sskt, data: Path, tmp_path: Path) -> None:
+    """EfficientNet-Lite0 over 100 images of ImageNet, one a class, through the stored labels."""
     pytest.importorskip("efficientnet_lite_pytorch")
     for file in sorted((data / "imagenet").glob("n*.JPEG")):
         folder = tmp_path / "imagenet/val" / file.name.partition("_")[0]

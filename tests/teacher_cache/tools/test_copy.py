@@ -65,8 +65,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 def broken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The images, and two files that are none among them: samples 0 and 41."""
     folder = shutil.copytree(images, tmp_path_factory.mktemp("broken") / "images")
-    (folder / "train" / "apple" / "!.png").write_bytes(b"no picture")
-    (folder / "train" / "cup" / "!.png").write_bytes(b"no picture")
+    (folder / "train" / "apple" / "!.png").write_bytes(b"no image")
+    (folder / "train" / "cup" / "!.png").write_bytes(b"no image")
     return folder
 
 

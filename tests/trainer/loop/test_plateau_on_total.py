@@ -157,9 +157,9 @@ def test_labels_of_other_test_images_are_refused(
     label(images, tiny, tmp_path / "cache", "test")
     plan = make_plan(following)
     assert plan.test is not None
-    pictures = np.stack([plan.test.target.read(i) for i in range(24)])
-    pictures[0, 5, 5] ^= 1
-    test = dataclasses.replace(plan.test.target, images=pictures)
+    pixels = np.stack([plan.test.target.read(i) for i in range(24)])
+    pixels[0, 5, 5] ^= 1
+    test = dataclasses.replace(plan.test.target, images=pixels)
     changed = dataclasses.replace(plan, test=dataclasses.replace(plan.test, target=test))
     with pytest.raises(ViewMismatch, match="sample 0 under view seed 0 is not the image"):
         Trainer(changed).evaluate()

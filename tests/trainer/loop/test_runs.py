@@ -127,7 +127,7 @@ leave()
 
 @pytest.mark.slow
 def test_a_process_without_a_batch_of_its_own_takes_part_in_what_all_do() -> None:
-    """As one that was resumed after the epoch's last batch, or could read none of its pictures."""
+    """As one that was resumed after the epoch's last batch, or could read none of its images."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -154,7 +154,7 @@ def test_a_process_that_can_read_nothing_of_its_first_batch(images: Path, tmp_pa
     folder = shutil.copytree(images, tmp_path / "images")
     target, first = open_target(str(folder)), permutation(np.arange(60), 0, 0)[:20]
     for sample in Ranks(1, 2).part(first):
-        (folder / "train" / target.ids[sample]).write_bytes(b"no picture")
+        (folder / "train" / target.ids[sample]).write_bytes(b"no image")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -352,7 +352,7 @@ def test_evaluation_every_third_epoch_and_after_the_last(
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), padding=st.integers(0, 5), data=st.data())
-def test_pictures_on_the_device_give_the_very_views(
+def test_images_on_the_device_give_the_very_views(
     images: Path, seed: int, padding: int, data: st.DataObject
 ) -> None:
     target = open_target("shapes", limit=20)

@@ -315,7 +315,7 @@ def test_a_small_memory_budget_trains_by_windows(config: TrainConfig) -> None:
     assert Trainer(plan).train_epoch()["images"] == 60
 
 
-def test_pictures_in_ram_are_those_of_the_files(images: Path) -> None:
+def test_images_in_ram_are_those_of_the_files(images: Path) -> None:
     target = open_target(str(images))
     loaded = in_memory(target, 1e9)
     assert loaded.images is not None and loaded.fingerprint == target.fingerprint

@@ -194,7 +194,7 @@ def test_clips_are_halved_as_published() -> None:
     assert features.pooled.shape == (1, network.width)
 
 
-def test_stages_halve_the_picture() -> None:
+def test_stages_halve_the_image() -> None:
     features = build_network("resnet20", 10).features(torch.rand(2, 3, 32, 32))
     assert [tuple(s.shape) for s in features.stages] == [
         (2, 16, 32, 32),
@@ -273,7 +273,7 @@ def test_a_copy_is_a_network_of_its_own(name: str) -> None:
     assert torch.equal(twin(x)[1]["imagenet"], before)
 
 
-# The sides of the stages of a picture of 32 and of 64 pixels, by the stem.
+# The sides of the stages of an image of 32 and of 64 pixels, by the stem.
 STEMS = [
     ("resnet18", "cifar", 32, [32, 16, 8, 4]),
     ("resnet18", "imagenet", 64, [16, 8, 4, 2]),
@@ -289,20 +289,18 @@ STEMS = [
 @pytest.mark.parametrize(("name", "stem", "size", "sides"), STEMS)
 def test_stems(name: str, stem: str, size: int, sides: list[int]) -> None:
     network = shape_of(name, 10, stem=stem)
-    picture = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
-    features = network.features(picture)
+    image = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    features = network.features(image)
     assert [s.shape[2] for s in features.stages] == sides
     assert tuple(s.shape[1] for s in features.stages) == network.stage_widths
     assert features.pooled.shape == (1, network.width)
     automatic = shape_of(name, 10, size=64 if stem == "cifar" else 65)
     shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (network, automatic)]
     assert shapes[0] == shapes[1]
-    assert [s.shape for s in automatic.features(picture).stages] == [
-        s.shape for s in features.stages
-    ]
+    assert [s.shape for s in automatic.features(image).stages] == [s.shape for s in features.stages]
 
 
-def test_vgg16_of_small_pictures_has_one_linear_layer() -> None:
+def test_vgg16_of_small_images_has_one_linear_layer() -> None:
     network = shape_of("vgg16", 10, size=32)
     assert network.width == 512
     assert sum(isinstance(m, torch.nn.Linear) for m in network.modules()) == 1

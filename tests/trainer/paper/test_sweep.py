@@ -168,8 +168,8 @@ def test_a_sweep_trains_every_point_keeps_it_and_draws(
     assert (config["temperature"], config["alpha"]) == (3.0, 0.1)
     assert points[3.0, 0.1]["results"] == {"0": result_of(records)}
     assert load_run(Path(panel["folder"]) / "scratch" / "seed-0")[0]["source"] == []
-    with Image.open(out / "figure.png") as picture:
-        assert picture.size[0] > 500
+    with Image.open(out / "figure.png") as image:
+        assert image.size[0] > 500
 
     before = tree(Path(panel["folder"]) / "T1-alpha0.1")
     more = ["--temperatures", "1,3", "--alphas", "0.1", "--runs", 2, "--over", "temperature"]
@@ -228,13 +228,13 @@ def test_a_folder_of_another_run_stops_the_sweep_and_is_named(
     assert str(folder) in err
 
 
-def test_the_picture_shows_every_line_and_the_level(tmp_path: Path) -> None:
+def test_the_image_shows_every_line_and_the_level(tmp_path: Path) -> None:
     lines = [Line(f"T = {t}", [0.1, 0.5], [50.0 + t, 52.0 - t], [0.5, 0.2]) for t in (1, 2, 3)]
     graphs = [Graph("stl10 (resnet20, imagenet, CE)", "a", "top-1, %", lines, (49.0, 0.3))] * 3
     empty = Graph("nothing yet", "a", "top-1, %", [], None)
     draw_sweep([graphs[0], empty, *graphs[1:]], tmp_path / "figure.png")
-    with Image.open(tmp_path / "figure.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(tmp_path / "figure.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
     height, width, _ = pixels.shape
     corners = [pixels[: height // 2, : width // 2], pixels[: height // 2, width // 2 :]]
     corners += [pixels[height // 2 :, : width // 2], pixels[height // 2 :, width // 2 :]]

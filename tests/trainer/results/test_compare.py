@@ -1,4 +1,4 @@
-"""Runs side by side: grouping, mean and spread, what stands out, the picture and the page."""
+"""Runs side by side: grouping, mean and spread, what stands out, the image and the page."""
 
 from __future__ import annotations
 
@@ -339,11 +339,11 @@ def test_runs_of_an_older_version_have_the_defaults(study: Path) -> None:
     assert len(compare(find_runs([study / "b-scratch"])[0]).groups) == 1
 
 
-def test_the_picture_is_drawn(sskt: Call, study: Path, tmp_path: Path) -> None:
+def test_the_image_is_drawn(sskt: Call, study: Path, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     assert sskt("compare", study, "--png", path)[0] == 0
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[0] > 300 and pixels.shape[1] > 900
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):  # three groups
         assert (abs(pixels.astype(int) - colour).sum(2) < 12).sum() > 50
