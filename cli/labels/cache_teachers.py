@@ -144,7 +144,7 @@ def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
         return
     if part:
         show(f"share {part} of the run (all of it: --share none)")
-    show(f"{report.written:,} labels written ({rate:,.0f}/s), {report.reused:,} were there already")
+    show(f"{report.written:,} labels written ({rate:,.0f}/s), {report.reused:,} reused")
     if report.skipped:
         show(f"skipped, unreadable: {', '.join(report.skipped)}")
     rows = [[s["name"], human_bytes(s["bytes"]), error_text(s["error"])] for s in sets]

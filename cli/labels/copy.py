@@ -46,4 +46,4 @@ def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
         return
     for c in done:
         said = f"{c.name}: {c.written:,} shards copied ({human_bytes(c.bytes)})"
-        show(f"{said}, {c.reused:,} were there already{partly(c.coverage)}")
+        show(f"{said}, {c.reused:,} reused{partly(c.coverage)}")

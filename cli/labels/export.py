@@ -55,7 +55,7 @@ def export(cache: str, label_set: str, encoding: str, out: str, as_json: bool) -
     if as_json:
         print_json(dataclasses.asdict(done) | {"exported_from": chosen[0].digest})
         return
-    said = f"{done.name}: {done.written:,} shards written, {done.reused:,} were there already"
+    said = f"{done.name}: {done.written:,} shards written, {done.reused:,} reused"
     show(f"{said}{partly(done.coverage)}")
     sizes = f"{human_bytes(chosen[0].stored_bytes())} as {chosen[0].encoding}"
     show(f"{sizes}, {human_bytes(done.bytes)} as {wanted}")

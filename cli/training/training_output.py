@@ -115,7 +115,7 @@ def first_line(asked: TrainConfig, plan: Plan) -> str:
     from sskt.teacher_cache.locations import label_location
 
     config, target = plan.config, plan.views.target
-    chosen = " (chosen for such views)" if asked.model == "auto" else ""
+    chosen = " (default for such views)" if asked.model == "auto" else ""
     text = f"{target.name} {target.split}: {len(target):,} samples under {plan.views.policy}"
     text += f"; {Path(config.model).name}{chosen}"
     if plan.label_sets:

@@ -106,7 +106,7 @@ def test_the_promised_commands(lab: Path, sskt: Sskt, monkeypatch: pytest.Monkey
     assert status == 130, err
     first, legend, epoch = err.splitlines()[:3]
     assert first.startswith(
-        "stl10 train: 10 samples under pad-crop-flip:padding=4; resnet20 (chosen for such views) "
+        "stl10 train: 10 samples under pad-crop-flip:padding=4; resnet20 (default for such views) "
         "with transfer modules, from the labels of places365 (resnet50, f16, 10 seeds) in labels "
         "(default); data: data (default)"
     )

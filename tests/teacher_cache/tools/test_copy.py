@@ -97,7 +97,7 @@ def test_copy(made: Path, tmp_path: Path, sskt: Sskt) -> None:
     assert contents(tmp_path / "to") == contents(made / "f16")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "to").rglob("*") if p.is_file()}
     status, out, err = sskt("copy", made / "f16", tmp_path / "to")
-    assert status == 0 and "0 shards copied (0 B), 8 were there already" in out
+    assert status == 0 and "0 shards copied (0 B), 8 reused" in out
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "to").rglob("*") if p.is_file()}
 
 
@@ -473,7 +473,7 @@ def test_export_from_f32_is_what_the_source_would_have_given(
     assert one == other
     assert sskt("verify", "--cache", tmp_path / "to", "--recompute", 8, "--source", SOURCE)[0] == 0
     status, out, _ = sskt(*exporting(made / "f32", encoding, tmp_path / "to"))
-    assert status == 0 and "0 shards written, 8 were there already" in out
+    assert status == 0 and "0 shards written, 8 reused" in out
     assert "gradient error relative to the stored labels: " in out
 
 
@@ -557,7 +557,7 @@ def test_export_into_its_own_cache_and_in_part(made: Path, tmp_path: Path, sskt:
     held.rename(source.commit_path(source.shard(0, 0)))
     command = ("export", "--cache", cache, source.digest, "--encoding", "u8", "--out", cache)
     status, out, err = sskt(*command)
-    assert status == 0 and "1 shards written, 7 were there already" in out, err
+    assert status == 0 and "1 shards written, 7 reused" in out, err
     direct = only(made / "u8")
     for array in direct.arrays:
         for shard in direct.shards(range(2)):
