@@ -303,7 +303,7 @@ def main() -> None:
         run.chmod(0o755)
         label_set = make_labels(run / "cache")
         epoch = epoch_of(label_set)
-        size = sum(label_set.place.size(p.split("/", 3)[3]) or 0 for p, _ in epoch)
+        size = sum(label_set.storage.size(p.split("/", 3)[3]) or 0 for p, _ in epoch)
         print(f"{SEEDS * SAMPLES:,} labels in {len(epoch)} shards, {size / 1e6:,.0f} MB in order")
         python, pid = up.enter_context(sskt_serve(run / "cache"))
         port = free_port()

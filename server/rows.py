@@ -25,8 +25,8 @@ from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.local import LocalStorage
 
 Int64 = NDArray[np.int64]
 Version = tuple[tuple[object, ...] | None, ...]
@@ -111,7 +111,7 @@ class RowCache:
 
     def hot_rows(self, label_set: LabelSet, seeds: int | Int64, ids: Int64) -> Encoded | None:
         """Reads rows as ``rows`` does if nothing has to be decoded or transferred, else None."""
-        if not label_set.place.is_local:
+        if not label_set.storage.is_local:
             return None
         rows = self._room(label_set, len(ids))
         if any(self._copy(label_set, p, rows) for p in parts_of(label_set, seeds, ids)):
@@ -122,10 +122,10 @@ class RowCache:
     def missing(self, label_set: LabelSet, seeds: int | Int64, ids: Int64) -> list[Shard]:
         """The shards of these rows that are not stored. Raises as ``parts_of``."""
         self._versions.forget()
-        place = label_set.place
+        storage = label_set.storage
         shards = [part.shard for part in parts_of(label_set, seeds, ids)]
         keys = [(label_set.commit_key(shard),) for shard in shards]
-        found = [self._versions.of(place, key) for key in keys]
+        found = [self._versions.of(storage, key) for key in keys]
         return [s for s, version in zip(shards, found, strict=True) if version == (None,)]
 
     def _room(self, label_set: LabelSet, rows: int) -> Encoded:
@@ -141,7 +141,7 @@ class RowCache:
     def _key(self, label_set: LabelSet, shard: Shard) -> _Key:
         """The shard as its files are now, the record that binds it to its place included."""
         keys = tuple(label_set.shard_keys(shard))
-        version = self._versions.of(label_set.place, keys)
+        version = self._versions.of(label_set.storage, keys)
         return label_set.name, label_set.digest, shard, version
 
     def _copy(self, label_set: LabelSet, part: Part, out: Encoded) -> list[int]:
@@ -193,7 +193,7 @@ class RowCache:
         key = self._key(label_set, shard)
         if None in key[3][: None if label_set.bound else -1]:  # old sets may lack the record
             self._versions.forget()
-            label_set.place.refresh()
+            label_set.storage.refresh()
             _read(label_set, shard.seed, shard.start, shard.start + 1)
             key = self._key(label_set, shard)
         return key
@@ -226,32 +226,32 @@ class _Versions:
     def __init__(self) -> None:
         self._listed: dict[tuple[str, str], tuple[float, dict[str, tuple[object, ...]]]] = {}
 
-    def of(self, place: Place, keys: tuple[str, ...]) -> Version:
+    def of(self, storage: Storage, keys: tuple[str, ...]) -> Version:
         """The version of some files of a shard. Raises ``InputError`` if one cannot be reached."""
-        if isinstance(place, LocalPlace):
-            return tuple([_stat(f"{place.path}/{key}") for key in keys])
-        return tuple([self._object(place, key) for key in keys])
+        if isinstance(storage, LocalStorage):
+            return tuple([_stat(f"{storage.path}/{key}") for key in keys])
+        return tuple([self._object(storage, key) for key in keys])
 
-    def _object(self, place: Place, key: str) -> tuple[object, ...] | None:
+    def _object(self, storage: Storage, key: str) -> tuple[object, ...] | None:
         seed = "/".join(key.split("/")[:3])
-        listed_at, listed = self._listed.get((str(place), seed), (-LISTED_SECONDS, {}))
+        listed_at, listed = self._listed.get((str(storage), seed), (-LISTED_SECONDS, {}))
         age = time.monotonic() - listed_at
         if age >= LISTED_SECONDS or (key not in listed and age >= LISTED_SECONDS / 10):
-            listed = self._list(place, seed)
+            listed = self._list(storage, seed)
         return listed.get(key)
 
-    def _list(self, place: Place, seed: str) -> dict[str, tuple[object, ...]]:
-        from sskt.teacher_cache.storage.object_store import BucketPlace
+    def _list(self, storage: Storage, seed: str) -> dict[str, tuple[object, ...]]:
+        from sskt.teacher_cache.storage.object_store import BucketStorage
 
         now = time.monotonic()
         listed: dict[str, tuple[object, ...]]
-        if isinstance(place, BucketPlace):
-            listed = {key: (found.size, found.e_tag) for key, found in place._list(seed).items()}
+        if isinstance(storage, BucketStorage):
+            listed = {key: (found.size, found.e_tag) for key, found in storage._list(seed).items()}
         else:
-            listed = {key: (size,) for key, size in place.sizes(seed).items()}
+            listed = {key: (size,) for key, size in storage.sizes(seed).items()}
         if len(self._listed) >= _LISTINGS:
             self._listed.clear()
-        self._listed[str(place), seed] = (now, listed)
+        self._listed[str(storage), seed] = (now, listed)
         return listed
 
     def forget(self) -> None:
@@ -335,7 +335,7 @@ def _read(label_set: LabelSet, seed: int, start: int, stop: int) -> Encoded:
             or if a row cannot be a probability distribution.
     """
     if not label_set.has(label_set.shard(seed, start // label_set.shard_rows)):
-        label_set.place.refresh()  # a bucket's listing may be older than the shard
+        label_set.storage.refresh()  # a bucket's listing may be older than the shard
     labels = label_set.read(seed, start, stop)
     faulty = np.flatnonzero(label_set.encoding.faulty(labels, len(label_set.classes)))
     if len(faulty):

@@ -25,8 +25,8 @@ from sskt.server.http.tokens import Tokens
 from sskt.server.run_folder import run_folder
 from sskt.server.settings import VARIABLE, Settings
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.storage.local import LocalPlace
-from sskt.teacher_cache.storage.object_store import BucketPlace
+from sskt.teacher_cache.storage.local import LocalStorage
+from sskt.teacher_cache.storage.object_store import BucketStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 GRACE_SECONDS = 4
@@ -51,11 +51,15 @@ def serve(settings: Settings, ready: Callable[[str], None] | None = None) -> Non
     """
     require_allowed(settings)
     cache = open_cache(settings.cache)
-    if not isinstance(cache, LocalPlace | BucketPlace):
+    if not isinstance(cache, LocalStorage | BucketStorage):
         raise InputError(f"cannot serve {cache}; --cache takes a folder or a bucket's URL")
     held_sets = bool(cache.folders())
-    device = cache.path.stat().st_dev if held_sets and isinstance(cache, LocalPlace) else None
-    if settings.on_demand and isinstance(cache, LocalPlace) and not os.access(cache.path, os.W_OK):
+    device = cache.path.stat().st_dev if held_sets and isinstance(cache, LocalStorage) else None
+    if (
+        settings.on_demand
+        and isinstance(cache, LocalStorage)
+        and not os.access(cache.path, os.W_OK)
+    ):
         raise InputError(f"--on-demand writes into {cache}, which this user may not")
     set_up(settings.log)
     many_files()

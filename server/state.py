@@ -27,8 +27,8 @@ from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_set_name
 from sskt.teacher_cache.label_sets.create import open_label_set, without_copies
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 OUT_OF_REACH = "cache out of reach"
@@ -73,7 +73,7 @@ class Sets:
         damaged: By name, why a label set cannot be read, as of the last listing.
     """
 
-    def __init__(self, home: Place, device: int | None = None) -> None:
+    def __init__(self, home: Storage, device: int | None = None) -> None:
         self.home = home
         self._held_sets = device is not None
         self.damaged: dict[str, str] = {}
@@ -131,7 +131,7 @@ class Sets:
         known = self._known.get(name)
         if known is None:
             return None
-        if isinstance(self.home, LocalPlace):
+        if isinstance(self.home, LocalStorage):
             with contextlib.suppress(OSError):
                 return known.label_set if self._version(name) == known.version else None
             return None
@@ -183,16 +183,16 @@ class Sets:
         found = None if fresh else self.recent(name)
         if found is not None:
             return found
-        place = self.home.below(name)
+        storage = self.home.below(name)
         try:
-            _require_inside(self.home, place)
+            _require_inside(self.home, storage)
             with contextlib.suppress(FileNotFoundError):
                 version, last = self._version(name), self._known.get(name)
                 same = last is not None and last.version == version
-                label_set = last.label_set if last and same else open_label_set(place)
+                label_set = last.label_set if last and same else open_label_set(storage)
                 self._known[name] = _Known(version, label_set, _lifetime(begun))
                 return label_set
-            open_label_set(place)  # says whether it has lost a file
+            open_label_set(storage)  # says whether it has lost a file
         except (FileNotFoundError, MissingData):
             pass
         except Exception as error:
@@ -212,17 +212,17 @@ class Sets:
 
     def _version(self, name: str) -> Version:
         """What changes with the metadata of a label set. Raises ``OSError``, ``InputError``."""
-        if isinstance(self.home, LocalPlace):
+        if isinstance(self.home, LocalStorage):
             found = [os.stat(self.home.path / name / key) for key in _METADATA]  # noqa: PTH116
             if not all(stat.S_ISREG(about.st_mode) for about in found):
                 raise OSError(errno.EINVAL, f"{' or '.join(_METADATA)} is not a regular file")
             return tuple((about.st_ino, about.st_size, about.st_mtime_ns) for about in found)
-        place = self.home.below(name)
-        return tuple(place.read(key) for key in _METADATA)
+        storage = self.home.below(name)
+        return tuple(storage.read(key) for key in _METADATA)
 
     def _folder_device(self) -> int | None:
         with contextlib.suppress(OSError):
-            return self.home.path.stat().st_dev if isinstance(self.home, LocalPlace) else None
+            return self.home.path.stat().st_dev if isinstance(self.home, LocalStorage) else None
         return None
 
 
@@ -230,18 +230,18 @@ class _Unreadable(Exception):
     """A label set that cannot be opened; the message is for clients."""
 
 
-def inside(home: Place, key: str) -> bool:
+def inside(home: Storage, key: str) -> bool:
     """False for a file or folder of a local cache that lies elsewhere by a link."""
-    if not isinstance(home, LocalPlace):
+    if not isinstance(home, LocalStorage):
         return True
     return Path(os.path.realpath(home.path / key)).is_relative_to(os.path.realpath(home.path))
 
 
-def _require_inside(home: Place, place: Place) -> None:
+def _require_inside(home: Storage, storage: Storage) -> None:
     """Raises ``CorruptStore`` for a link that leaves the cache."""
-    if not inside(home, place.name):
+    if not inside(home, storage.name):
         raise CorruptStore(
-            f"{place.name} is a link that leaves the cache; mount or copy what it names instead"
+            f"{storage.name} is a link that leaves the cache; mount or copy what it names instead"
         )
 
 
@@ -255,7 +255,7 @@ class State:
     """Everything that outlives a request."""
 
     settings: Settings
-    home: Place
+    home: Storage
     sets: Sets
     metrics: Metrics
     tokens: Tokens | None

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import SsktError
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 
 FRESH_SECONDS = 2.0
 """How long a coverage is kept, at least; one that takes long is kept ``REST`` times as long."""
@@ -70,11 +70,11 @@ def coverage_of(label_set: LabelSet) -> Coverage:
 
 
 def _sizes(label_set: LabelSet) -> Callable[[str], int | None]:
-    place = label_set.place
-    if not isinstance(place, LocalPlace):
-        place.refresh()
-        return place.sizes().get
-    folder = str(place.path)
+    storage = label_set.storage
+    if not isinstance(storage, LocalStorage):
+        storage.refresh()
+        return storage.sizes().get
+    folder = str(storage.path)
 
     def size(key: str) -> int | None:
         # A set may have 100,000 shards: Path takes three times as long.

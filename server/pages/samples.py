@@ -314,7 +314,7 @@ def sample_page(request: Request, name: str, row: int, seed: Number = 0) -> Resp
     state: State = state_of(request)
     label_set = state.sets.get(name)
     _within(label_set, row, seed)
-    label_set.place.refresh()
+    label_set.storage.refresh()
     sets = over_same_views(label_set, state.sets.all())
     return page(
         request.scope,

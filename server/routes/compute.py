@@ -254,7 +254,7 @@ def _entry(queue: Queue, label_set: LabelSet, shard: Shard) -> Entry | None:
     """
     entry = queue.get(label_set.name, shard.seed, shard.block)
     over = entry is None or entry.state == FAILED
-    if (over or label_set.place.is_local) and label_set.has(shard, fresh=True):
+    if (over or label_set.storage.is_local) and label_set.has(shard, fresh=True):
         return None
     return queue.ask(label_set.name, shard.seed, shard.block) if over else entry
 

@@ -165,7 +165,7 @@ async def list_files(
 
     def found() -> dict[str, Any]:
         label_set = state.sets.get(name)
-        sizes = label_set.place.sizes(under) if _inside(state, label_set, under) else {}
+        sizes = label_set.storage.sizes(under) if _inside(state, label_set, under) else {}
         return {"files": {k: sizes[k] for k in sizes if _served(state, label_set, k)}}
 
     return await _answer(found)
@@ -246,7 +246,7 @@ def _served(state: State, label_set: LabelSet, inner: str) -> bool:
 def _inside(state: State, label_set: LabelSet, inner: str) -> bool:
     """False for a link that leaves the cache. A set may have 100,000 files: few are links."""
     key = f"{label_set.name}/{inner}"
-    linked = label_set.place.is_local and os.path.islink(state.home.where(key))  # noqa: PTH114
+    linked = label_set.storage.is_local and os.path.islink(state.home.where(key))  # noqa: PTH114
     return not linked or inside(state.home, key)
 
 

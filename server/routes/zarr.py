@@ -26,11 +26,11 @@ from sskt.server.state import State, label_set_of, state_of
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.local import LocalStorage
 
 if TYPE_CHECKING:
-    from sskt.teacher_cache.storage.object_store import BucketPlace
+    from sskt.teacher_cache.storage.object_store import BucketStorage
 
 PIECE = 2**20
 """Bytes of a file in memory for each answer: a slow client holds no more."""
@@ -134,7 +134,7 @@ def _no_file(key: str) -> Problem:
 class RemoteFile:
     """An object of a cache in a bucket, which is transferred piece by piece."""
 
-    place: BucketPlace
+    storage: BucketStorage
     key: str
     size: int
     tag: str
@@ -154,13 +154,13 @@ class RemoteFile:
 
         from sskt.teacher_cache.storage.object_store import plainly
 
-        place = self.place
+        storage = self.storage
         options: Any = {"range": (start, stop)}
         if self.tag.startswith('"') and self.tag != f'"{self.size:x}"':  # the bucket's own
             options["if_match"] = self.tag
         try:
-            with plainly(place.where(self.key)):
-                found = obstore.get(place.bucket, place.key(self.key), options=options)
+            with plainly(storage.where(self.key)):
+                found = obstore.get(storage.bucket, storage.key(self.key), options=options)
                 return bytes(found.bytes())
         except FileNotFoundError:
             raise _nothing(self.key) from None
@@ -173,7 +173,7 @@ class RemoteFile:
         """Does nothing: no connection is held."""
 
 
-async def open_file(home: Place, key: str) -> File | None:
+async def open_file(home: Storage, key: str) -> File | None:
     """Opens the file or object of a key of the cache.
 
     Returns:
@@ -183,14 +183,14 @@ async def open_file(home: Place, key: str) -> File | None:
         Problem: As ``open_local``; 503 if the folder of the cache is gone.
         InputError: If a bucket cannot be reached.
     """
-    if isinstance(home, LocalPlace):
+    if isinstance(home, LocalStorage):
         local = open_local(home.path, key)
         if local is None and not home.path.is_dir():  # a lost mount is no missing shard
             raise Problem(503, "cache out of reach", "the cache's folder is gone", RETRY)
         return local
-    from sskt.teacher_cache.storage.object_store import BucketPlace
+    from sskt.teacher_cache.storage.object_store import BucketStorage
 
-    assert isinstance(home, BucketPlace)
+    assert isinstance(home, BucketStorage)
     found = await asyncio.to_thread(home.entity, key)
     return RemoteFile(home, key, *found) if found else None
 
@@ -330,7 +330,7 @@ async def _served(state: State, path: str) -> tuple[LabelSet, str]:
         raise _nothing(path)
     label_set = await label_set_of(state, name)
     shard = shard_of(label_set, inner)
-    if shard and shard.seed >= label_set.seeds and not label_set.place.is_local:
+    if shard and shard.seed >= label_set.seeds and not label_set.storage.is_local:
         label_set = await asyncio.to_thread(state.sets.get, name, fresh=True)
     if label_set.name != name or not (shard or inner in metadata_keys(label_set)):
         raise _nothing(path)

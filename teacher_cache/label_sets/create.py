@@ -21,9 +21,9 @@ from sskt.teacher_cache.label_sets.documents import array_document, lacks_group,
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
-from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
-from sskt.teacher_cache.storage.http.place import HttpPlace
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
+from sskt.teacher_cache.storage.http.storage import HttpStorage
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.storage.open import open_cache
 
@@ -45,7 +45,7 @@ SHARD_ROWS = 8192
 """Samples in a shard: 16 MB of float16 for 1000 classes."""
 
 
-def open_label_set(place: CacheName) -> LabelSet:
+def open_label_set(storage: CacheName) -> LabelSet:
     """Opens a label set for reading.
 
     Args:
@@ -58,19 +58,19 @@ def open_label_set(place: CacheName) -> LabelSet:
         MissingData: If there is none.
         CorruptStore: If its metadata cannot be read or is not as docs/format.md says.
     """
-    place = open_cache(place)
-    attributes = read_attributes(place)
+    storage = open_cache(storage)
+    attributes = read_attributes(storage)
     spec, classes = attributes["spec"], attributes["classes"]
     arrays = encoding_of(spec["encoding"]).arrays(len(classes))
     try:
-        document = array_document(place, "view_check")
+        document = array_document(storage, "view_check")
         seeds, samples = document["shape"]
         rows = shard_rows_of(document)
         if samples != spec["target"]["size"] or document["data_type"] != "uint32" or rows < 1:
             raise ValueError(f"view_check is {document['data_type']} {document['shape']}")
         documents = {"view_check": document}
         for key, (dtype, width, _) in arrays.items():
-            found = documents[key] = array_document(place, key)
+            found = documents[key] = array_document(storage, key)
             shard = found["chunk_grid"]["configuration"]["chunk_shape"]
             have = (found["shape"][1:], shard, found["data_type"])
             if have != ([samples, width], [1, rows, width], dtype.name):
@@ -78,8 +78,8 @@ def open_label_set(place: CacheName) -> LabelSet:
         for found in documents.values():
             layout_of(found)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CorruptStore(f"label set {place.name}: unreadable metadata ({error})") from error
-    return LabelSet(place, attributes, seeds, samples, rows, documents)
+        raise CorruptStore(f"label set {storage.name}: unreadable metadata ({error})") from error
+    return LabelSet(storage, attributes, seeds, samples, rows, documents)
 
 
 Documents = Callable[[int | None, int | None], dict[str, bytes]]
@@ -125,22 +125,24 @@ def open_for_writing(
 ) -> WritableLabelSet:
     """Opens a label set for writing, made of ``documents`` if it is new: ``create_label_set``."""
     home = open_cache(cache)
-    place = home.below(name)
-    lost = place.size(GROUP) is None and (place.there() if place.is_local else lacks_group(place))
-    if lost and place.size(GROUP) is None:
-        raise CorruptStore(f"{place} exists but is no label set; remove or rename it")
+    storage = home.below(name)
+    lost = storage.size(GROUP) is None and (
+        storage.there() if storage.is_local else lacks_group(storage)
+    )
+    if lost and storage.size(GROUP) is None:
+        raise CorruptStore(f"{storage} exists but is no label set; remove or rename it")
     claims = home.claims(name)
     try:
         with claims.held(METADATA):
-            if isinstance(place, LocalPlace) and isinstance(claims, Locks):
-                if place.size(GROUP) is None:
-                    _create_folder(place.path, documents, claims)
-                _sweep(place.path, claims)
-            elif place.size(GROUP) is None:
-                _create_objects(place, documents)
-        if isinstance(home, LocalPlace):
+            if isinstance(storage, LocalStorage) and isinstance(claims, Locks):
+                if storage.size(GROUP) is None:
+                    _create_folder(storage.path, documents, claims)
+                _sweep(storage.path, claims)
+            elif storage.size(GROUP) is None:
+                _create_objects(storage, documents)
+        if isinstance(home, LocalStorage):
             home.sweep()
-        label_set = WritableLabelSet.of(open_label_set(place), claims)
+        label_set = WritableLabelSet.of(open_label_set(storage), claims)
         if label_set.seeds < seeds:
             label_set.grow(seeds)
     except BaseException:
@@ -172,7 +174,7 @@ def _create_folder(path: Path, documents: Documents, claims: Locks) -> None:
         raise
 
 
-def _create_objects(place: Place, documents: Documents) -> None:
+def _create_objects(storage: Storage, documents: Documents) -> None:
     """The arrays' metadata first; the group's commits the set.
 
     The first array fixes shard rows and seeds for all who create the same set at once, or
@@ -180,14 +182,16 @@ def _create_objects(place: Place, documents: Documents) -> None:
     """
     files = documents(None, None)
     first, *others = [key for key in files if key != GROUP]
-    if not place.create(first, files[first]):
+    if not storage.create(first, files[first]):
         try:
-            found = array_document(place, first.removesuffix(f"/{GROUP}"))
+            found = array_document(storage, first.removesuffix(f"/{GROUP}"))
             files = documents(shard_rows_of(found), found["shape"][0])
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CorruptStore(f"{place.where(first)} is no array's metadata ({error})") from error
+            raise CorruptStore(
+                f"{storage.where(first)} is no array's metadata ({error})"
+            ) from error
     for key in [*others, GROUP]:
-        place.create(key, files[key])
+        storage.create(key, files[key])
 
 
 Damaged = dict[str, CorruptStore]
@@ -214,7 +218,7 @@ def look_over(
     home = open_cache(cache)
     found: list[LabelSet] = []
     damaged: Damaged = {}
-    known = home.damaged() if isinstance(home, HttpPlace) else {}
+    known = home.damaged() if isinstance(home, HttpStorage) else {}
     for name in filter(wanted, home.folders()):
         try:
             if name in known:  # asking for it would wait until the server can read it
@@ -254,17 +258,17 @@ def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
     return sorted(sets, key=lambda s: s.name), damaged
 
 
-def _opened_if_any(place: Place) -> LabelSet | None:
+def _opened_if_any(storage: Storage) -> LabelSet | None:
     """Opens a label set; None for a folder that is none. Raises ``CorruptStore``."""
     try:
-        if place.size(GROUP) is None and not lacks_group(place):
+        if storage.size(GROUP) is None and not lacks_group(storage):
             return None
-        return open_label_set(place)
+        return open_label_set(storage)
     except MissingData:
         return None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CorruptStore(f"label set {place.name} cannot be read ({reason})") from error
+        raise CorruptStore(f"label set {storage.name} cannot be read ({reason})") from error
 
 
 def list_label_sets(cache: CacheName) -> list[LabelSet]:

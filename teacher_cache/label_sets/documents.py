@@ -7,15 +7,15 @@ import json
 from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.metadata import GROUP, Document
 from sskt.teacher_cache.format.spec import FORMAT, classes_identity, digest_of
-from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.base import Storage
 
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
-def array_document(place: Place, array: str) -> Document:
+def array_document(storage: Storage, array: str) -> Document:
     """An array's metadata. Raises ``OSError``, ``ValueError``, ``KeyError``, ``TypeError``."""
     try:
-        document: Document = json.loads(place.read(f"{array}/{GROUP}"))
+        document: Document = json.loads(storage.read(f"{array}/{GROUP}"))
     except RecursionError as error:
         raise ValueError(f"{array}/{GROUP} is nested too deeply") from error
     if document["chunk_key_encoding"] != _KEYS:
@@ -23,40 +23,40 @@ def array_document(place: Place, array: str) -> Document:
     return document
 
 
-def read_attributes(place: Place) -> Document:
+def read_attributes(storage: Storage) -> Document:
     """The ``sskt`` attributes of a label set's group. Raises ``MissingData``, ``CorruptStore``."""
     try:
-        return parse_attributes(place, place.read(GROUP))
+        return parse_attributes(storage, storage.read(GROUP))
     except FileNotFoundError as error:
-        if lacks_group(place):
-            raise CorruptStore(f"label set {place.name} has lost its zarr.json") from error
-        raise MissingData(f"no label set at {place}") from error
+        if lacks_group(storage):
+            raise CorruptStore(f"label set {storage.name} has lost its zarr.json") from error
+        raise MissingData(f"no label set at {storage}") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CorruptStore(f"{place.where(GROUP)} cannot be read ({reason})") from error
+        raise CorruptStore(f"{storage.where(GROUP)} cannot be read ({reason})") from error
 
 
-def lacks_group(place: Place) -> bool:
+def lacks_group(storage: Storage) -> bool:
     """Whether shards exist but the metadata of their group, ``zarr.json``, is missing.
 
     In an object store, metadata without shards is a creation that was not finished.
     """
-    return bool(place.sizes("view_check" if place.is_local else "view_check/c"))
+    return bool(storage.sizes("view_check" if storage.is_local else "view_check/c"))
 
 
-def parse_attributes(place: Place, data: bytes) -> Document:
+def parse_attributes(storage: Storage, data: bytes) -> Document:
     """The ``sskt`` attributes in the group's metadata, checked. Raises ``CorruptStore``."""
     try:
         attributes: Document = json.loads(data)["attributes"]["sskt"]
         if attributes["format"] > FORMAT:
             raise CorruptStore(
-                f"label set {place.name} has format {attributes['format']}, this version of sskt "
+                f"label set {storage.name} has format {attributes['format']}, this version of sskt "
                 f"reads up to {FORMAT}; update sskt"
             )
         if digest_of(attributes["spec"]) != attributes["digest"]:
-            raise CorruptStore(f"label set {place.name}: its spec does not match its digest")
+            raise CorruptStore(f"label set {storage.name}: its spec does not match its digest")
         if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
-            raise CorruptStore(f"label set {place.name}: its classes do not match its spec")
+            raise CorruptStore(f"label set {storage.name}: its classes do not match its spec")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptStore(f"{place.where(GROUP)} is not a label set's metadata") from error
+        raise CorruptStore(f"{storage.where(GROUP)} is not a label set's metadata") from error
     return attributes

@@ -18,7 +18,7 @@ from sskt.teacher_cache.label_sets.create import Damaged, look_over
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.sources.names import SourceName
 from sskt.teacher_cache.storage.base import CacheName
-from sskt.teacher_cache.storage.http.place import HttpPlace
+from sskt.teacher_cache.storage.http.storage import HttpStorage
 from sskt.teacher_cache.storage.open import is_served, open_cache
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def require_seeds(label_set: LabelSet, seeds: int, *, ask: bool = True) -> None:
     lacking = sorted(
         {s.seed for s in label_set.missing(range(min(seeds, label_set.seeds)))} | set(beyond)
     )
-    if lacking and is_served(label_set.place):
+    if lacking and is_served(label_set.storage):
         from sskt.teacher_cache.label_sets.find import compute_on_demand
 
         if compute_on_demand(label_set, lacking, ask=ask):
@@ -229,10 +229,10 @@ def compute_on_demand(label_set: LabelSet, seeds: list[int], *, ask: bool = True
     The set then has as many seeds as were asked for. Without ``ask``, only whether one would.
     Raises ``InputError``, ``SsktError``.
     """
-    place = label_set.place
-    if not isinstance(place, HttpPlace) or not place.computes():
+    storage = label_set.storage
+    if not isinstance(storage, HttpStorage) or not storage.computes():
         return False
     if ask:
-        place.compute(seeds)
+        storage.compute(seeds)
         label_set.seeds = max(label_set.seeds, *(seed + 1 for seed in seeds))
     return True

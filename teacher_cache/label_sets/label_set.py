@@ -37,8 +37,8 @@ from sskt.teacher_cache.format.shards import (
 )
 from sskt.teacher_cache.format.spec import Spec
 from sskt.teacher_cache.label_sets.random_access import RowReader
-from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.local import LocalPlace, lost
+from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.local import LocalStorage, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
     from numpy.typing import ArrayLike
@@ -87,7 +87,7 @@ class LabelSet:
             ``view_check``, uint32 ``[S, N]``.
     """
 
-    place: Place
+    storage: Storage
     attributes: dict[str, Any]
     seeds: int
     samples: int
@@ -98,14 +98,14 @@ class LabelSet:
     @property
     def name(self) -> str:
         """Folder name."""
-        return self.place.name
+        return self.storage.name
 
     @property
     def path(self) -> Path:
         """Folder of a set in a local cache. Raises ``InputError`` for any other."""
-        if not isinstance(self.place, LocalPlace):
-            raise InputError(f"{self.place} is no folder")
-        return self.place.path
+        if not isinstance(self.storage, LocalStorage):
+            raise InputError(f"{self.storage} is no folder")
+        return self.storage.path
 
     @property
     def spec(self) -> Spec:
@@ -181,11 +181,11 @@ class LabelSet:
 
     def place_of(self, shard: Shard) -> str:
         """Path or URL of what commits the shard, for messages."""
-        return self.place.where(self.commit_key(shard))
+        return self.storage.where(self.commit_key(shard))
 
     def has(self, shard: Shard, *, fresh: bool = False) -> bool:
         """Whether the shard is stored (and so complete); ``fresh``: not from an earlier listing."""
-        return self.place.size(self.commit_key(shard), fresh=fresh) is not None
+        return self.storage.size(self.commit_key(shard), fresh=fresh) is not None
 
     def refresh(self) -> None:
         """Forgets what was listed of a bucket or a label server.
@@ -194,7 +194,7 @@ class LabelSet:
             MissingData: As ``missing``.
         """
         self._require_folder()
-        self.place.refresh()
+        self.storage.refresh()
 
     def missing(self, seeds: Iterable[int]) -> list[Shard]:
         """The shards of ``seeds`` that are not stored now.
@@ -215,7 +215,7 @@ class LabelSet:
 
     def stored_bytes(self) -> int:
         """Bytes of all files of the set."""
-        return sum(self.place.sizes().values())
+        return sum(self.storage.sizes().values())
 
     def shard_record(self, shard: Shard, *, fresh: bool = False) -> ShardRecord | None:
         """Reads what binds a shard to its place.
@@ -241,10 +241,10 @@ class LabelSet:
 
     def _read_record(self, shard: Shard) -> ShardRecord | None:
         key = self.record_key(shard)
-        if not self.bound and self.place.size(key) is None:
+        if not self.bound and self.storage.size(key) is None:
             return None
         try:
-            record = parse_record(self.place.read(key))
+            record = parse_record(self.storage.read(key))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -372,7 +372,7 @@ class LabelSet:
         Every reader comes through here: the file must be the one that the shard's record names.
         """
         key, layout = self.shard_key(array, shard), self.layout(array)
-        part = functools.partial(self.place.read_part, key)
+        part = functools.partial(self.storage.read_part, key)
         damage: Exception
         # The set may have been made again since the record was read, or an answer been cut.
         for fresh in (False, True):
@@ -380,7 +380,7 @@ class LabelSet:
             if record is None and self.bound:
                 raise self._lacks(shard)
             try:
-                if not self.place.size(key):
+                if not self.storage.size(key):
                     raise FileNotFoundError(key)
                 return layout.read(part, first, stop, record.checksums[array] if record else "")
             except FileNotFoundError as error:
@@ -388,13 +388,13 @@ class LabelSet:
                 raise self._damage(shard, f"{key} is gone or empty") from error
             except (OSError, ValueError) as error:
                 damage = error
-                if self.place.is_local and not isinstance(error, NotAsRecorded):
+                if self.storage.is_local and not isinstance(error, NotAsRecorded):
                     break
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
     def _require_folder(self) -> None:
-        if isinstance(self.place, LocalPlace) and not self.place.there():
-            raise MissingData(f"label set {self.name}: {lost(self.place.path)}")
+        if isinstance(self.storage, LocalStorage) and not self.storage.there():
+            raise MissingData(f"label set {self.name}: {lost(self.storage.path)}")
 
     def _lacks(self, shard: Shard) -> IncompleteLabels:
         self._require_folder()

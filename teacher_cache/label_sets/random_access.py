@@ -42,9 +42,9 @@ class RowReader:
     def encoded(self, seed: int, ids: ArrayLike) -> Encoded:
         """See ``LabelSet.encoded_rows``."""
         rows = self._row_numbers(ids)
-        chunks, places = np.divmod(rows, self._rows)
+        chunks, offsets = np.divmod(rows, self._rows)
         if len(rows) == 1:
-            return {key: a[places] for key, a in self._chunk(seed, int(chunks[0])).items()}
+            return {key: a[offsets] for key, a in self._chunk(seed, int(chunks[0])).items()}
         found = {
             key: np.empty((len(rows), width), dtype)
             for key, (dtype, width, _) in self._arrays.items()
@@ -52,7 +52,7 @@ class RowReader:
         for chunk in np.unique(chunks).tolist():
             here = np.flatnonzero(chunks == chunk)
             for key, decoded in self._chunk(seed, chunk).items():
-                found[key][here] = decoded[places[here]]
+                found[key][here] = decoded[offsets[here]]
         return found
 
     def _row_numbers(self, ids: ArrayLike) -> NDArray[np.int64]:

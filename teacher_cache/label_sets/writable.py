@@ -19,7 +19,7 @@ from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.documents import parse_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 
 ALIKE_INDICES = 0.9
 """Part of the classes of top-k labels that two machines agree on, at least."""
@@ -54,7 +54,7 @@ class WritableLabelSet(LabelSet):
             encoded: Its rows as the encoding stores them: ``[n, width]`` each.
             checks: View checks of its samples: uint32 ``[n]``.
         """
-        if not self.place.is_local and self.has(shard, fresh=True):
+        if not self.storage.is_local and self.has(shard, fresh=True):
             return  # another writer was faster
         rows = {"view_check": checks} | encoded
         checksums = {}
@@ -67,13 +67,13 @@ class WritableLabelSet(LabelSet):
     def _stored(self, array: str, shard: Shard, data: bytes) -> bytes:
         """Stores the file of an array and returns the bytes that are stored now."""
         key = self.shard_key(array, shard)
-        if not self.place.is_local:
-            if self.place.create(key, data):
+        if not self.storage.is_local:
+            if self.storage.create(key, data):
                 return data
-            found = self.place.read(key)
+            found = self.storage.read(key)
             if found == data or self._as_good(array, found, data):
                 return found
-        self.place.put(key, data)
+        self.storage.put(key, data)
         return data
 
     def _as_good(self, array: str, found: bytes, data: bytes) -> bool:
@@ -101,7 +101,7 @@ class WritableLabelSet(LabelSet):
 
         Check the shard before: whatever lies in its place counts as its own from then on.
         """
-        data = {array: self.place.read(self.shard_key(array, shard)) for array in self.arrays}
+        data = {array: self.storage.read(self.shard_key(array, shard)) for array in self.arrays}
         self._put_record(
             shard, {a: file_checksums(d, self.layout(a).chunks) for a, d in data.items()}
         )
@@ -109,8 +109,8 @@ class WritableLabelSet(LabelSet):
     def _put_record(self, shard: Shard, checksums: Mapping[str, str]) -> None:
         record = ShardRecord(self.digest, shard.seed, shard.block, checksums)
         key, data = self.record_key(shard), record.to_json()
-        if not self.place.create(key, data) and self.place.read(key) != data:
-            self.place.put(key, data)
+        if not self.storage.create(key, data) and self.storage.read(key) != data:
+            self.storage.put(key, data)
         self._records.pop(shard, None)
 
     def claim(self, shard: Shard) -> bool:
@@ -164,7 +164,7 @@ class WritableLabelSet(LabelSet):
         try:
             what = self._unsound(shard)
             if what:
-                self.place.delete([self.record_key(shard), self.commit_key(shard)])
+                self.storage.delete([self.record_key(shard), self.commit_key(shard)])
                 self._records.pop(shard, None)
             return what
         finally:
@@ -174,18 +174,18 @@ class WritableLabelSet(LabelSet):
         """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
         if not self.has(shard):
             return ""
-        gone = [key for key in self.shard_keys(shard)[:-1] if not self.place.size(key)]
-        if isinstance(self.place, LocalPlace):
+        gone = [key for key in self.shard_keys(shard)[:-1] if not self.storage.size(key)]
+        if isinstance(self.storage, LocalStorage):
             for key in self.shard_keys(shard):
-                if (self.place.path / key).is_dir():
+                if (self.storage.path / key).is_dir():
                     raise InputError(
-                        f"{self.place.where(key)} is a folder in the place of a shard's file; "
+                        f"{self.storage.where(key)} is a folder in the place of a shard's file; "
                         "move it away and run the same command again"
                     )
         if gone:
             return str(self._damage(shard, f"{gone[0]} is gone or empty"))
         try:
-            if self.place.is_local:
+            if self.storage.is_local:
                 self.shard_record(shard, fresh=True)
         except CorruptStore as error:
             return str(error)
@@ -200,14 +200,14 @@ class WritableLabelSet(LabelSet):
         """Adds an attribute to the group. One that exists stays as it is."""
 
         def add(data: bytes) -> bytes | None:
-            self.attributes = attributes = parse_attributes(self.place, data)
+            self.attributes = attributes = parse_attributes(self.storage, data)
             if key in attributes:
                 return None
             attributes[key] = value
             return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})
 
         with self.claims.held(METADATA):
-            self.place.update(GROUP, add)
+            self.storage.update(GROUP, add)
 
     def grow(self, seeds: int) -> None:
         """Makes room for more seeds; stored shards stay as they are."""
@@ -222,7 +222,7 @@ class WritableLabelSet(LabelSet):
 
         with self.claims.held(METADATA):
             for array in [*self.arrays[1:], "view_check"]:
-                self.place.update(f"{array}/{GROUP}", widen)
+                self.storage.update(f"{array}/{GROUP}", widen)
 
 
 def _part_of(data: bytes, start: int | None, stop: int | None) -> bytes:

@@ -32,7 +32,7 @@ from sskt.teacher_cache.labeling.job import Job
 from sskt.teacher_cache.labeling.loader import ReadRequest, ViewReader
 from sskt.teacher_cache.labeling.units import Unit, seeds_together, units
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import Views
 
@@ -153,7 +153,7 @@ def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> L
     samples = len(views.target)
     attributes = {"spec": {"encoding": encoding.identity()}, "classes": source.classes}
     rows = min(job.shard_rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
-    return _NothingStored(LocalPlace(Path(os.devnull)), attributes, job.seeds, samples, rows)
+    return _NothingStored(LocalStorage(Path(os.devnull)), attributes, job.seeds, samples, rows)
 
 
 class _NothingStored(LabelSet):

@@ -32,7 +32,7 @@ class Claims(Protocol):
         """Waits for a lock and holds it until the context ends."""
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """The storage of a cache, or of one label set in it.
 
     ``str(place)`` is its path or URL, for messages. All methods raise ``InputError`` if it cannot
@@ -47,7 +47,7 @@ class Place(Protocol):
     def is_local(self) -> bool:
         """True for a folder: renames are atomic, and locks hold between processes."""
 
-    def below(self, name: str) -> Place:
+    def below(self, name: str) -> Storage:
         """The storage of a label set of this cache.
 
         Raises:
@@ -124,6 +124,6 @@ class Place(Protocol):
         """Ends all waiting for this storage, in every thread."""
 
 
-CacheName = str | Path | Place
+CacheName = str | Path | Storage
 """A cache as a user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), the URL of a label
 server (``http://HOST:PORT``, ``https``), or opened storage."""

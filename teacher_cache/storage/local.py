@@ -28,7 +28,7 @@ _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 
 
 @dataclass(frozen=True)
-class LocalPlace:
+class LocalStorage:
     """A folder."""
 
     path: Path
@@ -41,8 +41,8 @@ class LocalPlace:
     def name(self) -> str:
         return self.path.name
 
-    def below(self, name: str) -> LocalPlace:
-        return LocalPlace(self.path / set_name(name))
+    def below(self, name: str) -> LocalStorage:
+        return LocalStorage(self.path / set_name(name))
 
     def where(self, key: str) -> str:
         return str(self.path / key)
@@ -51,7 +51,7 @@ class LocalPlace:
         return self.path.exists()
 
     def folders(self) -> list[str]:
-        """See ``Place``. Raises ``MissingData`` if there is no such folder."""
+        """See ``Storage``. Raises ``MissingData`` if there is no such folder."""
         require_folder(self.path)
         names = []
         for path in self.path.iterdir():
@@ -70,7 +70,7 @@ class LocalPlace:
         return found
 
     def size(self, key: str, *, fresh: bool = False) -> int | None:
-        """See ``Place``; 0 for what is no file."""
+        """See ``Storage``; 0 for what is no file."""
         try:
             found = _status(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
@@ -84,7 +84,7 @@ class LocalPlace:
         return self.read_part(key, None, None)
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
-        """See ``Place``. Raises ``OSError`` for what is no file."""
+        """See ``Storage``. Raises ``OSError`` for what is no file."""
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
         handle = os.open(self.path / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(handle, "rb", buffering=0) as file:
@@ -100,7 +100,7 @@ class LocalPlace:
             return hashlib.file_digest(file, _md5).hexdigest()
 
     def put(self, key: str, data: bytes) -> None:
-        """See ``Place``. Raises ``MissingData`` if the folder itself is gone.
+        """See ``Storage``. Raises ``MissingData`` if the folder itself is gone.
 
         Written anew below a mount point, it would look like a label set on another disk.
         """
@@ -109,14 +109,14 @@ class LocalPlace:
         durable_write(self.path / key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """See ``Place``; for two processes only under a lock."""
+        """See ``Storage``; for two processes only under a lock."""
         if (self.path / key).exists():
             return False
         self.put(key, data)
         return True
 
     def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
-        """See ``Place``; for two processes only under a lock."""
+        """See ``Storage``; for two processes only under a lock."""
         data = change((self.path / key).read_bytes())
         if data is not None:
             self.put(key, data)

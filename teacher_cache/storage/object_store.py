@@ -54,8 +54,8 @@ class _Object:
 
 
 @dataclass
-class BucketPlace:
-    """A prefix of a bucket. See ``base.Place``.
+class BucketStorage:
+    """A prefix of a bucket. See ``base.Storage``.
 
     The objects below each first-level key are listed once, and again after ``refresh``. Objects
     that this process has stored are known without a listing.
@@ -75,8 +75,8 @@ class BucketPlace:
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
-    def below(self, name: str) -> BucketPlace:
-        return BucketPlace(self.bucket, self.root, self.key(set_name(name)))
+    def below(self, name: str) -> BucketStorage:
+        return BucketStorage(self.bucket, self.root, self.key(set_name(name)))
 
     def key(self, key: str) -> str:
         """The name of a key in the bucket."""
@@ -302,7 +302,7 @@ def _reason(said: str) -> str:
     return lines[0].split(": <?xml")[0].strip() + _code(said)
 
 
-def open_bucket(scheme: str, rest: str) -> BucketPlace:
+def open_bucket(scheme: str, rest: str) -> BucketStorage:
     """Opens the storage of a cache in a bucket, which is not contacted yet.
 
     Args:
@@ -329,4 +329,4 @@ def open_bucket(scheme: str, rest: str) -> BucketPlace:
             store = obstore.store.from_url(root)
     except ValueError as error:
         raise InputError(f"cannot use {root} as cache: {_reason(str(error))}") from error
-    return BucketPlace(store, root, "/".join(parts))
+    return BucketStorage(store, root, "/".join(parts))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.storage.base import CacheName, Place
-from sskt.teacher_cache.storage.http.place import open_server
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import CacheName, Storage
+from sskt.teacher_cache.storage.http.storage import open_server
+from sskt.teacher_cache.storage.local import LocalStorage
 
 SCHEMES = ("s3", "gs", "az")
 
@@ -19,12 +19,12 @@ def is_served(cache: CacheName) -> bool:
     return str(cache).partition("://")[0] in SERVED and "://" in str(cache)
 
 
-def open_cache(cache: CacheName, *, make: bool = False) -> Place:
+def open_cache(cache: CacheName, *, make: bool = False) -> Storage:
     """Opens the storage of a cache.
 
     Args:
         cache: A folder, the URL of a bucket (``object_store.py``) or of a label server
-            (``http/place.py``), or opened storage.
+            (``http/storage.py``), or opened storage.
         make: Whether it will be written to; a folder is created then.
 
     Raises:
@@ -55,4 +55,4 @@ def open_cache(cache: CacheName, *, make: bool = False) -> Place:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot use {path} as cache folder: {error.strerror}") from error
-    return LocalPlace(path)
+    return LocalStorage(path)

@@ -19,8 +19,8 @@ from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
-from sskt.teacher_cache.storage.base import CacheName, Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import CacheName, Storage
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 AT_ONCE = 4
@@ -76,10 +76,10 @@ def copy_label_set(
         DiskFull: If there is no room.
     """
     home = open_cache(to, make=True)
-    if _real(home.below(source.name)) == _real(source.place):
-        raise InputError(f"cannot copy {source.place} onto itself; name another cache")
+    if _real(home.below(source.name)) == _real(source.storage):
+        raise InputError(f"cannot copy {source.storage} onto itself; name another cache")
     keys = [GROUP, *(f"{array}/{GROUP}" for array in [*source.arrays[1:], source.arrays[0]])]
-    files = {key: source.place.read(key) for key in keys}
+    files = {key: source.storage.read(key) for key in keys}
 
     def documents(rows: int | None, seeds: int | None) -> dict[str, bytes]:
         if rows not in (None, source.shard_rows):
@@ -88,7 +88,7 @@ def copy_label_set(
 
     with closing(open_for_writing(home, source.name, documents, source.seeds)) as target:
         if target.digest != source.digest:
-            raise InputError(f"{target.place} is another label set than {source.place}")
+            raise InputError(f"{target.storage} is another label set than {source.storage}")
         if target.shard_rows != source.shard_rows:
             raise _other_rows(source, home, target.shard_rows)
         return _copy_shards(source, target, progress)
@@ -97,7 +97,7 @@ def copy_label_set(
 def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress) -> Copied:
     missing = set(source.missing(range(source.seeds)))
     wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
-    target.place.refresh()
+    target.storage.refresh()
     written, sizes, left = 0, 0, wanted
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="sskt-copy")
     try:
@@ -130,16 +130,16 @@ def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int
                 return _write_shard(source, target, shard)
             finally:
                 target.release(shard)
-        if target.place.size(target.commit_key(shard), fresh=True) is None:
+        if target.storage.size(target.commit_key(shard), fresh=True) is None:
             return None
-        target.place.refresh()
+        target.storage.refresh()
     record = source.shard_record(shard)
     for array in source.arrays:
         key = source.shard_key(array, shard)
-        if not _same(source.place, target.place, key):
+        if not _same(source.storage, target.storage, key):
             raise _differs(source, target, key)
     if record is not None and target.shard_record(shard) is None:
-        target.place.create(target.record_key(shard), record.to_json())
+        target.storage.create(target.record_key(shard), record.to_json())
     return 0
 
 
@@ -149,27 +149,27 @@ def _write_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> in
         key = source.shard_key(array, shard)
         data = _checked(source, array, shard, record)
         last = array == source.arrays[-1]
-        if not last or (target.bound and target.place.is_local):
-            target.place.put(key, data)
-        elif not target.place.create(key, data) and target.place.read(key) != data:
+        if not last or (target.bound and target.storage.is_local):
+            target.storage.put(key, data)
+        elif not target.storage.create(key, data) and target.storage.read(key) != data:
             raise _differs(source, target, key)
-        if not _holds(target.place, key, data):
+        if not _holds(target.storage, key, data):
             raise CorruptStore(
-                f"{target.place.where(key)} reads back otherwise than it was written; check the "
+                f"{target.storage.where(key)} reads back otherwise than it was written; check the "
                 "disk or the store, delete it and copy again"
             )
         written += len(data)
     if record is not None:
-        target.place.put(target.record_key(shard), record.to_json())
+        target.storage.put(target.record_key(shard), record.to_json())
     return written
 
 
 def _checked(source: LabelSet, array: str, shard: Shard, record: ShardRecord | None) -> bytes:
     """The file of an array of a shard, whole and in its place. Raises ``CorruptStore``."""
     key, chunks = source.shard_key(array, shard), source.layout(array).chunks
-    for _ in range(1 if source.place.is_local else 2):  # it may have been damaged on the way
+    for _ in range(1 if source.storage.is_local else 2):  # it may have been damaged on the way
         try:
-            data = source.place.read(key)
+            data = source.storage.read(key)
             damage = shard_damage(data, chunks)
         except FileNotFoundError:
             damage = "it is gone"
@@ -182,16 +182,16 @@ def _checked(source: LabelSet, array: str, shard: Shard, record: ShardRecord | N
         if not damage:
             return data
     raise CorruptStore(
-        f"label set {source.name}: {source.place.where(key)} is damaged ({damage}); run sskt "
+        f"label set {source.name}: {source.storage.where(key)} is damaged ({damage}); run sskt "
         "verify, delete the shard it names and cache it again"
     )
 
 
-def _real(place: Place) -> str:
-    return str(place.path.resolve() if isinstance(place, LocalPlace) else place)
+def _real(storage: Storage) -> str:
+    return str(storage.path.resolve() if isinstance(storage, LocalStorage) else storage)
 
 
-def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
+def _other_rows(source: LabelSet, home: Storage, rows: int | None) -> InputError:
     return InputError(
         f"label set {source.name} is in {home} with {rows} samples a shard, at the source with "
         f"{source.shard_rows}: they cannot be joined; copy into another cache"
@@ -200,12 +200,12 @@ def _other_rows(source: LabelSet, home: Place, rows: int | None) -> InputError:
 
 def _differs(source: LabelSet, target: WritableLabelSet, key: str) -> InputError:
     return InputError(
-        f"{target.place.where(key)} is there with other bytes than {source.place.where(key)}; "
+        f"{target.storage.where(key)} is there with other bytes than {source.storage.where(key)}; "
         "check both with sskt verify --recompute, then remove one (sskt rm) or copy elsewhere"
     )
 
 
-def _same(one: Place, other: Place, key: str) -> bool:
+def _same(one: Storage, other: Storage, key: str) -> bool:
     """Whether both hold the same bytes; without a transfer where the store knows their MD5."""
     if one.size(key) is None or one.size(key) != other.size(key):
         return False
@@ -216,8 +216,8 @@ def _same(one: Place, other: Place, key: str) -> bool:
     return one.read(key) == other.read(key)
 
 
-def _holds(place: Place, key: str, data: bytes) -> bool:
-    known = None if place.is_local else place.md5(key)
+def _holds(storage: Storage, key: str, data: bytes) -> bool:
+    known = None if storage.is_local else storage.md5(key)
     if known and known == hashlib.md5(data, usedforsecurity=False).hexdigest():
         return True
-    return place.read(key) == data
+    return storage.read(key) == data

@@ -18,8 +18,8 @@ from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.documents import lacks_group
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename
-from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Place
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 _NAME = re.compile(r".+\..+\.[0-9a-f]{12}")
@@ -29,7 +29,7 @@ _NAME = re.compile(r".+\..+\.[0-9a-f]{12}")
 class Removable:
     """A label set that could be removed; ``coverage`` is None if it is damaged."""
 
-    cache: Place
+    cache: Storage
     name: str
     coverage: list[float] | None
     bytes: int
@@ -55,16 +55,16 @@ def removable(cache: CacheName, wanted: Sequence[str]) -> list[Removable]:
     return found
 
 
-def _look(home: Place, name: str) -> Removable | None:
-    place = home.below(name)
+def _look(home: Storage, name: str) -> Removable | None:
+    storage = home.below(name)
     try:
-        label_set = open_label_set(place)
+        label_set = open_label_set(storage)
     except (CorruptStore, MissingData) as error:
         # A killed creation in a bucket has arrays only; a folder of another kind is none of ours.
-        ours = place.size(GROUP) is not None or lacks_group(place) or not place.is_local
+        ours = storage.size(GROUP) is not None or lacks_group(storage) or not storage.is_local
         if not ours or not _NAME.fullmatch(name):
             return None
-        return Removable(home, name, None, sum(place.sizes().values()), str(error))
+        return Removable(home, name, None, sum(storage.sizes().values()), str(error))
     return Removable(home, name, label_set.coverage(), label_set.stored_bytes())
 
 
@@ -78,7 +78,7 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
     is writing to the set (in a bucket that cannot be seen).
     """
     home = open_cache(cache)
-    place = home.below(name)
+    storage = home.below(name)
     with closing(home.claims(name)) as claims:
         if not (claims.claim(METADATA) and claims.claim(SWEEP)):
             raise InputError(
@@ -86,28 +86,28 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
                 "export); let it end or stop it first"
             )
         if seeds is not None:
-            label_set = open_label_set(place)
+            label_set = open_label_set(storage)
             shards = list(label_set.shards(seeds))
             last_first = (reversed(label_set.shard_keys(shard)) for shard in shards)
             for together in zip(*last_first, strict=True):
-                place.delete(together)
+                storage.delete(together)
             _shorten(label_set, set(seeds))
-        elif isinstance(place, LocalPlace):
-            if place.path.is_symlink():
-                raise InputError(f"{place} is a link; remove it, or what it names, yourself")
-            gone = place.path.with_name(f".{name}.{uuid.uuid4().hex}.partial")
+        elif isinstance(storage, LocalStorage):
+            if storage.path.is_symlink():
+                raise InputError(f"{storage} is a link; remove it, or what it names, yourself")
+            gone = storage.path.with_name(f".{name}.{uuid.uuid4().hex}.partial")
             try:
-                durable_rename(place.path, gone)
+                durable_rename(storage.path, gone)
                 shutil.rmtree(gone)
             except OSError as error:
-                raise InputError(f"cannot remove {place}: {error.strerror}") from error
+                raise InputError(f"cannot remove {storage}: {error.strerror}") from error
         else:
             steps: list[list[str]] = [[], [], [], []]
-            for key in place.sizes():
+            for key in storage.sizes():
                 steps[_order(key)].append(key)
             for keys in steps:
-                place.delete(keys)
-        if isinstance(home, LocalPlace):
+                storage.delete(keys)
+        if isinstance(home, LocalStorage):
             home.sweep()
 
 
@@ -126,7 +126,7 @@ def _shorten(label_set: LabelSet, removed: set[int]) -> None:
 
     if last < label_set.seeds:
         for array in label_set.arrays:  # view_check first, which says how many seeds there are
-            label_set.place.update(f"{array}/{GROUP}", cut)
+            label_set.storage.update(f"{array}/{GROUP}", cut)
 
 
 def _order(key: str) -> int:

@@ -68,7 +68,7 @@ def verify(
     if missing:
         lacking = seed_ranges(sorted({shard.seed for shard in missing}))
         last = label_set.arrays[-1]
-        half = [s for s in missing if label_set.place.size(label_set.shard_key(last, s))]
+        half = [s for s in missing if label_set.storage.size(label_set.shard_key(last, s))]
         more = f"; {len(half)} have labels but no record: add it with --bind" if half else ""
         report.problems.append(
             f"{len(missing)} of {len(shards)} shards are missing ({lacking}){more}"
@@ -126,7 +126,7 @@ def _verify_shard(
     elif binder is not None and (not binder.bound or binder.claim(shard)):
         binder.bind(shard)
         return
-    report.unbound += not label_set.place.size(label_set.record_key(shard))
+    report.unbound += not label_set.storage.size(label_set.record_key(shard))
 
 
 def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:

@@ -139,7 +139,7 @@ def test_label_sets_are_opened_by_path_and_by_url(label_cache: Path) -> None:
         assert torch.equal(found.rows(0, [4, 2]), label_set.rows(0, [4, 2]))
         with pytest.raises(MissingData, match=f"no label set other on .* has: {label_set.name}"):
             open_label_set(f"{url}/other")
-        found.place.close()
+        found.storage.close()
     with pytest.raises(MissingData):
         open_label_set(label_cache / "other")
 

@@ -21,7 +21,7 @@ from support.fronts import NGINX, OPENSSL, Front, free_ports, front
 
 from sskt.server.http.tokens import new_token, revoke
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.storage.http.place import HttpPlace
+from sskt.teacher_cache.storage.http.storage import HttpStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 pytestmark = [
@@ -312,7 +312,7 @@ def test_our_client_reads_it_all(site: Site, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SSKT_TOKEN", site.token)
     monkeypatch.setenv("SSL_CERT_FILE", str(site.nginx.certificate))
     home = open_cache(f"https://localhost:{site.nginx.tls}")
-    assert isinstance(home, HttpPlace)
+    assert isinstance(home, HttpStorage)
     with contextlib.closing(home):
         assert [home.below(name).name for name in home.folders()] == [site.shards[0].split("/")[0]]
         for key in site.shards:

@@ -303,9 +303,9 @@ def test_a_damaged_shard(
 
 def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = pytest.importorskip("obstore.store")
-    from sskt.teacher_cache.storage.object_store import BucketPlace
+    from sskt.teacher_cache.storage.object_store import BucketStorage
 
-    place = BucketPlace(store.MemoryStore(), "s3://bucket", "lab")
+    place = BucketStorage(store.MemoryStore(), "s3://bucket", "lab")
     label_set = make_labels(place, without=[(0, 1)])
     served = new_cache(tmp_path / "run")
     check_rows = np.array([0, SAMPLES - 1])
@@ -313,7 +313,7 @@ def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert served.hot_rows(label_set, 0, check_rows) is None, "a network is not for the event loop"
     with pytest.raises(IncompleteLabels, match="lacks samples 512 to 1023"):
         served.rows(label_set, 0, np.array([ROWS]))
-    place = BucketPlace(place.bucket, place.root, "lab").below(label_set.name)
+    place = BucketStorage(place.bucket, place.root, "lab").below(label_set.name)
     writer = writer_of(open_label_set(place))
     write_shard(writer, writer.shard(0, 1))
     assert served.missing(label_set, 0, np.array([ROWS])) == []

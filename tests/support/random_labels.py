@@ -46,7 +46,7 @@ def make_labels(
         if (shard.seed, shard.block) not in without:
             write_shard(label_set, shard, salt)
     label_set.close()
-    return open_label_set(label_set.place)
+    return open_label_set(label_set.storage)
 
 
 def write_shard(label_set: WritableLabelSet, shard: Shard, salt: int = 0) -> None:
@@ -61,7 +61,7 @@ def write_shard(label_set: WritableLabelSet, shard: Shard, salt: int = 0) -> Non
 
 def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None:
     """Removes a stored shard and stores it again with other labels."""
-    place, shard = label_set.place, label_set.shard(seed, block)
+    place, shard = label_set.storage, label_set.shard(seed, block)
     place.delete(label_set.shard_keys(shard))
     write_shard(writer_of(label_set), shard, salt)
     place.refresh()
@@ -69,4 +69,4 @@ def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None
 
 def writer_of(label_set: LabelSet) -> WritableLabelSet:
     """The label set, open for writing without locks."""
-    return WritableLabelSet.of(open_label_set(label_set.place), NoClaims())
+    return WritableLabelSet.of(open_label_set(label_set.storage), NoClaims())

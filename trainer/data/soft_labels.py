@@ -290,7 +290,7 @@ class StoredLabels:
     def close(self) -> None:
         """Stops reading ahead, and what waits for a label server."""
         for label_set in self._sets.values():
-            label_set.place.close()
+            label_set.storage.close()
         self._pool.shutdown(cancel_futures=True)
 
 

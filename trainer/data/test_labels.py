@@ -10,7 +10,7 @@ from sskt.teacher_cache.label_sets.find import find_alike, require_seeds
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.batchnorm import batch_of
 from sskt.teacher_cache.sources.names import source_name
-from sskt.teacher_cache.storage.base import Place
+from sskt.teacher_cache.storage.base import Storage
 from sskt.teacher_cache.storage.open import is_served
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
@@ -18,7 +18,7 @@ from sskt.trainer.data.label_passes import cache_command, evaluation_pass
 
 
 def find_test_sets(
-    cache: Place, config: TrainConfig, sets: Mapping[str, LabelSet], test: Views, *, ask: bool
+    cache: Storage, config: TrainConfig, sets: Mapping[str, LabelSet], test: Views, *, ask: bool
 ) -> dict[str, LabelSet]:
     """Finds the labels of the test split that belong to those of the training split.
 

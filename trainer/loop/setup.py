@@ -17,8 +17,8 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.registry import parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.storage.base import Place
-from sskt.teacher_cache.storage.http.place import Fetching, open_server
+from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.http.storage import Fetching, open_server
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
@@ -266,7 +266,7 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     )
 
 
-def open_labels(config: TrainConfig) -> Place:
+def open_labels(config: TrainConfig) -> Storage:
     """Opens the cache of the configuration, or the default one.
 
     Raises:

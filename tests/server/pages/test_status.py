@@ -212,7 +212,7 @@ def test_a_survey_counts_what_the_store_counts(cache: Path) -> None:
         )
 
 
-class SlowPlace:
+class SlowStorage:
     """A place that does not answer for now, as a bucket may, and then not at all."""
 
     name = "slow"
@@ -225,8 +225,8 @@ class SlowPlace:
 
 def test_a_place_that_does_not_answer_keeps_no_page_waiting(cache: Path) -> None:
     good, slow = list_label_sets(cache)
-    place: Any = SlowPlace()
-    stuck = replace(slow, place=place)
+    place: Any = SlowStorage()
+    stuck = replace(slow, storage=place)
     coverages = CoverageCache(patience=0.2)
     assert isinstance(coverages.of([good])[0], Coverage)
     assert coverages.of([stuck]) == [None]

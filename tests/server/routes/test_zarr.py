@@ -28,7 +28,7 @@ from sskt.server.http.problems import Problem
 from sskt.server.routes.zarr import open_local, ranges
 from sskt.server.state import Sets
 from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 
 
 @pytest.fixture(scope="module")
@@ -380,13 +380,13 @@ def test_reading_never_makes_a_label_set_grow(tmp_path: Path) -> None:
             assert status == 404 and f"has seeds 0 to {SEEDS - 1}, not {seed}" in said
             assert (":compute with" if seed < 8 else "cache-teachers --seeds") in said
         assert Queue(tmp_path / "run/queue", 1).state() == []
-        assert open_label_set(label_set.place).seeds == SEEDS
+        assert open_label_set(label_set.storage).seeds == SEEDS
 
         status, told = post(0, 8)
         assert (status, told["max_seeds"]) == (422, 8) and "--max-seeds" in told["detail"]
-        assert open_label_set(label_set.place).seeds == SEEDS
+        assert open_label_set(label_set.storage).seeds == SEEDS
         assert post(4)[0] == 202
-        assert open_label_set(label_set.place).seeds == 5
+        assert open_label_set(label_set.storage).seeds == 5
         assert json.loads(get(url, about)[2])["seeds"] == 5
         assert read(4)[0] == 503, "waits for the labels"
         assert read(5)[0] == 404
@@ -593,10 +593,10 @@ def test_a_lost_mount_is_not_ready(tmp_path: Path, since_start: bool) -> None:
 
 
 def test_a_cache_that_cannot_be_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreadable(_: LocalPlace) -> list[str]:
+    def unreadable(_: LocalStorage) -> list[str]:
         raise PermissionError(errno.EACCES, "Permission denied", str(cache))
 
-    monkeypatch.setattr(LocalPlace, "folders", unreadable)
+    monkeypatch.setattr(LocalStorage, "folders", unreadable)
     with serving(cache) as url:
         assert get(url, "/readyz")[0] == 503
 

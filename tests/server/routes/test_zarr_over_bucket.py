@@ -18,7 +18,7 @@ from sskt.server import rows as server_rows
 from sskt.server import state
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.object_store import BucketPlace
+from sskt.teacher_cache.storage.object_store import BucketStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 for needed in NEEDED:
@@ -106,7 +106,7 @@ def test_a_shard_that_is_removed_is_missing_and_no_damage(bucket: LabelSet, url:
     import obstore
 
     assert batch(url, bucket.name, 0, [0])[0] == 200
-    place = bucket.place
+    place = bucket.storage
     keys = bucket.shard_keys(bucket.shard(0, 0))
     kept = {key: place.read(key) for key in keys}
     store = raw("s3://bucket/lab/labels")
@@ -127,15 +127,15 @@ def test_metadata_that_grows_meanwhile_is_never_cut_short(
 
     store, key = raw("s3://bucket/lab/labels"), f"{bucket.name}/view_check/zarr.json"
     before = bytes(obstore.get(store, key).bytes())
-    head = BucketPlace.entity
+    head = BucketStorage.entity
 
-    def grown(place: BucketPlace, asked: str) -> Any:
+    def grown(place: BucketStorage, asked: str) -> Any:
         found = head(place, asked)
         obstore.put(store, key, before + b" " * 9)
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(BucketPlace, "entity", grown)
+        patch.setattr(BucketStorage, "entity", grown)
         status, headers, _ = get(url, f"/zarr/{key}")
         assert status == 503 and headers["retry-after"]
     assert get(url, f"/zarr/{key}")[2] == before + b" " * 9
@@ -151,7 +151,7 @@ def test_a_bucket_out_of_reach_is_nobodys_fault(
     def unreachable(*_: object, **__: object) -> None:
         raise InputError("cannot reach the bucket")
 
-    monkeypatch.setattr(BucketPlace, broken, unreachable)
+    monkeypatch.setattr(BucketStorage, broken, unreachable)
     shard = f"/zarr/{bucket.name}/{bucket.commit_key(bucket.shard(0, 0))}"
     answers = [
         get(url, shard),
@@ -169,14 +169,14 @@ def test_a_bucket_out_of_reach_is_nobodys_fault(
 def test_a_shard_read_fails(bucket: LabelSet, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its head was seen."""
     shard = f"{bucket.name}/{bucket.commit_key(bucket.shard(0, 0))}"
-    where = BucketPlace.where
+    where = BucketStorage.where
 
-    def failing(place: BucketPlace, key: str) -> str:
+    def failing(place: BucketStorage, key: str) -> str:
         if key == shard:
             raise InputError("cannot reach the bucket")
         return where(place, key)
 
-    monkeypatch.setattr(BucketPlace, "entity", lambda *_: (5, '"5"'))
-    monkeypatch.setattr(BucketPlace, "where", failing)
+    monkeypatch.setattr(BucketStorage, "entity", lambda *_: (5, '"5"'))
+    monkeypatch.setattr(BucketStorage, "where", failing)
     status, headers, _ = get(url, f"/zarr/{shard}")
     assert status == 503 and headers["retry-after"]

@@ -21,7 +21,7 @@ from sskt.teacher_cache.format.names import (
 )
 from sskt.teacher_cache.format.spec import name_of
 from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 
 Sskt = Callable[..., tuple[int, str, str]]
 
@@ -52,7 +52,7 @@ HOSTILE = [
 def test_what_cannot_be_a_name(name: str, tmp_path: Path) -> None:
     assert not is_set_name(name)
     with pytest.raises(InvalidName, match="cannot be the name of a label set") as error:
-        LocalPlace(tmp_path).below(name)
+        LocalStorage(tmp_path).below(name)
     said = str(error.value)
     assert len(said) < 500 and said.isprintable()
 

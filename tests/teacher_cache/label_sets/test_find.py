@@ -20,7 +20,7 @@ from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.find import choose_sets, find_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.registry import parse_source
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.tools.export import export_label_set
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
@@ -157,14 +157,14 @@ def test_an_unreadable_set_stops_no_other(
     path = shutil.copytree(healthy.path, cache / name)
     UNREADABLE[kind](path)
     if kind == "no permission":  # as root, whom no mode keeps out
-        read = LocalPlace.read_part
+        read = LocalStorage.read_part
 
-        def refused(place: LocalPlace, *arguments: Any) -> bytes:
+        def refused(place: LocalStorage, *arguments: Any) -> bytes:
             if place.path == path:
                 raise PermissionError(errno.EACCES, "Permission denied", str(place.path))
             return read(place, *arguments)
 
-        monkeypatch.setattr(LocalPlace, "read_part", refused)
+        monkeypatch.setattr(LocalStorage, "read_part", refused)
     status, out, err = sskt("ls", "--cache", cache)
     assert status == 1 and f"\nunreadable: {name}: " in out and healthy.digest[:12] in out, err
     status, out, _ = sskt("verify", "--cache", cache)

@@ -73,7 +73,7 @@ def test_a_chunk_is_decoded_once_while_there_is_room(
     assert sorted(decoded) == [(0, 0), (0, 512), (0, 1024)]
     decoded.clear()
     monkeypatch.setattr(random_access, "CACHED_BYTES", 512 * CLASSES * 2)
-    small = open_label_set(label_set.place)
+    small = open_label_set(label_set.storage)
     for row in (0, 1, 600, 601, 2):
         small.rows(0, row)
     assert decoded == [(0, 0), (0, 512), (0, 0)], "room for one chunk"
@@ -175,7 +175,7 @@ def test_rows_from_a_label_server(tmp_path: Path) -> None:
     with serving(tmp_path) as url:
         (served,) = list_label_sets(url)
         assert torch.equal(served.rows(1, ORDER), label_set.rows(1, ORDER))
-        served.place.close()
+        served.storage.close()
 
 
 def test_a_view_is_compared_with_the_stored_check(label_cache: Path, images: Path) -> None:

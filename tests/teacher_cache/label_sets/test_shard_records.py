@@ -50,7 +50,7 @@ def test_a_shard_in_anothers_place_is_noticed(tmp_path: Path, fault: str, what: 
     label_set = make_labels(tmp_path / "one", "f16")
     other = make_labels(tmp_path / "other", "f32" if what == "everything" else "f16", salt=1)
     FAULTS[fault](label_set, other, what)
-    fresh = open_label_set(label_set.place)
+    fresh = open_label_set(label_set.storage)
     for start, stop in ((512, 1024), (600, 601), (0, 1300)):
         with pytest.raises(CorruptStore, match="seed 0, samples"):
             fresh.read(0, start, stop)
@@ -68,10 +68,10 @@ def test_an_old_shard_put_back_is_noticed(tmp_path: Path) -> None:
     path = label_set.shard_path("labels", label_set.shard(2, 0))
     before = path.read_bytes()
     replace_shard(label_set, 2, 0, salt=3)
-    open_label_set(label_set.place).read(2, 0, 1300)
+    open_label_set(label_set.storage).read(2, 0, 1300)
     path.write_bytes(before)
     with pytest.raises(CorruptStore, match="is not the one that the shard's record names"):
-        open_label_set(label_set.place).read(2, 0, 1300)
+        open_label_set(label_set.storage).read(2, 0, 1300)
 
 
 def test_a_set_made_again_while_it_is_open_is_read(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_set_made_again_while_it_is_open_is_read(tmp_path: Path) -> None:
     replace_shard(label_set, 1, 0, salt=3)
     now = label_set.read(1, 0, 512)["labels"]
     assert not np.array_equal(before, now)
-    assert np.array_equal(now, open_label_set(label_set.place).read(1, 0, 512)["labels"])
+    assert np.array_equal(now, open_label_set(label_set.storage).read(1, 0, 512)["labels"])
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: bytes | str) -> None
         content = json.dumps(document).encode()
     path.write_bytes(content)
     with pytest.raises(CorruptStore, match="seed 1, samples 512 to 1023: "):
-        open_label_set(label_set.place).read(1, 512, 1024)
-    assert len(verify(open_label_set(label_set.place)).problems) == 1
+        open_label_set(label_set.storage).read(1, 512, 1024)
+    assert len(verify(open_label_set(label_set.storage)).problems) == 1
 
 
 def test_labels_without_a_record_are_not_stored_yet(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_labels_without_a_record_are_not_stored_yet(tmp_path: Path) -> None:
     record = label_set.path / label_set.record_key(shard)
     whole = {p: p.read_bytes() for p in label_set.path.rglob("*") if p.is_file()}
     record.unlink()
-    fresh = open_label_set(label_set.place)
+    fresh = open_label_set(label_set.storage)
     assert fresh.missing(range(3)) == [shard]
     with pytest.raises(IncompleteLabels, match="seed 1 lacks samples 512 to 1023"):
         fresh.read(1, 512, 1024)
@@ -163,7 +163,7 @@ def test_a_damaged_shard_is_not_bound(old: Path, sskt: Sskt) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     status, out, _ = sskt("verify", "--cache", old, "--bind", label_set.name)
     assert status == 1 and "1 problems" in out and "1 shards are not bound" in out
-    fresh = open_label_set(label_set.place)
+    fresh = open_label_set(label_set.storage)
     assert not fresh.bound and len(list(fresh.path.glob("view_check/c/*/*.json"))) == 3
 
 
@@ -192,7 +192,7 @@ def test_new_shards_of_an_old_set_are_bound(old: Path, sskt: Sskt, tmp_path: Pat
     writer.write(shard, rows, checks)
     writer.close()
     assert label_set.shard_record(shard) is not None
-    assert verify(open_label_set(label_set.place)).unbound == 3
+    assert verify(open_label_set(label_set.storage)).unbound == 3
     original = GOLDEN / label_set.name / label_set.commit_key(shard)
     assert label_set.commit_path(shard).read_bytes() == original.read_bytes()
 
@@ -236,7 +236,7 @@ def test_every_file_of_a_shard_is_watched(tmp_path: Path, sskt: Sskt, file: str,
     KINDS[kind](label_set.path / key)
     status, out, _ = sskt("verify", "--cache", tmp_path / "cache")
     assert status == 1 and "1 problems" in out and "seed 1" in out
-    fresh = open_label_set(label_set.place)
+    fresh = open_label_set(label_set.storage)
     read = fresh.read_checks if file == "view_check" else fresh.read
     with pytest.raises((CorruptStore, IncompleteLabels), match="seed 1"):
         read(1, 0, 1300)

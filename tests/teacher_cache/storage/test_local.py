@@ -11,7 +11,7 @@ from support.random_labels import CLASSES, make_labels, writer_of
 
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 
@@ -24,7 +24,7 @@ def test_foreign_folders_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     (cache / "loop").symlink_to("loop")
     (cache / "file").touch()
     (cache / "private one").mkdir(mode=0)
-    assert LocalPlace(cache).folders() == [made.name]
+    assert LocalStorage(cache).folders() == [made.name]
     assert not caplog.records
     (cache / "\x1b[31mred" / "zarr.json").touch()
     assert [found.name for found in list_label_sets(cache)] == [made.name]
@@ -46,9 +46,9 @@ def test_a_mount_that_is_lost(tmp_path: Path, sskt: Callable[..., tuple[int, str
         lambda: made.read_checks(0, 0, 10),
         lambda: made.missing([0]),
         lambda: writer.write(made.shard(0, 0), labels, checks),
-        lambda: made.place.create("labels/c/9/0/0", b"x"),
+        lambda: made.storage.create("labels/c/9/0/0", b"x"),
     ):
-        with pytest.raises(MissingData, match=f"{made.place} is gone: .*not mounted any more"):
+        with pytest.raises(MissingData, match=f"{made.storage} is gone: .*not mounted any more"):
             use()
     assert not list(cache.iterdir())
     status, _, err = sskt("ls", "--cache", cache)

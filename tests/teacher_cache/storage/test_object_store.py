@@ -24,7 +24,7 @@ from support.servers import Proxy, without_times
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData, SsktError
 from sskt.teacher_cache.label_sets.create import create_label_set, list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
-from sskt.teacher_cache.storage.local import LocalPlace
+from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 
 Sskt = Callable[..., tuple[int, str, str]]
@@ -730,8 +730,8 @@ def test_names_of_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         assert below.where("x/zarr.json") == f"{url}/set/x/zarr.json"
     assert str(open_cache("s3://bucket/a//b/")) == "s3://bucket/a/b"
     for folder in (tmp_path, str(tmp_path)):
-        assert open_cache(folder) == LocalPlace(tmp_path)
-    assert open_cache(LocalPlace(tmp_path)) == LocalPlace(tmp_path)
+        assert open_cache(folder) == LocalStorage(tmp_path)
+    assert open_cache(LocalStorage(tmp_path)) == LocalStorage(tmp_path)
 
 
 def test_a_cache_at_the_top_of_a_bucket(cache: str, local: Path, sskt: Sskt) -> None:

@@ -215,7 +215,7 @@ def test_damage_is_neither_copied_nor_exported(
 
 
 def chunks_of(label_set: LabelSet, array: str) -> int:
-    codec = array_document(label_set.place, array)["codecs"][0]
+    codec = array_document(label_set.storage, array)["codecs"][0]
     return -(-label_set.shard_rows // int(codec["configuration"]["chunk_shape"][1]))
 
 
@@ -754,14 +754,14 @@ def test_what_was_written_is_read_back(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that stores something else than it was given."""
-    from sskt.teacher_cache.storage.local import LocalPlace
+    from sskt.teacher_cache.storage.local import LocalStorage
 
-    put = LocalPlace.put
+    put = LocalStorage.put
 
-    def lying(place: LocalPlace, key: str, data: bytes) -> None:
+    def lying(place: LocalStorage, key: str, data: bytes) -> None:
         put(place, key, data[:-1] + b"?" if key.endswith("/c/1/2/0") else data)
 
-    monkeypatch.setattr(LocalPlace, "put", lying)
+    monkeypatch.setattr(LocalStorage, "put", lying)
     with pytest.raises(CorruptStore, match=r"labels/c/1/2/0 reads back otherwise"):
         copy_label_set(only(made / "f16"), tmp_path / "to")
 

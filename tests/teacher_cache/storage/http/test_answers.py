@@ -15,7 +15,7 @@ from support.servers import raw_server
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.http import answers, client
 from sskt.teacher_cache.storage.http.client import TOKEN, Server
-from sskt.teacher_cache.storage.http.place import open_server
+from sskt.teacher_cache.storage.http.storage import open_server
 
 Answer = Callable[[socket.socket, bytes], None]
 

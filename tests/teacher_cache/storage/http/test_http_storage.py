@@ -58,7 +58,7 @@ from sskt.teacher_cache.storage.http import client as http_client
 from sskt.teacher_cache.storage.http import disk_cache
 from sskt.teacher_cache.storage.http.answers import Unavailable
 from sskt.teacher_cache.storage.http.client import TOKEN, Server
-from sskt.teacher_cache.storage.http.place import Fetching, open_server
+from sskt.teacher_cache.storage.http.storage import Fetching, open_server
 from sskt.teacher_cache.storage.http.temporary_folder import private_folder
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import checks_of
@@ -266,7 +266,7 @@ def test_a_damaged_shard_is_no_label(large: Path, tmp_path: Path) -> None:
         with pytest.raises(CorruptStore, match=f"as {url} sends it, is damaged .the checksum of"):
             remote.read(0, 0, SAMPLES)
         path.write_bytes(b"")
-        remote.place.refresh()
+        remote.storage.refresh()
         with pytest.raises(CorruptStore, match="labels/c/0/1/0 is gone or empty"):
             remote.read(0, 0, SAMPLES)
 

@@ -33,8 +33,8 @@ class Fetching:
 
 
 @dataclass
-class HttpPlace:
-    """The cache of a label server, or one label set in it. See ``base.Place``.
+class HttpStorage:
+    """The cache of a label server, or one label set in it. See ``base.Storage``.
 
     What is stored is listed once, and again after ``refresh``. Everything that writes raises
     ``InputError``.
@@ -55,8 +55,8 @@ class HttpPlace:
     def name(self) -> str:
         return self.set_name or self.server.host
 
-    def below(self, name: str) -> HttpPlace:
-        return HttpPlace(self.server, self.how, set_name(name))
+    def below(self, name: str) -> HttpStorage:
+        return HttpStorage(self.server, self.how, set_name(name))
 
     def where(self, key: str) -> str:
         return f"{self.server}{self._path(key)}"
@@ -160,7 +160,7 @@ class HttpPlace:
         return None
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
-        """See ``Place``. Shards come through the disk cache. Raises ``CorruptStore``."""
+        """See ``Storage``. Shards come through the disk cache. Raises ``CorruptStore``."""
         array, is_shard, _ = key.partition("/c/")
         if not is_shard or key.endswith(RECORD_ENDING):
             return self.read(key)[start:stop]
@@ -267,7 +267,7 @@ def _seed_of(key: str) -> int | None:
     return int(parts[2]) if len(parts) > 3 and parts[1] == "c" and parts[2].isdecimal() else None
 
 
-def open_server(url: str, how: Fetching | None = None) -> HttpPlace:
+def open_server(url: str, how: Fetching | None = None) -> HttpStorage:
     """Opens the cache of a label server, which is not contacted yet.
 
     Args:
@@ -279,4 +279,4 @@ def open_server(url: str, how: Fetching | None = None) -> HttpPlace:
         InputError: If the URL is not one of a label server.
     """
     patient, how = how is not None, how or Fetching()
-    return HttpPlace(Server(url, how.wait_minutes, patient=patient), how)
+    return HttpStorage(Server(url, how.wait_minutes, patient=patient), how)
