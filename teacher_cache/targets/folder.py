@@ -12,8 +12,7 @@ import numpy as np
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Names, Target
-from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT
-from sskt.teacher_cache.targets.scan import (
+from sskt.teacher_cache.targets.files.scan import (
     entries,
     images_and_clips,
     is_folder,
@@ -22,6 +21,7 @@ from sskt.teacher_cache.targets.scan import (
     sort,
     subfolders,
 )
+from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT
 from sskt.teacher_cache.targets.spec import SPLIT_NAMES, DatasetSpec, named_like
 
 _SPLIT_LIKE = frozenset(name for names in SPLIT_NAMES.values() for name in names)

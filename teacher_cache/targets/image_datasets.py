@@ -11,7 +11,7 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData, first_line
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
-from sskt.teacher_cache.targets.scan import (
+from sskt.teacher_cache.targets.files.scan import (
     check_unique,
     entries,
     images_and_clips,

@@ -25,7 +25,7 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName, first_line
 from sskt.teacher_cache.media.images import EXTENSIONS, is_image
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
-from sskt.teacher_cache.targets.scan import FOLDER, MISSING, entries, sizes_of, sizes_of_clips
+from sskt.teacher_cache.targets.files.scan import FOLDER, MISSING, entries, sizes_of, sizes_of_clips
 from sskt.teacher_cache.targets.spec import DatasetSpec, named_like
 
 COLUMNS = ("path", "label", "labels", "split", "class_name")

@@ -49,11 +49,11 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
     policy = default_policy(spec.target, clips=target.clips)
     target = replace(target, made=spec.provenance(), policy=policy)
     if target.clips:
-        from sskt.teacher_cache.targets.file_index import count_clips
+        from sskt.teacher_cache.targets.files.file_index import count_clips
 
         target = count_clips(target, progress)
     if spec.strict and target.paths is not None:
-        from sskt.teacher_cache.targets.file_index import hash_contents
+        from sskt.teacher_cache.targets.files.file_index import hash_contents
 
         target = replace(target, contents=hash_contents(target, progress))
     return target

@@ -21,7 +21,7 @@ import numpy as np
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.video import VIDEO_EXTENSIONS, is_frame_folder
 from sskt.teacher_cache.targets.base import Files, Names, Target
-from sskt.teacher_cache.targets.scan import entries, read_list, rows_there, sizes_of_clips
+from sskt.teacher_cache.targets.files.scan import entries, read_list, rows_there, sizes_of_clips
 from sskt.teacher_cache.targets.spec import DatasetSpec
 
 UCF101_LISTS = ("ucfTrainTestlist", ".", "../ucfTrainTestlist")

@@ -11,7 +11,7 @@ import numpy as np
 
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
-from sskt.teacher_cache.targets.scan import check_unique, read_list, rows_there, sizes_of
+from sskt.teacher_cache.targets.files.scan import check_unique, read_list, rows_there, sizes_of
 from sskt.teacher_cache.targets.spec import DatasetSpec, or_downloaded
 
 VOC_CLASSES = (

@@ -15,7 +15,7 @@ from sskt.teacher_cache.media import decord_worker as apart
 from sskt.teacher_cache.media.decord_worker import Counter
 from sskt.teacher_cache.media.video import Counted, count_frames
 from sskt.teacher_cache.targets.base import Files, Names, Target
-from sskt.teacher_cache.targets.file_index import count_clips
+from sskt.teacher_cache.targets.files.file_index import count_clips
 
 FOLDER = "SoccerPenalty"
 

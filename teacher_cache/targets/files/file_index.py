@@ -28,7 +28,7 @@ from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.locks import Locks
 from sskt.teacher_cache.targets.base import Files, Target
-from sskt.teacher_cache.targets.scan import entries
+from sskt.teacher_cache.targets.files.scan import entries
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.media.video import Counted

@@ -1,0 +1,1 @@
+"""Lists of files: reading folders, and what is remembered about files between commands."""
