@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sskt.teacher_cache.errors import BadClip, MissingData
 from sskt.teacher_cache.media.video import count_frames
-from sskt.teacher_cache.targets import file_index as index
+from sskt.teacher_cache.targets.files import file_index as index
 from sskt.teacher_cache.targets.base import Files, Names, Target
 from sskt.teacher_cache.targets.files.file_index import count_clips, hash_contents, index_folder
 
@@ -362,7 +362,7 @@ COUNT = """
 import sys
 from pathlib import Path
 import numpy as np
-from sskt.teacher_cache.targets import file_index as index
+from sskt.teacher_cache.targets.files import file_index as index
 from sskt.teacher_cache.targets.base import Files, Names, Target
 
 def main(folder, first, last):
