@@ -98,7 +98,8 @@ def test_predicted_bytes_of_a_real_source_are_about_those_stored(
 ) -> None:
     root = tmp_path / "scenes"
     (root / "train").mkdir(parents=True)
-    (root / "train" / "all").symlink_to(data / "miniplaces/images/val")
+    for name in ("all", "again"):
+        (root / "train" / name).symlink_to(data / "miniplaces/images/val")
     source = f"places={data}/models/squeezenet_places365.py:build@64"
     ask: list[object] = ["--source", source, "--source", SOURCE, "--target", root]
     ask += ["--policy", "resize-center-crop:resize=72,size=64", "--limit", 250, "--seeds", 2]

@@ -341,7 +341,8 @@ def test_a_shard_that_another_process_is_at(cluster: Cluster, tmp_path: Path) ->
     whole = label_here(replace(job, cache=str(tmp_path / "here")))
     (there,) = [Path(s.path) for s in list_label_sets(tmp_path / "here")]
     shutil.copytree(there, tmp_path / "ray" / there.name)
-    shutil.rmtree(tmp_path / "ray" / there.name / "labels" / "c" / "1")
+    for array in ("labels", "view_check"):
+        shutil.rmtree(tmp_path / "ray" / there.name / array / "c" / "1")
     (mine,) = list_label_sets(tmp_path / "ray")
     other = create_label_set(tmp_path / "ray", mine.spec, mine.classes, 3)
     assert other.claim(other.shard(1, 4))
@@ -408,7 +409,7 @@ def test_errors_that_a_task_finds(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"source broken: .* NameError"):
         cache_with_ray(job)
     forward = "import os\nclass Bad(nn.Module):\n    def forward(self, x):\n        "
-    bad = forward + "return x if len(x) == 1 else x[os.getpid() * 10**6]\n"
+    bad = forward + "return x if len(x) < 4 else x[os.getpid() * 10**6]\n"
     broken.write_text(
         body.replace("def build", f"{bad}\n\ndef build").replace(
             "nn.Flatten(),", "nn.Flatten(), Bad(),"
