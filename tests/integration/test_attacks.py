@@ -169,7 +169,7 @@ def test_no_answer_with_tokens_contradicts_openapi(
             known["set"]["enum"], known["seed"] = [name], {"enum": [0, 1, 2]}
             known["ids"] = {"type": "array", "items": {"enum": [0, 1, 59]}}
             body["application/json"]["schema"].pop("examples", None)
-    seeds = described["components"]["schemas"]["Wanted"]["properties"]["seeds"]
+    seeds = described["components"]["schemas"]["ComputeRequest"]["properties"]["seeds"]
     seeds["items"] = {"enum": [0, 1, 2]}
     failed = schemathesis(server, tmp_path, described, "-H", header)
     assert not failed, failed

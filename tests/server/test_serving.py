@@ -43,7 +43,7 @@ def test_a_slow_download_does_not_hold_up_the_end(
             server.process.send_signal(number)
             while server.process.poll() is None:
                 client.recv(100)  # slow, but it takes something
-                assert time.monotonic() - began < GRACE_SECONDS + 4
+                assert time.monotonic() - began < GRACE_SECONDS + 10
                 time.sleep(0.05)
         assert server.process.returncode == 0
         assert not list(tmp_path.glob("sskt-server-*"))

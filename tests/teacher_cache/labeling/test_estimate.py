@@ -98,8 +98,10 @@ def test_predicted_bytes_of_a_real_source_are_about_those_stored(
 ) -> None:
     root = tmp_path / "scenes"
     (root / "train").mkdir(parents=True)
-    for name in ("all", "again"):
-        (root / "train" / name).symlink_to(data / "miniplaces/images/val")
+    (root / "train" / "all").symlink_to(data / "miniplaces/images/val")
+    (root / "train" / "one").mkdir()  # a folder of one class is refused
+    first = min((data / "miniplaces/images/val").rglob("*.jpg"))
+    (root / "train" / "one" / "1.jpg").symlink_to(first)
     source = f"places={data}/models/squeezenet_places365.py:build@64"
     ask: list[object] = ["--source", source, "--source", SOURCE, "--target", root]
     ask += ["--policy", "resize-center-crop:resize=72,size=64", "--limit", 250, "--seeds", 2]
