@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from sskt.teacher_cache.errors import BadClip, MissingData
 from sskt.teacher_cache.media.video import count_frames
-from sskt.teacher_cache.targets.files import file_index as index
 from sskt.teacher_cache.targets.base import Files, Names, Target
+from sskt.teacher_cache.targets.files import file_index as index
 from sskt.teacher_cache.targets.files.file_index import count_clips, hash_contents, index_folder
 
 MADE = 6  # clips of 3, 4, ... frames

@@ -31,8 +31,8 @@ from torchvision import datasets
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
-from sskt.teacher_cache.targets.files import scan as listing
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.targets.files import scan as listing
 from sskt.teacher_cache.targets.folder import open_folder
 from sskt.teacher_cache.targets.open import evaluation_split
 from sskt.teacher_cache.targets.registry import TARGETS, default_policy
