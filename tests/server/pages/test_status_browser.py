@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from support.helpers import write_images
 from support.servers import serving
 
@@ -221,7 +223,11 @@ def test_the_page_can_be_read_without_scripts(show: Show, small: str) -> None:
 
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT
-    while not true():
+    while True:
+        # The page may be replaced between finding an element and reading it.
+        with contextlib.suppress(StaleElementReferenceException):
+            if true():
+                return
         assert time.monotonic() < end
         time.sleep(0.1)
 
