@@ -53,7 +53,7 @@ def test_every_option_has_a_help_of_full_words(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "suggested"),
-    [("trian", "'train'"), ("cach-teachers", "'cache-teachers'"), ("dataset", "'datasets'")],
+    [("trainn", "'train'"), ("cach-teachers", "'cache-teachers'"), ("dataset", "'datasets'")],
 )
 def test_a_mistyped_command_is_suggested(
     typed: str, suggested: str, capsys: pytest.CaptureFixture[str]
