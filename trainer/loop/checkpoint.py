@@ -104,7 +104,9 @@ class _Maxl(_Part):
     optimizer: dict[str, Any]
 
 
-class _TrainedOn(_Part):
+class TrainedOn(_Part):
+    """What ``setup.trained_on`` returned, with its types."""
+
     classes: list[str]
     multi_label: bool
     view_size: Natural | None
@@ -124,7 +126,7 @@ class _State(_Part):
     progress: _Place
     processes: Annotated[int, Field(ge=1)] = 1
     config: dict[str, Any] | None = None
-    trained_on: _TrainedOn | None = None
+    trained_on: TrainedOn | None = None
     digest: str | None = None
 
 

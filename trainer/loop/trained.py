@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
@@ -21,6 +23,7 @@ from sskt.teacher_cache.views.policies import Policy, evaluation_policy, parse_p
 from sskt.teacher_cache.views.views import open_views
 from sskt.trainer.config import TrainConfig, make_config, read_config
 from sskt.trainer.data.splits import open_split, split_to_test
+from sskt.trainer.loop.checkpoint import TrainedOn
 from sskt.trainer.loop.evaluate import CLIP_BATCH, VIEW_SEED, Evaluation
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.setup import TRAINED_ON, Plan, build_target, trained_on
@@ -278,8 +281,6 @@ class TrainedNetwork:
         }
 
     def _program(self) -> bytes:
-        import io
-
         size = int(self.policy.parameters.get("size", self.view_size or 224))
         shape = (2, 3, size, size)
         if self.clips:
@@ -366,21 +367,13 @@ def _trained_on(state: Record, config: TrainConfig) -> Record:
     found = state.get(TRAINED_ON)
     if found is None:  # a run of 0.1
         return trained_on(open_views(open_split(config, config.split), parse_policy(config.policy)))
-    valid = (
-        isinstance(found, dict)
-        and isinstance(found.get("classes"), list)
-        and all(isinstance(name, str) for name in found["classes"])
-        and isinstance(found.get("multi_label"), bool)
-        and (found.get("view_size") is None or isinstance(found["view_size"], int))
-    )
-    if not valid:
-        raise BadCheckpoint(f"the checkpoint's {TRAINED_ON} is not that of a run")
-    return dict(found)
+    try:
+        return TrainedOn.model_validate(found).model_dump()
+    except ValidationError as error:
+        raise BadCheckpoint(f"the checkpoint's {TRAINED_ON} is not that of a run") from error
 
 
 def _saved(state: dict[str, Tensor]) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
