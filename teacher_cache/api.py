@@ -394,7 +394,7 @@ def open_label_set(name: str | Path) -> LabelSet:
         The label set; ``rows(seed, ids)`` reads its labels.
 
     Raises:
-        MissingData: If there is none.
+        MissingData: If none exists.
         CorruptStore: If its metadata cannot be read.
     """
     if is_served(name):

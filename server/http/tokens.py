@@ -89,7 +89,7 @@ class Tokens:
         """Finds the token of a secret; takes as long for each token of the file.
 
         Returns:
-            The token; None if there is none or its time is over.
+            The token; None if no such token exists or it has expired.
 
         Raises:
             InputError: If the file cannot be used.

@@ -110,7 +110,7 @@ class CoverageCache:
     )
 
     def of(self, sets: Iterable[LabelSet]) -> list[Coverage | str | None]:
-        """For each set its coverage, why there is none, or None while it is still being read."""
+        """By label set: its coverage, the reason why it has none, or None until it is read."""
         kept = [self._asked(label_set) for label_set in sets]
         first = [k.running for k in kept if k.found is None and k.running]
         wait(first, self.patience)

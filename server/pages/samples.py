@@ -183,7 +183,7 @@ def _sample(request: Request, label_set: LabelSet, row: int, seed: int) -> Sampl
 
 @dataclass(frozen=True)
 class Labels:
-    """The label of one source. ``top``: (class, probability). ``why``: why there is none."""
+    """The label of one source. ``top``: (class, probability). ``why``: why it is missing."""
 
     label_set: LabelSet
     top: tuple[tuple[str, float], ...] = ()

@@ -55,7 +55,7 @@ def open_label_set(storage: CacheName) -> LabelSet:
         The label set.
 
     Raises:
-        MissingData: If there is none.
+        MissingData: If none exists.
         CorruptStore: If its metadata cannot be read or is not as docs/format.md says.
     """
     storage = open_cache(storage)

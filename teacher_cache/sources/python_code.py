@@ -121,7 +121,7 @@ def load_module(place: str, what: str) -> ModuleType:
         The module.
 
     Raises:
-        MissingData: If there is none.
+        MissingData: If none exists.
         Exception: Whatever the code itself raises.
     """
     if place.endswith(".py"):
