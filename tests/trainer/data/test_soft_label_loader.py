@@ -415,6 +415,8 @@ def test_labels_are_read_ahead_but_not_after_the_last_epoch(
 
         loader._labels._read = counted  # type: ignore[attr-defined]
         orders(loader, 2)
+        if loader._labels._ahead:  # type: ignore[attr-defined]
+            loader._labels._ahead[1].result()  # type: ignore[attr-defined]
         loader.close()
         assert seen == expected
         assert loader.label_wait_seconds > 0
