@@ -290,3 +290,17 @@ def test_the_demo_does_not_claim_more_than_was_measured(
     result = {"seconds_per_epoch": seconds, "speedup": 2.0, "epochs": 4}
     said = paid_text(result | {"labels_written": written, "paid_from_epoch": epoch})
     assert words in said
+
+
+def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
+    sskt: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ask = ["--target", "shapes", "--limit", 40, "--batch-size", 20, "--epochs", 1, "--out", run]
+    assert sskt("train", *ask)[0] == 0
+    status, _, err = sskt("train", "--resume", "--out", run, "--epochs", 3)
+    assert status == 2 and "holds a run of 1 epochs, whose learning rate followed" in err
+    command = shlex.split(err.rpartition(" with: ")[2])
+    assert command[:2] == ["sskt", "train"] and command[-3:-1] == ["2", "--out"]
+    status, out, err = sskt(*command[1:])
+    assert status == 0 and f"after 2 epochs; written to {run}-longer" in out, err
