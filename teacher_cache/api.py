@@ -23,7 +23,7 @@ from sskt.teacher_cache.labeling.job import Opened, open_sources, provenance
 from sskt.teacher_cache.labeling.run import StageOptions, StageReport
 from sskt.teacher_cache.labeling.units import MEMORY
 from sskt.teacher_cache.locations import label_location
-from sskt.teacher_cache.sources import registry as zoo
+from sskt.teacher_cache.sources import registry
 from sskt.teacher_cache.sources import source as frozen
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
 from sskt.teacher_cache.sources.names import SourceName, parse_source
@@ -197,7 +197,7 @@ def open_source(
         BadCheckpoint: If the weights do not belong to the network.
         InputError: If the network cannot be used as a source.
     """
-    return zoo.open_source(
+    return registry.open_source(
         parse_source(text),
         weights=None if weights is None else Path(weights),
         preprocessing=preprocessing,

@@ -58,7 +58,7 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run still costs, beside what is stored already.
+    """What the labels that are not stored yet will cost.
 
     labels: to be made, of all sources; stored: already there. views: to be read. decodings: times
     a file is decoded, at most. read_seconds: for one machine to decode and augment these views;
@@ -145,7 +145,7 @@ def plan(
 
 
 def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> LabelSet:
-    """The label set that the run goes on with; else one like it of which nothing is there."""
+    """The label set that the run continues; else an empty one like it."""
     if job.cache:
         place = open_cache(job.cache).below(name_of(label_set_spec(views, source, encoding)))
         if place.size(GROUP) is not None or lacks_group(place):
