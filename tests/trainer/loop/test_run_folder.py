@@ -245,6 +245,20 @@ def test_a_run_of_an_older_version_is_resumed(
     assert numbers(done) == numbers(records.read_metrics(folder / "whole"))
 
 
+def test_what_a_killed_training_was_writing_is_removed(
+    runs: tuple[Path, TrainConfig], tmp_path: Path
+) -> None:
+    """When the run goes on; files of the user that end alike stay."""
+    folder, config = runs
+    out = shutil.copytree(folder / "cut", tmp_path / "cut")
+    rest = [out / f"{name}.{'0' * 32}.partial" for name in ("last.pt", "best.pt", "config.json")]
+    own = [out / "mine.partial", out / f"notes.txt.{'0' * 32}.partial"]
+    for path in rest + own:
+        path.touch()
+    run_training(dataclasses.replace(config, out=out))
+    assert [path for path in rest + own if path.exists()] == own
+
+
 def test_an_unreadable_test_image_does_not_cost_the_epoch(
     runs: tuple[Path, TrainConfig], images: Path, tmp_path: Path
 ) -> None:
