@@ -26,7 +26,7 @@ def to_json(document: Document) -> bytes:
 
 
 def new_documents(
-    spec: Spec, classes: tuple[str, ...], seeds: int, rows: int, made: Document
+    spec: Spec, classes: tuple[str, ...], seeds: int, rows: int, provenance: Document
 ) -> dict[str, bytes]:
     """The files of a label set without shards, by key: the group's, then each array's."""
     import zarr
@@ -41,7 +41,7 @@ def new_documents(
         "digest": digest_of(spec),
         "spec": spec,
         "classes": list(classes),
-        "made": made,
+        "made": provenance,
         BOUND: True,
     }
     files: dict[str, Buffer] = {}

@@ -93,7 +93,7 @@ def create_label_set(
     seeds: int,
     *,
     shard_rows: int = SHARD_ROWS,
-    made: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> WritableLabelSet:
     """Opens a label set for writing, created in one step if it is new.
 
@@ -103,7 +103,7 @@ def create_label_set(
         classes: Names of the source's classes.
         seeds: Number of view seeds; an existing set grows to it.
         shard_rows: Samples in a shard of a new set.
-        made: Provenance of a new set: arguments and versions, no part of the identity.
+        provenance: Provenance of a new set: arguments and versions, no part of the identity.
 
     Returns:
         The label set. Close it.
@@ -115,7 +115,9 @@ def create_label_set(
     """
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
-        return new_documents(spec, classes, found_seeds or seeds, rows or shard_rows, made or {})
+        return new_documents(
+            spec, classes, found_seeds or seeds, rows or shard_rows, provenance or {}
+        )
 
     return open_for_writing(cache, name_of(spec), documents, seeds)
 

@@ -86,7 +86,7 @@ def export_label_set(
         source.classes,
         source.seeds,
         shard_rows=source.shard_rows,
-        made=source.attributes.get("made", {}) | origin,
+        provenance=source.attributes.get("made", {}) | origin,
     )
     with closing(target):
         if target.attributes["made"].get("exported_from") != source.digest:
