@@ -36,6 +36,7 @@ from sskt.teacher_cache.storage.http.answers import Answer, Gone, Oversized
 from sskt.teacher_cache.storage.http.client import Server
 from sskt.teacher_cache.storage.http.temporary_folder import PREFIX, enter, leave, private_folder
 from sskt.teacher_cache.storage.locks import file_lock
+from sskt.teacher_cache.storage.regular_files import open_regular, read_regular
 
 GIB = 2**30
 KEPT_GIB = 50.0
@@ -111,7 +112,7 @@ class DiskCache:
             DiskFull: If there is no room.
             InputError: If the server cannot be reached or refuses.
         """
-        stem = f"{quote(name, safe='')}/{key.replace('/', '.')}@"
+        stem = _stem(name, key)
         with self._disk_errors():
             data = self._read_checked(stem, part)
             if data is None:
@@ -121,16 +122,29 @@ class DiskCache:
                         data = self._fetch(server, f"{name}/{key}", layout, stem)[part]
             return data
 
+    def forget(self, name: str, key: str) -> None:
+        """Removes the file of a shard, whose content was found wrong, so that it comes again.
+
+        Args:
+            name: Name of the label set.
+            key: The file's key within the set.
+        """
+        stem = _stem(name, key)
+        self._checked.pop(stem, None)
+        with self._disk_errors():
+            for path in (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"):
+                _remove(path)
+
     def _read_checked(self, stem: str, part: slice) -> bytes | None:
         path = self._checked.get(stem)
         if path is None:
             return None
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:  # or it is downloaded anew
             with contextlib.suppress(OSError):
                 os.utime(file.fileno())
             start, stop, _ = part.indices(os.fstat(file.fileno()).st_size)
             file.seek(start)
-            return file.read(max(0, stop - start))
+            return b"".join(iter(lambda: file.read(max(0, stop - file.tell())), b""))
         return None
 
     @contextlib.contextmanager
@@ -168,8 +182,8 @@ class DiskCache:
             path = self._home / f"{stem}{quote(tag, safe='')[:LONGEST_TAG]}.shard"
             if data is None and kept:
                 path = kept
-                with contextlib.suppress(FileNotFoundError):
-                    data = kept.read_bytes()
+                with contextlib.suppress(OSError):
+                    data = read_regular(kept)
             if data is not None and not damage:
                 damage = shard_damage(data, layout.chunks)
             if data is not None and not damage:
@@ -185,19 +199,23 @@ class DiskCache:
         if path != kept:
             self._store(path, data)
         if kept and path != kept:
-            kept.unlink(missing_ok=True)
+            _remove(kept)
         self._checked[stem] = path
         return data
 
     def _newest(self, stem: str) -> Path | None:
         """The newest file of a shard; older ones are removed."""
-        found = sorted(
-            (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"),
-            key=lambda path: path.stat().st_mtime,
-        )
-        for old in found[:-1]:
+        times: dict[Path, int] = {}
+        for path in (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"):
+            if not path.is_file():
+                _remove(path)
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process has evicted it
+                times[path] = path.stat().st_mtime_ns
+        newest = max(times, key=lambda path: times[path], default=None)
+        for old in times.keys() - {newest}:
             old.unlink(missing_ok=True)
-        return found[-1] if found else None
+        return newest
 
     def _store(self, path: Path, data: bytes) -> None:
         """Writes a file, after removing others if there is no room. Raises ``DiskFull``."""
@@ -264,6 +282,17 @@ def _files(base: Path) -> Iterator[tuple[float, int, Path]]:
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
                     yield found.st_mtime, found.st_size, path
+
+
+def _stem(name: str, key: str) -> str:
+    return f"{quote(name, safe='')}/{key.replace('/', '.')}@"
+
+
+def _remove(path: Path) -> None:
+    """Removes a file of the cache, or the folder that is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _tag(path: Path) -> str:

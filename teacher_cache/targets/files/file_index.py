@@ -27,6 +27,7 @@ from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.locks import Locks
+from sskt.teacher_cache.storage.regular_files import read_regular
 from sskt.teacher_cache.targets.base import Files, Target
 from sskt.teacher_cache.targets.files.scan import entries
 
@@ -308,7 +309,7 @@ def _packed(known: Entries) -> bytes:
 def _read(path: Path) -> Entries:
     """What is on disk; a damaged file is set aside, and everything is found out anew."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.damage import FAULTS, in_time
 
 from sskt.teacher_cache.errors import BadCheckpoint, BadImage, InputError, SsktError
 from sskt.trainer.config import TrainConfig, read_config
@@ -84,49 +81,15 @@ def flip(path: Path, seed: int = 0) -> None:
     path.write_bytes(data)
 
 
-def replaced(path: Path, make: Callable[[], None]) -> None:
-    path.unlink()
-    make()
-
-
-DAMAGE: dict[str, Callable[[Path, Path], object]] = {
-    "cut": lambda path, other: os.truncate(path, path.stat().st_size // 2),
-    "emptied": lambda path, other: os.truncate(path, 0),
-    "flipped": lambda path, other: flip(path),
-    "zeroed": lambda path, other: path.write_bytes(bytes(path.stat().st_size)),
-    "deleted": lambda path, other: path.unlink(),
-    "swapped": lambda path, other: shutil.copy(other, path),
-    "folder": lambda path, other: replaced(path, path.mkdir),
-    "pipe": lambda path, other: replaced(path, lambda: os.mkfifo(path)),
-    "link": lambda path, other: replaced(path, lambda: path.symlink_to(other)),
-    "loop": lambda path, other: replaced(path, lambda: path.symlink_to(path)),
-}
-
-
-@contextmanager
-def in_time(seconds: int) -> Iterator[None]:
-    """Raises ``TimeoutError`` in what hangs."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_run_is_refused_in_a_line_or_ends_with_the_right_numbers(
-    runs: tuple[Path, TrainConfig], tmp_path: Path, name: str, damage: str
+    runs: tuple[Path, TrainConfig], tmp_path: Path, name: str, fault: str
 ) -> None:
     folder, config = runs
     out = shutil.copytree(folder / "cut", tmp_path / "cut")
-    DAMAGE[damage](out / name, folder / "sibling" / name)
+    sibling = shutil.copytree(folder / "sibling", tmp_path / "sibling")
+    FAULTS[fault](out / name, sibling / name)
     with in_time(60):
         try:
             config_found, found = load_run(out)  # what sskt compare reads

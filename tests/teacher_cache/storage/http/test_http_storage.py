@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.damage import FAULTS, in_time
 from support.helpers import TINY, tree
 from support.processes import launched
 from support.servers import (
@@ -893,6 +894,21 @@ def test_a_kept_cache_is_asked_about_and_not_fetched_again(large: Path, tmp_path
         path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])  # a bad disk
         assert same(fetched(url, tmp_path), only(large))
     assert len(shard_requests(seen, 200)) == 9 and len(shard_requests(seen, 304)) == 8
+
+
+@pytest.mark.parametrize("process", ["the same", "another"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_the_disk_cache_is_fetched_again(
+    large: Path, tmp_path: Path, fault: str, process: str
+) -> None:
+    with serving(large) as url, in_time(60):
+        first = fetched(url, tmp_path)
+        everything(first)
+        files = sorted(tmp_path.rglob("labels.*.shard"))
+        FAULTS[fault](files[0], files[1])
+        if process == "another":
+            disk_cache.disk_cache.cache_clear()
+        assert same(fetched(url, tmp_path), only(large))
 
 
 def test_a_set_that_was_made_again_is_not_mixed_with_the_old_one(
