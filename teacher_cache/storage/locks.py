@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,13 +192,17 @@ class Locks:
     def abandoned(self, leftover: Path) -> bool:
         """Whether the writer of a temporary file is dead.
 
-        The caller holds the lock that its writers hold.
+        The caller holds the lock that its writers hold. Ages are differences of two times of the
+        same file system, which may be another machine's, and one in the future counts as long ago.
         """
+        if self.working:
+            return leftover.exists()
         try:
-            age = time.time() - leftover.stat().st_mtime
-        except FileNotFoundError:
+            os.utime(self._handle)
+            age = os.fstat(self._handle).st_mtime - leftover.stat().st_mtime
+        except OSError:
             return False
-        return self.working or age > ABANDONED_SECONDS
+        return abs(age) > ABANDONED_SECONDS
 
     def release(self, byte: int) -> None:
         """Releases a byte."""

@@ -48,6 +48,8 @@ LONGEST_TAG = 120
 downloaded by each process."""
 REPORT_SECONDS = 30.0
 """Waiting for another process's download is logged after this time; that process may hang."""
+AHEAD_SECONDS = 60.0
+"""Files used so much later than now were used before the clock was set back."""
 LOCKS = 64
 _log = logging.getLogger("sskt")
 
@@ -275,13 +277,18 @@ def disk_cache(url: str, folder: Path | None) -> DiskCache:
 
 
 def _files(base: Path) -> Iterator[tuple[float, int, Path]]:
-    """Time of last use, bytes and path of every file that may be removed."""
+    """Time of last use, bytes and path of every file that may be removed.
+
+    The time of a file that was used when the clock was ahead is 0: it would outlive all others.
+    """
+    latest = time.time() + AHEAD_SECONDS
     for home in base.glob(f"{PREFIX}*"):
         for path in home.glob("*/*"):
             if path.suffix in (".shard", ".partial"):
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
-                    yield found.st_mtime, found.st_size, path
+                    used = found.st_mtime if found.st_mtime <= latest else 0.0
+                    yield used, found.st_size, path
 
 
 def _stem(name: str, key: str) -> str:

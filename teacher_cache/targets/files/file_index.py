@@ -109,7 +109,7 @@ def hash_contents(target: Target, progress: Progress = lambda done, total: None)
 
 
 def measure(path: Path | str) -> tuple[int, int]:
-    """Bytes and time of change (ns) of a file; of a folder of frames the sum and the newest.
+    """Bytes and time of change (ns) of a file; of a folder of frames the sum and a number of all.
 
     Raises ``MissingData`` if it cannot be looked at.
     """
@@ -120,8 +120,10 @@ def measure(path: Path | str) -> tuple[int, int]:
         inside = [file.stat() for file in _inside(path)]
     except OSError as error:
         raise MissingData(f"cannot look at {path}: {error.strerror or error}") from error
-    newest = max(file.st_mtime_ns for file in (found, *inside))
-    return sum(file.st_size for file in inside), newest
+    # Not the newest: a frame that is replaced after the clock was set back is older than others.
+    times = repr([(file.st_size, file.st_mtime_ns) for file in (found, *inside)]).encode()
+    changed = int.from_bytes(hashlib.sha256(times).digest()[:8], "little", signed=True)
+    return sum(file.st_size for file in inside), changed
 
 
 def _inside(folder: Path | str) -> list[os.DirEntry[str]]:
