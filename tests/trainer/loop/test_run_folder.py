@@ -17,6 +17,7 @@ from support.damage import FAULTS, in_time
 from sskt.teacher_cache.errors import BadCheckpoint, BadImage, InputError, SsktError
 from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.loop import checkpoint as checkpoints
+from sskt.trainer.loop import evaluate
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
@@ -222,17 +223,38 @@ def test_what_a_killed_training_was_writing_is_removed(
     assert [path for path in rest + own if path.exists()] == own
 
 
-def test_an_unreadable_test_image_does_not_cost_the_epoch(
+def test_an_unreadable_test_image_is_found_before_the_first_epoch(
     runs: tuple[Path, TrainConfig], images: Path, tmp_path: Path
 ) -> None:
-    """The evaluation alone is made again, and --on-error may be another one then."""
     _, config = runs
     folder = shutil.copytree(images, tmp_path / "images")
     path = folder / "test" / "bear" / "0003.png"
-    data = path.read_bytes()
-    path.write_bytes(bytes(len(data)))
+    path.write_bytes(bytes(path.stat().st_size))
+    steps: list[int] = []
+    follow = Hooks(step=lambda epoch, done, total: steps.append(done))
+    config = dataclasses.replace(config, target=str(folder), epochs=1, out=tmp_path / "run")
+    with pytest.raises(BadImage, match=r"bear/0003\.png"):
+        run_training(config, follow)
+    assert not steps
+    (record,) = run_training(dataclasses.replace(config, on_error="skip"), follow)
+    assert len(steps) == 2 and "test_top1" in record
+
+
+def test_a_test_image_that_becomes_unreadable_does_not_cost_the_epoch(
+    runs: tuple[Path, TrainConfig], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation alone is made again, and --on-error may be another one then."""
+    _, config = runs
+    monkeypatch.setattr(evaluate, "held_in_memory", lambda views, *_: views)
+    folder = shutil.copytree(images, tmp_path / "images")
+    path = folder / "test" / "bear" / "0003.png"
     steps: list[tuple[int, int]] = []
-    follow = Hooks(step=lambda epoch, done, total: steps.append((epoch, done)))
+
+    def step(epoch: int, done: int, total: int) -> None:
+        steps.append((epoch, done))
+        path.write_bytes(bytes(path.stat().st_size))
+
+    follow = Hooks(step=step)
     config = dataclasses.replace(config, target=str(folder), epochs=1, out=tmp_path / "run")
     with pytest.raises(BadImage, match=r"bear/0003\.png"):
         run_training(config, follow)
