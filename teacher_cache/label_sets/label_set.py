@@ -390,6 +390,8 @@ class LabelSet:
                 damage = error
                 if self.storage.is_local and not isinstance(error, NotAsRecorded):
                     break
+                if not fresh:
+                    self.storage.distrust(key)
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
     def _require_folder(self) -> None:
