@@ -35,8 +35,10 @@ def copy(source: str, to: str, sets: tuple[str, ...], as_json: bool) -> None:
     Stop it anywhere: the same command copies the rest.
     """
     from sskt.teacher_cache.label_sets.find import choose_sets
+    from sskt.teacher_cache.locations import warn_of_plain_http
     from sskt.teacher_cache.tools.copy import copy_label_set
 
+    warn_of_plain_http(source)
     done = []
     with resumable("what is copied stays"), progress() as bar:
         for label_set in choose_sets(source, sets):
