@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def create_label_set(
     *,
     shard_rows: int = SHARD_ROWS,
     made: dict[str, Any] | None = None,
+    samples: Sequence[str] | None = None,
 ) -> WritableLabelSet:
     """Opens a label set for writing, created in one step if it is new.
 
@@ -104,6 +105,7 @@ def create_label_set(
         seeds: Number of view seeds; an existing set grows to it.
         shard_rows: Samples in a shard of a new set.
         made: Provenance of a new set: arguments and versions, no part of the identity.
+        samples: Names of the samples of a new set, by which other tools find them.
 
     Returns:
         The label set. Close it.
@@ -115,7 +117,8 @@ def create_label_set(
     """
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
-        return new_documents(spec, classes, found_seeds or seeds, rows or shard_rows, made or {})
+        found_seeds, rows = found_seeds or seeds, rows or shard_rows
+        return new_documents(spec, classes, found_seeds, rows, made or {}, samples)
 
     return open_for_writing(cache, name_of(spec), documents, seeds)
 

@@ -17,11 +17,13 @@ from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.metadata import BOUND, GROUP
 from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
+from sskt.teacher_cache.label_sets.documents import consolidate
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
-from sskt.teacher_cache.storage.base import CacheName, Storage
+from sskt.teacher_cache.storage.base import METADATA, CacheName, Storage
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.tools.coordinates import coordinate_problems
 
 AT_ONCE = 4
 """Shards that are copied at the same time."""
@@ -78,13 +80,11 @@ def copy_label_set(
     home = open_cache(to, make=True)
     if _real(home.below(source.name)) == _real(source.storage):
         raise InputError(f"cannot copy {source.storage} onto itself; name another cache")
-    keys = [GROUP, *(f"{array}/{GROUP}" for array in [*source.arrays[1:], source.arrays[0]])]
-    files = {key: source.storage.read(key) for key in keys}
 
     def documents(rows: int | None, seeds: int | None) -> dict[str, bytes]:
         if rows not in (None, source.shard_rows):
             raise _other_rows(source, home, rows)
-        return files
+        return metadata_of(source)
 
     with closing(open_for_writing(home, source.name, documents, source.seeds)) as target:
         if target.digest != source.digest:
@@ -92,6 +92,26 @@ def copy_label_set(
         if target.shard_rows != source.shard_rows:
             raise _other_rows(source, home, target.shard_rows)
         return _copy_shards(source, target, progress)
+
+
+def metadata_of(source: LabelSet) -> dict[str, bytes]:
+    """Reads the files of a label set that belong to no shard.
+
+    Args:
+        source: The label set.
+
+    Returns:
+        The files by key: the group's metadata, that of each array, and the coordinates.
+
+    Raises:
+        CorruptStore: If the coordinates are damaged.
+    """
+    problems = coordinate_problems(source)
+    if problems:
+        raise CorruptStore(f"label set {source.name}: {problems[0]}; run sskt verify")
+    arrays = [*source.arrays[1:], source.arrays[0]]
+    keys = [GROUP, *(f"{array}/{GROUP}" for array in arrays), *source.coordinate_keys()]
+    return {key: source.storage.read(key) for key in keys}
 
 
 def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress) -> Copied:
@@ -119,6 +139,8 @@ def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress)
     for key in ("error", BOUND):
         if key in source.attributes:
             target.add_attribute(key, source.attributes[key])
+    with target.claims.held(METADATA):
+        consolidate(target)
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
 
 

@@ -87,6 +87,7 @@ def export_label_set(
         source.seeds,
         shard_rows=source.shard_rows,
         made=source.attributes.get("made", {}) | origin,
+        samples=source.sample_names(),
     )
     with closing(target):
         if target.attributes["made"].get("exported_from") != source.digest:
