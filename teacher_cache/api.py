@@ -376,7 +376,9 @@ def cache_teachers(
         on_error=on_error,
         shard_rows=shard_rows,
         memory=memory,
-        made={one.source.name: provenance(one, target.made, batch_size, more) for one in opened},
+        provenance={
+            one.source.name: provenance(one, target.provenance, batch_size, more) for one in opened
+        },
     )
     home = open_cache(_cache(cache, writable=True), make=True)
     return stage.cache_teachers(

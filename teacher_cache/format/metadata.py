@@ -43,7 +43,7 @@ def new_documents(
     classes: tuple[str, ...],
     seeds: int,
     rows: int,
-    made: Document,
+    provenance: Document,
     samples: Sequence[str] | None = None,
 ) -> dict[str, bytes]:
     """Makes the files of a label set without shards.
@@ -53,7 +53,7 @@ def new_documents(
         classes: Names of the source's classes.
         seeds: S, the number of view seeds.
         rows: Samples in a shard.
-        made: Its provenance.
+        provenance: How it was made.
         samples: Names of the samples; None if they are not known.
 
     Returns:
@@ -71,7 +71,7 @@ def new_documents(
         "digest": digest_of(spec),
         "spec": spec,
         "classes": list(classes),
-        "made": made,
+        "made": provenance,
         BOUND: True,
     }
     files: dict[str, Buffer] = {}

@@ -93,7 +93,7 @@ def create_label_set(
     seeds: int,
     *,
     shard_rows: int = SHARD_ROWS,
-    made: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
     samples: Sequence[str] | None = None,
 ) -> WritableLabelSet:
     """Opens a label set for writing, created in one step if it is new.
@@ -104,7 +104,7 @@ def create_label_set(
         classes: Names of the source's classes.
         seeds: Number of view seeds; an existing set grows to it.
         shard_rows: Samples in a shard of a new set.
-        made: Provenance of a new set: arguments and versions, no part of the identity.
+        provenance: Provenance of a new set: arguments and versions, no part of the identity.
         samples: Names of the samples of a new set, by which other tools find them.
 
     Returns:
@@ -118,7 +118,7 @@ def create_label_set(
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
         found_seeds, rows = found_seeds or seeds, rows or shard_rows
-        return new_documents(spec, classes, found_seeds, rows, made or {}, samples)
+        return new_documents(spec, classes, found_seeds, rows, provenance or {}, samples)
 
     return open_for_writing(cache, name_of(spec), documents, seeds)
 

@@ -79,10 +79,10 @@ class Job:
             on_error=self.on_error,
             shard_rows=self.shard_rows,
             memory=self.memory,
-            made={one.source.name: self._made(one) for one in opened},
+            provenance={one.source.name: self._provenance(one) for one in opened},
         )
 
-    def _made(self, opened: Opened) -> dict[str, Any]:
+    def _provenance(self, opened: Opened) -> dict[str, Any]:
         more = {"frame_sampling": self._frame_sampling()} if self.frame_sampling else {}
         return provenance(opened, self.dataset.provenance(), self.batch_size, more)
 

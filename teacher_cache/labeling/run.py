@@ -52,7 +52,7 @@ class StageOptions:
         memory: GiB for labels and views that are not stored yet.
         share: The part of the run that this process does; without one, processes on the same
             folder divide the work by locks.
-        made: Provenance of new label sets by the name of the source.
+        provenance: Provenance of new label sets by the name of the source.
     """
 
     batch_size: int = 64
@@ -61,7 +61,7 @@ class StageOptions:
     shard_rows: int = SHARD_ROWS
     memory: float = MEMORY
     share: Share | None = None
-    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def open_sets(
     with contextlib.ExitStack() as opened:
         pairs = []
         for source in sources:
-            made = options.made.get(source.name, {})
+            provenance = options.provenance.get(source.name, {})
             spec, rows = label_set_spec(views, source, encoding), options.shard_rows
             label_set = create_label_set(
                 cache,
@@ -138,7 +138,7 @@ def open_sets(
                 source.classes,
                 seeds,
                 shard_rows=rows,
-                made=made,
+                provenance=provenance,
                 samples=views.target.ids,
             )
             opened.callback(label_set.close)

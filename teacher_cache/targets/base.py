@@ -116,7 +116,7 @@ class Target:
         contents: Hash of the contents of all files, if it is part of the identity.
         reader: Reads the images of an own dataset.
         policy: Default view policy; empty for that of the name.
-        made: What opens the target again, for the provenance of a label set.
+        provenance: What opens the target again, for the provenance of a label set.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Target:
     contents: str = ""
     reader: SampleReader | None = None
     policy: str = ""
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)

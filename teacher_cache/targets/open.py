@@ -47,7 +47,7 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
         target = getattr(importlib.import_module(module), function)(spec)
     target = target.limited(spec.limit)
     policy = default_policy(spec.target, clips=target.clips)
-    target = replace(target, made=spec.provenance(), policy=policy)
+    target = replace(target, provenance=spec.provenance(), policy=policy)
     if target.clips:
         from sskt.teacher_cache.targets.files.file_index import count_clips
 

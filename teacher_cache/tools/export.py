@@ -86,7 +86,7 @@ def export_label_set(
         source.classes,
         source.seeds,
         shard_rows=source.shard_rows,
-        made=source.attributes.get("made", {}) | origin,
+        provenance=source.attributes.get("made", {}) | origin,
         samples=source.sample_names(),
     )
     with closing(target):

@@ -202,7 +202,9 @@ def make_wide(cache: Path, samples: int) -> str:
         "views": {"policy": "none", "version": 1, "parameters": {}, "f_s": "identity"},
         "encoding": kind.identity(),
     }
-    label_set = create_label_set(cache, spec, names, 1, shard_rows=8192, made={"source": "none"})
+    label_set = create_label_set(
+        cache, spec, names, 1, shard_rows=8192, provenance={"source": "none"}
+    )
     rng = np.random.default_rng(0)
     rows = np.log(rng.dirichlet(np.ones(1000), 512)).astype(np.float32)
     for shard in label_set.missing(range(1)):

@@ -175,10 +175,10 @@ def require_identity(views: Views, chosen: Mapping[str, LabelSet]) -> None:
 
 
 def contradictions(config: TrainConfig, label_set: LabelSet, say: Wording) -> list[Difference]:
-    """Settings that were given and that a label set was not made with, as (given, made)."""
-    spec, made = label_set.spec, label_set.attributes["made"]
+    """Settings that were given and that a label set was not made with, as (given, recorded)."""
+    spec, provenance = label_set.spec, label_set.attributes["made"]
     found: list[Difference] = []
-    size, whole = spec["target"]["size"], not made.get("limit")
+    size, whole = spec["target"]["size"], not provenance.get("limit")
     if config.limit is not None and size != config.limit and not (whole and size < config.limit):
         made_with = say("limit", size)
         if whole:
@@ -221,9 +221,11 @@ def _views_of(label_set: LabelSet) -> str:
 
 
 def _is_usual(config: TrainConfig, label_set: LabelSet, usual: str) -> bool:
-    spec, made = label_set.spec, label_set.attributes["made"]
+    spec, provenance = label_set.spec, label_set.attributes["made"]
     usual = usual or default_policy(config.target, clips="decoder" in spec["views"])
-    return _has_policy(label_set, usual) and (config.limit is not None or not made.get("limit"))
+    return _has_policy(label_set, usual) and (
+        config.limit is not None or not provenance.get("limit")
+    )
 
 
 def _has_policy(label_set: LabelSet, policy: str) -> bool:
@@ -232,13 +234,13 @@ def _has_policy(label_set: LabelSet, policy: str) -> bool:
 
 
 def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSet]) -> TrainConfig:
-    spec, made = first.spec, first.attributes["made"]
+    spec, provenance = first.spec, first.attributes["made"]
     fields: dict[str, Any] = {"policy": _policy_text(spec["views"])}
-    if config.limit is None and made.get("limit"):
+    if config.limit is None and provenance.get("limit"):
         fields["limit"] = int(spec["target"]["size"])
     if spec["views"].get("decoder"):
         fields["decoder"] = _decoder_text(spec["views"]["decoder"])
-    if made.get("partial"):
+    if provenance.get("partial"):
         fields["partial"] = True
     if spec["target"].get("contents"):
         fields["strict_fingerprint"] = True
@@ -282,9 +284,9 @@ def _none_fits(
     if not fitting or not any(s in fitting for s in asked):
         closest = min(asked, key=lambda s: len(contradictions(config, s, say)))
         found = contradictions(config, closest, say)
-        typed, made = (" ".join(side) for side in zip(*found, strict=True))
+        typed, recorded = (" ".join(side) for side in zip(*found, strict=True))
         return SpecMismatch(
-            f"label set {closest.name} was made with {made}, but {typed} was given; leave that "
+            f"label set {closest.name} was made with {recorded}, but {typed} was given; leave that "
             f"out to train from it, or make other labels with: "
             f"{say.make(config, cache, list(texts.values()) or sources_to_cache(config))}"
         )
@@ -309,9 +311,9 @@ def _several_views(
     choices = []
     for group in groups:
         label_set = next(iter(group.values()))[0]
-        made, spec = label_set.attributes["made"], label_set.spec
+        provenance, spec = label_set.attributes["made"], label_set.spec
         settings = [say("policy", _policy_text(spec["views"]))]
-        settings += [say("limit", spec["target"]["size"])] if made.get("limit") else []
+        settings += [say("limit", spec["target"]["size"])] if provenance.get("limit") else []
         if "decoder" in spec["views"]:
             settings.append(say("decoder", spec["views"]["decoder"]))
         text = (", " if say.python else " ").join(settings)

@@ -63,10 +63,10 @@ def _commands(config: TrainConfig, lacking: Sequence[LabelSet]) -> list[str]:
     for shared, members in alike.items():
         sources, own = [], []
         for label_set in members:
-            name, made = label_set.spec["source"]["name"], label_set.attributes["made"]
-            sources.append(str(made.get("source") or typed[name]))
+            name, provenance = label_set.spec["source"]["name"], label_set.attributes["made"]
+            sources.append(str(provenance.get("source") or typed[name]))
             for option, mark in (("weights", "="), ("preprocessing", ":"), ("logits-are", "=")):
-                if value := made.get(option.replace("-", "_")):
+                if value := provenance.get(option.replace("-", "_")):
                     own += [f"--{option}", f"{name}{mark}{value}"]
         commands.append(cache_command(evaluation_pass(config, sources), [*own, *shared]))
     return commands
@@ -74,12 +74,12 @@ def _commands(config: TrainConfig, lacking: Sequence[LabelSet]) -> list[str]:
 
 def _shared_options(label_set: LabelSet) -> list[str]:
     """The options of ``sskt cache-teachers`` that hold for all of its sources."""
-    source, made = label_set.spec["source"], label_set.attributes["made"]
+    source, provenance = label_set.spec["source"], label_set.attributes["made"]
     options = ["--encoding", str(label_set.encoding)]
     if source["precision"] != "float32":
         options += ["--precision", str(source["precision"])]
     if batch := batch_of(source["batchnorm"]):
         options += ["--batchnorm", "batch", "--batch-size", str(batch)]
-    if made.get("frame_sampling"):
-        options += ["--frame-sampling", str(made["frame_sampling"])]
+    if provenance.get("frame_sampling"):
+        options += ["--frame-sampling", str(provenance["frame_sampling"])]
     return options

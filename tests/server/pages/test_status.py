@@ -88,7 +88,7 @@ def cache(stock: Path, tmp_path: Path) -> Path:
 
 def stage_options(images: Path, source: str) -> StageOptions:
     made = {source: {"target": str(images)}}
-    return StageOptions(batch_size=8, workers=0, shard_rows=8, made=made)
+    return StageOptions(batch_size=8, workers=0, shard_rows=8, provenance=made)
 
 
 def of_encoding(cache: Path, name: str) -> LabelSet:

@@ -68,7 +68,7 @@ def cache(tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(folder / "p/train" / name, rng.integers(0, 256, (6, 24, 24, 3), np.uint8))
     views = Views(open_target(str(folder / "p")), parse_policy("pad-crop-flip"))
     made = {"tiny": {"target": str(folder / "p")}}
-    options = StageOptions(batch_size=4, workers=0, shard_rows=4, made=made)
+    options = StageOptions(batch_size=4, workers=0, shard_rows=4, provenance=made)
     cache_teachers(views, [tiny], parse_encoding("f32"), 2, folder / "c", options)
     (label_set,) = list_label_sets(folder / "c")
     label_set.commit_path(label_set.shard(1, 1)).unlink()

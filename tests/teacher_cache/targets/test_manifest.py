@@ -368,7 +368,7 @@ def test_files_outside_of_the_root_need_an_option(tmp_path: Path) -> None:
             open_target(manifest)
         target = open_target(manifest, allow_outside_root=True)
         assert list(target.ids) == listed
-        assert target.made["allow_outside_root"] is True
+        assert target.provenance["allow_outside_root"] is True
     listed = ["deep/0.jpg", "deep/../deep/1.jpg", str(inside / "deep" / "near.jpg")]
     manifest = str(write_manifest(inside / "m.csv", path=listed, label=["a", "b", "b"]))
     assert list(open_target(manifest).ids) == listed
