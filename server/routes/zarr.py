@@ -354,7 +354,7 @@ def answer(request: Request, state: State, label_set: LabelSet, inner: str, file
         headers = {
             "ETag": file.tag,
             "Accept-Ranges": "bytes",
-            "Cache-Control": IMMUTABLE if shard else MUTABLE,
+            "Cache-Control": IMMUTABLE if "/c/" in inner else MUTABLE,
         }
         if _names(request.headers.get("if-none-match"), file.tag):
             file.close()

@@ -25,7 +25,7 @@ from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
 from sskt.teacher_cache.storage.http.storage import HttpStorage
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.locks import Locks
-from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.storage.open import open_cache, open_set
 
 __all__ = [
     "CHUNK_ROWS",
@@ -58,7 +58,7 @@ def open_label_set(storage: CacheName) -> LabelSet:
         MissingData: If none exists.
         CorruptStore: If its metadata cannot be read or is not as docs/format.md says.
     """
-    storage = open_cache(storage)
+    storage = open_set(storage)
     attributes = read_attributes(storage)
     spec, classes = attributes["spec"], attributes["classes"]
     arrays = encoding_of(spec["encoding"]).arrays(len(classes))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.metadata import BOUND, GROUP
@@ -20,10 +22,15 @@ from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.documents import consolidate
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
+from sskt.teacher_cache.locations import is_zip
+from sskt.teacher_cache.storage.atomic import durable_rename, naming_full_disk
 from sskt.teacher_cache.storage.base import METADATA, CacheName, Storage
+from sskt.teacher_cache.storage.http.published import INDEX
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.storage.zip_file import write_zip
 from sskt.teacher_cache.tools.coordinates import coordinate_problems
+from sskt.teacher_cache.tools.publish import write_index
 
 AT_ONCE = 4
 """Shards that are copied at the same time."""
@@ -64,7 +71,7 @@ def copy_label_set(
 
     Args:
         source: The label set.
-        to: The cache to copy to.
+        to: The cache to copy to; a name that ends in ``.zip``: a new zip file.
         progress: Called with shards done and to do.
 
     Returns:
@@ -77,6 +84,8 @@ def copy_label_set(
             otherwise.
         DiskFull: If there is no room.
     """
+    if is_zip(to):
+        return _pack(source, Path(str(to)), progress)
     home = open_cache(to, make=True)
     if _real(home.below(source.name)) == _real(source.storage):
         raise InputError(f"cannot copy {source.storage} onto itself; name another cache")
@@ -141,7 +150,41 @@ def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress)
             target.add_attribute(key, source.attributes[key])
     with target.claims.held(METADATA):
         consolidate(target)
+    if target.storage.size(INDEX) is not None:
+        write_index(target)
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
+
+
+def _pack(source: LabelSet, path: Path, progress: Progress) -> Copied:
+    """Writes the stored shards of a label set into a new zip file, each of them checked."""
+    if path.exists():
+        raise InputError(f"{path} is there; remove it, or name another file")
+    missing = set(source.missing(range(source.seeds)))
+    wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
+    first = metadata_of(source)
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield from first.items()
+        for done, shard in enumerate(wanted):
+            progress(done, len(wanted))
+            record = source.shard_record(shard)
+            for array in source.arrays:
+                yield source.shard_key(array, shard), _checked(source, array, shard, record)
+            if record is not None:
+                yield source.record_key(shard), record.to_json()
+        progress(len(wanted), len(wanted))
+
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with naming_full_disk(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_zip(partial, files())
+            size = partial.stat().st_size
+            durable_rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    return Copied(source.name, len(wanted), 0, size, source.coverage())
 
 
 def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int | None:

@@ -20,6 +20,7 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import METADATA, CacheName
 from sskt.teacher_cache.tools.coordinates import coordinate_problems, repetition_problems
+from sskt.teacher_cache.tools.publish import index_problems
 
 
 @dataclass
@@ -65,6 +66,7 @@ def verify(
         What was found.
     """
     problems = [*coordinate_problems(label_set), *repetition_problems(label_set)]
+    problems += index_problems(label_set)
     report = Report(label_set.name, problems=problems)
     shards = list(label_set.shards(range(label_set.seeds)))
     missing = [shard for shard in shards if not label_set.has(shard)]
