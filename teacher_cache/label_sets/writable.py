@@ -202,12 +202,12 @@ class WritableLabelSet(LabelSet):
         self.claims.close()
         self._claimed.clear()
 
-    def add_attribute(self, key: str, value: Any) -> None:
-        """Adds an attribute to the group. One that exists stays as it is."""
+    def add_attribute(self, key: str, value: Any, *, replace: bool = False) -> None:
+        """Adds an attribute to the group. One that exists stays as it is, without ``replace``."""
 
         def add(data: bytes) -> bytes | None:
             self.attributes = attributes = parse_attributes(self.storage, data)
-            if key in attributes:
+            if key in attributes and not replace:
                 return None
             attributes[key] = value
             return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})

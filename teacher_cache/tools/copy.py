@@ -29,6 +29,7 @@ from sskt.teacher_cache.storage.http.published import INDEX
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.storage.zip_file import write_zip
+from sskt.teacher_cache.tools.card import LICENSE
 from sskt.teacher_cache.tools.coordinates import coordinate_problems
 from sskt.teacher_cache.tools.publish import write_index
 
@@ -145,7 +146,7 @@ def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress)
                 time.sleep(POLL_SECONDS)
     finally:
         pool.shutdown(cancel_futures=True)
-    for key in ("error", BOUND):
+    for key in ("error", LICENSE, BOUND):
         if key in source.attributes:
             target.add_attribute(key, source.attributes[key])
     with target.claims.held(METADATA):
