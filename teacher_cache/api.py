@@ -31,6 +31,7 @@ from sskt.teacher_cache.sources.outputs import count_outputs, parse_outputs
 from sskt.teacher_cache.sources.preprocessing import class_names
 from sskt.teacher_cache.sources.source import Preprocessing, Source
 from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.http.published import NotPublished, is_published
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.open import load_target, policy_of
@@ -390,7 +391,9 @@ def open_label_set(name: str | Path) -> LabelSet:
     """Opens a label set for reading.
 
     Args:
-        name: Its folder, or its URL: ``s3://BUCKET/PREFIX/NAME``, ``http://HOST:PORT/NAME``.
+        name: Its folder, its zip file, or its URL: ``s3://BUCKET/PREFIX/NAME``,
+            ``http://HOST:PORT/NAME`` of a label server, ``https://HOST/PATH/NAME`` of a plain web
+            host (``sskt copy --publish``).
 
     Returns:
         The label set; ``rows(seed, ids)`` reads its labels.
@@ -399,6 +402,9 @@ def open_label_set(name: str | Path) -> LabelSet:
         MissingData: If none exists.
         CorruptStore: If its metadata cannot be read.
     """
+    if is_published(str(name)):
+        with contextlib.suppress(NotPublished):
+            return store.open_label_set(name)
     if is_served(name):
         home, _, last = str(name).rstrip("/").rpartition("/")
         found = {label_set.name: label_set for label_set in store.look_over(home)[0]}

@@ -67,6 +67,14 @@ class Encoding:
         dtype = {"f32": "<f4", "f16": "<f2", "u8": "|u1"}[self.name]
         return {"labels": (np.dtype(dtype), classes, 0 if self.name == "u8" else np.nan)}
 
+    def described(self, array: str) -> dict[str, str]:
+        """Zarr attributes of a stored array, for people and other tools: what its values are."""
+        value = {"index": "class of the rank", "value": "log-probability of the class of the rank"}
+        if self.name == "u8":
+            value["labels"] = "code of the probability of the class"
+        about = value.get(array, "log-probability of the class")
+        return {"long_name": about, "decode": DECODE[self.name]}
+
     def bytes_per_label(self, classes: int) -> int:
         """Bytes of one row before compression."""
         return sum(dtype.itemsize * width for dtype, width, _ in self.arrays(classes).values())

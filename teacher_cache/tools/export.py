@@ -25,6 +25,7 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.tools.card import LICENSE
 
 EXACT = ("topk", "u8", "f16", "f32")
 """From the coarsest to the reference."""
@@ -87,6 +88,7 @@ def export_label_set(
         source.seeds,
         shard_rows=source.shard_rows,
         provenance=source.attributes.get("made", {}) | origin,
+        samples=source.sample_names(),
     )
     with closing(target):
         if target.attributes["made"].get("exported_from") != source.digest:
@@ -94,6 +96,8 @@ def export_label_set(
                 f"label set {target.name} is in {to} already and was not exported from "
                 f"{source.name}; export into another cache"
             )
+        if LICENSE in source.attributes:
+            target.add_attribute(LICENSE, source.attributes[LICENSE])
         seeds = range(source.seeds)
         missing, lacking = set(source.missing(seeds)), set(target.missing(seeds))
         wanted = [s for s in target.shards(seeds) if not _lacks(source, missing, s)]

@@ -342,7 +342,7 @@ def frames_of(file: Path) -> list[Any]:
         first = 1 - (file / "image_00000.jpg").exists()
         images = (file / f"image_{number:05d}.jpg" for number in itertools.count(first))
         return list(itertools.takewhile(Path.exists, images))
-    with av.open(str(file), metadata_errors="ignore") as container:
+    with av.open(str(file)) as container:
         stream = container.streams.best("video")
         assert isinstance(stream, av.VideoStream)
         return list(container.decode(stream))

@@ -178,7 +178,8 @@ def test_arrays_are_as_the_page_says(
     group: Any = zarr.open(made.path, mode="r")
     assert isinstance(group, zarr.Group) and set(group.attrs) == {"sskt"}
     expected = {key: ((2, 20, w), d, (w,), f) for key, (d, w, f) in ARRAYS[encoding].items()}
-    assert set(group.array_keys()) == {*expected, "view_check"}
+    coordinates = {"seed", "sample", "class"}
+    assert set(group.array_keys()) == {*expected, "view_check", *coordinates}
     for name, (shape, dtype, width, fill) in {
         **expected,
         "view_check": ((2, 20), "uint32", (), 0),
