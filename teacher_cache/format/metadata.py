@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from sskt.teacher_cache.format.encodings import encoding_of
+from sskt.teacher_cache.format.encodings import Shuffle, encoding_of
 from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
@@ -53,7 +53,7 @@ def new_documents(
             dtype=dtype,
             chunks=(1, chunk, width),
             shards=(1, rows, width),
-            compressors=_codecs(dtype),
+            compressors=_codecs(dtype, *encoding.codec(dtype)),
             fill_value=dtype.type(fill),
         )
     check = np.dtype("<u4")
@@ -63,16 +63,15 @@ def new_documents(
         dtype=check,
         chunks=(1, chunk),
         shards=(1, rows),
-        compressors=_codecs(check),
+        compressors=_codecs(check, 5, "shuffle"),
         fill_value=check.type(0),
     )
     return {key: value.to_bytes() for key, value in files.items()}
 
 
-def _codecs(dtype: np.dtype[Any]) -> list[Any]:
-    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if dtype.itemsize > 1 else "noshuffle"
+def _codecs(dtype: np.dtype[Any], level: int, shuffle: Shuffle) -> list[Any]:
     return [
-        BloscCodec(cname="zstd", clevel=5, shuffle=shuffle, typesize=dtype.itemsize),
+        BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, typesize=dtype.itemsize),
         Crc32cCodec(),
     ]
 
