@@ -335,7 +335,8 @@ def cache_teachers(
         cache: Folder or bucket of the label sets; default: ``$SSKT_CACHE``, else ``labels``.
         seeds: View seeds S: 0 to S - 1.
         policy: View policy ``NAME[:key=value,...]``; ``auto``: the target's default.
-        encoding: How labels are stored: ``f16``, ``u8``, ``topk-K`` or ``f32``.
+        encoding: How labels are stored: ``f16``, ``root4``, ``root4-coarse``, ``u8``,
+            ``topk-K`` or ``f32``.
         frame_sampling: Clips only: f_s, the stills that a source sees; default: the centre frame.
         device: Device of the sources that are given as texts.
         batch_size: Samples of a forward pass.
