@@ -86,7 +86,7 @@ def new_documents(
             compressors=_codecs(dtype, *encoding.codec(dtype)),
             fill_value=dtype.type(fill),
             dimension_names=[SEED, SAMPLE, CLASS if key == "labels" else RANK],
-            attributes=encoding.described(key),
+            attributes=dict(encoding.described(key)),
         )
     check = np.dtype("<u4")
     group.create_array(
@@ -95,7 +95,7 @@ def new_documents(
         dtype=check,
         chunks=(1, chunk),
         shards=(1, rows),
-        compressors=_codecs(check, 5, "shuffle"),
+        compressors=_codecs(check),
         fill_value=check.type(0),
         dimension_names=[SEED, SAMPLE],
         attributes={"long_name": "CRC-32 of the view"},
@@ -114,7 +114,7 @@ def new_documents(
     return found
 
 
-def _codecs(dtype: np.dtype[Any], level: int, shuffle: Shuffle) -> list[Any]:
+def _codecs(dtype: np.dtype[Any], level: int = 5, shuffle: Shuffle = "shuffle") -> list[Any]:
     return [
         BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, typesize=dtype.itemsize),
         Crc32cCodec(),
