@@ -93,6 +93,11 @@ def warn_of_plain_http(url: str) -> None:
     )
 
 
+def is_zip(name: object) -> bool:
+    """Whether a cache is named like a zip file of a label set, and is not a folder."""
+    return str(name).endswith(".zip") and "://" not in str(name) and not Path(str(name)).is_dir()
+
+
 def require_folder(cache: Path) -> None:
     """Raises ``MissingData`` if the folder of a cache does not exist."""
     if not cache.is_dir():

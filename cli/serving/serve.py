@@ -20,7 +20,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 GROUPS = {
     "Labels": ("cache", "root", "allow_outside_root"),
     "Computing on demand": ("on_demand", "sources", "weights", "frame_sampling", "device"),
-    "Network": ("host", "port", "token_file", "allowed_hosts"),
+    "Network": ("host", "port", "token_file", "allowed_hosts", "cors"),
     "Capacity": (
         "workers",
         "memory",
@@ -77,6 +77,13 @@ GROUPS = {
     metavar="NAME",
     help="Name by which clients may address the server, besides localhost; repeatable. "
     "Default: any name with --token-file, none without.",
+)
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin, such as https://viewer.example.org, read the labels in a "
+    "browser; repeatable. Default: no other origin.",
 )
 @click.option(
     "--on-demand", is_flag=True, help="Compute missing shards when a client asks for them."

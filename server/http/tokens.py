@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_valid
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
+from sskt.teacher_cache.storage.regular_files import open_regular
 
 ScopeName = Literal["read", "compute"]
 SCOPES: tuple[ScopeName, ...] = ("read", "compute")
@@ -303,7 +304,7 @@ def _signature(found: os.stat_result) -> tuple[int, ...]:
 
 def _read(path: Path) -> tuple[list[Token], tuple[int, ...]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno())
             data = file.read()
     except FileNotFoundError:

@@ -74,8 +74,10 @@ def operations(described: Mapping[str, Any]) -> list[Operation]:
 def _operations(described: Mapping[str, Any]) -> Iterator[Operation]:
     for path, methods in described["paths"].items():
         for method, about in methods.items():
-            answers = about.get("responses", {})
-            good = next((a for status, a in answers.items() if status.startswith("2")), {})
+            answers: dict[str, Any] = about.get("responses", {})
+            good: dict[str, Any] = next(
+                (a for status, a in answers.items() if status.startswith("2")), {}
+            )
             yield Operation(
                 tag=next(iter(about.get("tags", [])), "other"),
                 method=method.upper(),

@@ -62,7 +62,8 @@ class HttpStorage:
         return f"{self.server}{self._path(key)}"
 
     def _path(self, key: str) -> str:
-        return f"/zarr/{quote(f'{self.set_name}/{key}' if self.set_name else key)}"
+        key = f"{self.set_name}/{key}" if self.set_name else key
+        return f"{self.server.files}/{quote(key)}"
 
     def _about(self, rest: str) -> str:
         return f"/v1/label-sets/{quote(self.set_name, safe='')}{rest}"
@@ -155,6 +156,9 @@ class HttpStorage:
         known = self._listed.get(key.partition("/")[0], {}).get(key)
         most = DOCUMENT_BYTES if known is None else known
         return self.server.ask(self._path(key), lambda answer: answer.read(most))
+
+    def distrust(self, key: str) -> None:
+        disk_cache(self.server.url, self.how.folder).forget(self.set_name, key)
 
     def md5(self, key: str) -> str | None:
         return None

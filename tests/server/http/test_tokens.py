@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.damage import FAULTS, in_time
 
 from sskt.cli.serving.token import token as command
 from sskt.server.http import tokens as module
@@ -191,6 +192,36 @@ def test_a_file_cut_anywhere_lets_nobody_in(path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match="is damaged"):
             tokens.check(secret)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_damage_of_the_file_lets_another_secret_in(
+    path: Path, tmp_path: Path, fault: str
+) -> None:
+    """Nor keeps the server waiting; when the file is back, its tokens work again."""
+    secret = new_token(path, "lab", ["read"], None)
+    sibling = tmp_path / "sibling.json"
+    foreign = new_token(sibling, "other", ["read"], None)
+    whole, other = path.read_bytes(), sibling.read_bytes()
+    tokens = Tokens(path)
+    with in_time(30):
+        assert tokens.check(secret) and not tokens.check(foreign)
+        FAULTS[fault](path, sibling)
+        another_file = fault in ("swapped", "link to a sibling")
+        for given in (secret, foreign, "sskt_x"):
+            try:
+                found = tokens.check(given)
+            except InputError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+            else:
+                assert found is None or given == (foreign if another_file else secret)
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        sibling.write_bytes(other)
+        path.write_bytes(whole)
+        assert tokens.check(secret) and not tokens.check(foreign)
 
 
 @pytest.mark.usefixtures("at_once")

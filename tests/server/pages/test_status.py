@@ -715,6 +715,7 @@ def test_static_files_are_kept_as_long_as_they_stay_the_same(
     ("seconds", "text"),
     [
         (None, "-"),
+        (-3600, "0 ms"),
         (0.0004, "0.4 ms"),
         (0.0123, "12 ms"),
         (2.34, "2.3 s"),

@@ -36,7 +36,7 @@ from sskt.teacher_cache.views.views import Views, check_of
 Sskt = Callable[..., tuple[int, str, str]]
 
 PAD, RESIZED = "pad-crop-flip", "random-resized-crop-flip:size=20"
-ENCODINGS = ("f32", "f16", "u8", "topk-5")
+ENCODINGS = ("f32", "f16", "root4", "u8", "root4-coarse", "topk-5")
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
@@ -165,7 +165,18 @@ ARRAYS: dict[str, dict[str, tuple[str, int, float]]] = {
     "f32": {"labels": ("float32", 12, np.nan)},
     "f16": {"labels": ("float16", 12, np.nan)},
     "u8": {"labels": ("uint8", 12, 0)},
+    "root4": {"labels": ("uint16", 12, 0)},
+    "root4-coarse": {"labels": ("uint16", 12, 0)},
     "topk-5": {"index": ("uint16", 5, 0), "value": ("float16", 5, np.nan)},
+}
+
+
+CODECS = {
+    "f32": (5, "shuffle"),
+    "f16": (5, "bitshuffle"),
+    "u8": (1, "noshuffle"),
+    "root4": (1, "shuffle"),
+    "root4-coarse": (1, "shuffle"),
 }
 
 
@@ -178,7 +189,8 @@ def test_arrays_are_as_the_page_says(
     group: Any = zarr.open(made.path, mode="r")
     assert isinstance(group, zarr.Group) and set(group.attrs) == {"sskt"}
     expected = {key: ((2, 20, w), d, (w,), f) for key, (d, w, f) in ARRAYS[encoding].items()}
-    assert set(group.array_keys()) == {*expected, "view_check"}
+    coordinates = {"seed", "sample", "class"}
+    assert set(group.array_keys()) == {*expected, "view_check", *coordinates}
     for name, (shape, dtype, width, fill) in {
         **expected,
         "view_check": ((2, 20), "uint32", (), 0),
@@ -195,8 +207,8 @@ def test_arrays_are_as_the_page_says(
         assert [c["name"] for c in inner["codecs"]] == ["bytes", "blosc", "crc32c"]
         blosc = inner["codecs"][1]["configuration"]
         one_byte = dtype == "uint8"
-        shuffle = "noshuffle" if one_byte else "shuffle"
-        assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", 5, shuffle)
+        level, shuffle = CODECS[encoding] if name == "labels" else (5, "shuffle")
+        assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", level, shuffle)
         assert document["chunk_key_encoding"]["configuration"] == {"separator": "/"}
         assert ("configuration" in inner["codecs"][0]) is not one_byte
         last = made.path / name / "c" / "1" / str(-(-20 // rows) - 1)
@@ -346,17 +358,14 @@ def test_what_a_reader_cannot_know_is_refused(tmp_path: Path, sskt: Sskt, what: 
 
 def golden_set(encoding: str) -> Path:
     """The committed set of an encoding (``topk-3`` for topk)."""
-    name = encoding.partition("-")[0]
-    for path in sorted((GOLDEN / "cache").iterdir()):
-        spec = json.loads((path / "zarr.json").read_text())["attributes"]["sskt"]["spec"]
-        if spec["encoding"]["name"] == name:
-            return path
-    raise AssertionError(encoding)
+    return make_golden.sets()[encoding]
 
 
 DIGESTS = {
     "f16": "981233b7bf860f2fe8b97a24c6b9bc3a81b68346917b81412a97430213c15fbd",
     "f32": "1024fba2c11b64973a20b171cdd492c6baa47ca6fa0e0a4b995bf133e4623bc5",
+    "root4": "42e1766653ddcdc31615849e73750871210ce8a8d643538e41a4355188590de2",
+    "root4-coarse": "c1e6b0576bbdc80f3791994e5e096a26637b4defdc7f4c699e9a266a1aebf334",
     "topk-3": "1eff8e095ac26305862d4b87caf02e4668c1ce12e7fcaba8ce1ef56526d5ce0a",
     "u8": "23e3dcf7129e65b1d0606df626b4cd025d114000d1fd31bf3a8055a067034bab",
 }
@@ -430,6 +439,14 @@ STORED: dict[str, list[dict[str, list[float]]]] = {
                 -44.28943634033203,
             ]
         },
+    ],
+    "root4": [
+        {"labels": [27, 1, 75, 201, 0, 0, 0, 37, 0, 459, 0, 1]},
+        {"labels": [6, 0, 150, 136, 0, 0, 0, 16, 0, 474, 0, 18]},
+    ],
+    "root4-coarse": [
+        {"labels": [1, 0, 0, 0, 0, 0, 0, 0, 0, 119, 0, 0]},
+        {"labels": [4, 0, 0, 10, 0, 0, 0, 6, 0, 99, 0, 0]},
     ],
     "topk-3": [
         {"index": [9, 3, 2], "value": [-0.03680419921875, -3.341796875, -7.25390625]},
@@ -563,6 +580,130 @@ DECODED: dict[str, list[dict[int, list[float]]]] = {
                 0.91786841,
                 3.4929399e-14,
                 3.5583453e-07,
+            ],
+        },
+    ],
+    "root4": [
+        {
+            1.0: [
+                1.1539827e-05,
+                2.171422e-11,
+                0.00068705149,
+                0.035442836,
+                8.4821172e-14,
+                8.4821172e-14,
+                8.4821172e-14,
+                4.0695944e-05,
+                8.4821172e-14,
+                0.96381788,
+                8.4821172e-14,
+                2.171422e-11,
+            ],
+            3.0: [
+                0.01545379,
+                0.00019078753,
+                0.060343664,
+                0.22463533,
+                3.0047154e-05,
+                3.0047154e-05,
+                3.0047154e-05,
+                0.023522616,
+                3.0047154e-05,
+                0.67551279,
+                3.0047154e-05,
+                0.00019078753,
+            ],
+        },
+        {
+            1.0: [
+                2.5249461e-08,
+                7.610394e-14,
+                0.0098630706,
+                0.0066650397,
+                7.610394e-14,
+                7.610394e-14,
+                7.610394e-14,
+                1.2768122e-06,
+                7.610394e-14,
+                0.98346854,
+                7.610394e-14,
+                2.0452063e-06,
+            ],
+            3.0: [
+                0.0020604272,
+                2.9762926e-05,
+                0.15061814,
+                0.13217241,
+                2.9762926e-05,
+                2.9762926e-05,
+                2.9762926e-05,
+                0.0076193089,
+                2.9762926e-05,
+                0.69843618,
+                2.9762926e-05,
+                0.0089149507,
+            ],
+        },
+    ],
+    "root4-coarse": [
+        {
+            1.0: [
+                4.9866875e-09,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                1.9479248e-11,
+                0.99999999,
+                1.9479248e-11,
+                1.9479248e-11,
+            ],
+            3.0: [
+                0.0017009742,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.00026788665,
+                0.99562016,
+                0.00026788665,
+                0.00026788665,
+            ],
+        },
+        {
+            1.0: [
+                2.6646917e-06,
+                4.0659968e-11,
+                4.0659968e-11,
+                0.00010408952,
+                4.0659968e-11,
+                4.0659968e-11,
+                4.0659968e-11,
+                1.3490002e-05,
+                4.0659968e-11,
+                0.99987976,
+                4.0659968e-11,
+                4.0659968e-11,
+            ],
+            3.0: [
+                0.012749261,
+                0.00031622173,
+                0.00031622173,
+                0.043258524,
+                0.00031622173,
+                0.00031622173,
+                0.00031622173,
+                0.021891391,
+                0.00031622173,
+                0.91957105,
+                0.00031622173,
+                0.00031622173,
             ],
         },
     ],
@@ -752,7 +893,7 @@ def test_golden_store_verifies_and_is_not_written_to(sskt: Sskt) -> None:
     reports = json.loads(out)
     assert [(r["shards"], r["rows"], r["skipped"], r["problems"]) for r in reports] == [
         (4, 14, 2, [])
-    ] * 4
+    ] * 6
     assert sskt("ls", "--cache", GOLDEN / "cache")[0] == 0
     assert tree(GOLDEN) == before
 
