@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sskt.teacher_cache.locations import data_location, label_location, require_folder
+from sskt.teacher_cache.locations import data_location, is_zip, label_location, require_folder
 from sskt.teacher_cache.targets.registry import TARGETS, is_own
 
 Command = Callable[..., Any]
@@ -45,7 +45,7 @@ def located_cache(given: str | None, *, writable: bool = False, make: bool = Fal
         MissingData: If it is a folder that does not exist.
     """
     location = label_location(given, writable=writable)
-    if not make and "://" not in location.value:
+    if not make and "://" not in location.value and not is_zip(location.value):
         require_folder(Path(location.value))
     if not given:
         click.echo(f"labels: {location}", err=True)

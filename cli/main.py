@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "copy": ("sskt.cli.labels.copy", "Copy label sets between folders and object stores."),
         "rm": ("sskt.cli.labels.rm", "Delete label sets, or some of their view seeds."),
         "export": ("sskt.cli.labels.export", "Store a label set in another encoding."),
+        "card": ("sskt.cli.labels.card", "Write the data card of a label set, for publishing."),
     },
     "Training": {
         "train": ("sskt.cli.training.train", "Train a network from soft labels, or from scratch."),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from sskt.server.compute.supervisor import end_with_parent
@@ -48,7 +50,25 @@ def create_app(settings: Settings) -> ASGIApp:
     app.include_router(metrics.router)
     leave_errors_to_middleware(app)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
-    return Middleware(app, state, status.answer_problem)
+    served = Middleware(app, state, status.answer_problem)
+    return open_to_pages(served, settings.cors) if settings.cors else served
+
+
+def open_to_pages(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Lets pages of other origins read what the server answers to GET and HEAD.
+
+    It stands outside of the middleware, so that a page also reads errors, of which a missing shard
+    is one. A browser shows no password or cookie for such a page. A page may send a token that it
+    was given.
+    """
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD"],
+        allow_headers=["Authorization", "If-None-Match", "Range"],
+        expose_headers=["Accept-Ranges", "Content-Length", "Content-Range", "ETag", "Retry-After"],
+        allow_credentials=False,
+    )
 
 
 def worker() -> ASGIApp:

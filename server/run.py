@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -35,6 +36,7 @@ RESTART_SECONDS = 5.0
 """Seconds before a compute worker that died is started again."""
 BACKLOG = 4096
 
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 _log = logging.getLogger("sskt.server")
 
 
@@ -139,6 +141,12 @@ def require_allowed(settings: Settings) -> None:
     """Raises ``InputError`` for invalid settings, or if other machines can read without tokens."""
     if not math.isfinite(settings.memory):
         raise InputError(f"--memory must be finite, found {settings.memory}")
+    for origin in settings.cors:
+        if not _ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"--cors {origin} is not the origin of a page; expected https://HOST or "
+                "http://HOST:PORT in lower case, without a path"
+            )
     if settings.token_file:
         Tokens(Path(settings.token_file)).require_usable()
     elif not is_loopback(settings.host):

@@ -26,6 +26,7 @@ class Settings:
     for so long is cut off.
     allowed_hosts: names that clients may use for the server besides those of the loopback; without
     any, all of them if there is a token file.
+    cors: origins whose pages may read answers.
     log: json or text. root: where the targets are now, for the sample browser and for computing.
     sources, weights, frame_sampling, allow_outside_root: what the person who started the server
     named for computing; a label set's own record never chooses code.
@@ -40,6 +41,7 @@ class Settings:
     workers: int = 1
     token_file: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
     on_demand: bool = False
     device: str = "auto"
     root: str | None = None

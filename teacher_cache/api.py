@@ -23,7 +23,7 @@ from sskt.teacher_cache.labeling.job import Opened, open_sources, provenance
 from sskt.teacher_cache.labeling.run import StageOptions, StageReport
 from sskt.teacher_cache.labeling.units import MEMORY
 from sskt.teacher_cache.locations import label_location
-from sskt.teacher_cache.sources import registry as zoo
+from sskt.teacher_cache.sources import registry
 from sskt.teacher_cache.sources import source as frozen
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
 from sskt.teacher_cache.sources.names import SourceName, parse_source
@@ -31,6 +31,7 @@ from sskt.teacher_cache.sources.outputs import count_outputs, parse_outputs
 from sskt.teacher_cache.sources.preprocessing import class_names
 from sskt.teacher_cache.sources.source import Preprocessing, Source
 from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.http.published import NotPublished, is_published
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.open import load_target, policy_of
@@ -197,7 +198,7 @@ def open_source(
         BadCheckpoint: If the weights do not belong to the network.
         InputError: If the network cannot be used as a source.
     """
-    return zoo.open_source(
+    return registry.open_source(
         parse_source(text),
         weights=None if weights is None else Path(weights),
         preprocessing=preprocessing,
@@ -334,7 +335,8 @@ def cache_teachers(
         cache: Folder or bucket of the label sets; default: ``$SSKT_CACHE``, else ``labels``.
         seeds: View seeds S: 0 to S - 1.
         policy: View policy ``NAME[:key=value,...]``; ``auto``: the target's default.
-        encoding: How labels are stored: ``f16``, ``u8``, ``topk-K`` or ``f32``.
+        encoding: How labels are stored: ``f16``, ``root4``, ``root4-coarse``, ``u8``,
+            ``topk-K`` or ``f32``.
         frame_sampling: Clips only: f_s, the stills that a source sees; default: the centre frame.
         device: Device of the sources that are given as texts.
         batch_size: Samples of a forward pass.
@@ -390,7 +392,9 @@ def open_label_set(name: str | Path) -> LabelSet:
     """Opens a label set for reading.
 
     Args:
-        name: Its folder, or its URL: ``s3://BUCKET/PREFIX/NAME``, ``http://HOST:PORT/NAME``.
+        name: Its folder, its zip file, or its URL: ``s3://BUCKET/PREFIX/NAME``,
+            ``http://HOST:PORT/NAME`` of a label server, ``https://HOST/PATH/NAME`` of a plain web
+            host (``sskt copy --publish``).
 
     Returns:
         The label set; ``rows(seed, ids)`` reads its labels.
@@ -399,6 +403,9 @@ def open_label_set(name: str | Path) -> LabelSet:
         MissingData: If none exists.
         CorruptStore: If its metadata cannot be read.
     """
+    if is_published(str(name)):
+        with contextlib.suppress(NotPublished):
+            return store.open_label_set(name)
     if is_served(name):
         home, _, last = str(name).rstrip("/").rpartition("/")
         found = {label_set.name: label_set for label_set in store.look_over(home)[0]}

@@ -25,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import core_schema
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.locations import is_zip
 from sskt.trainer.recipes import load_recipe
 
 AUTO = "auto"
@@ -136,7 +137,8 @@ class TrainConfig:
         early_stop: Stop after this many epochs without a better result. Default: never.
         cache: Folder or URL (s3://...) of the label sets. Default: $SSKT_CACHE or $SSKT_LABELS,
             else ./labels.
-        labels: Label server to read from instead of a --cache: http://HOST:PORT.
+        labels: What to read labels from instead of a --cache: a label server, http://HOST:PORT, a
+            published label set, https://HOST/PATH/SET, or a FILE.zip.
         label_cache: Folder that keeps what a label server sent. Default: a temporary one.
         label_cache_size: GiB that this folder may take. Default: 50, of a temporary one 20.
         label_wait: Minutes to wait for a label server that cannot be reached.
@@ -489,10 +491,11 @@ def require_consistent(config: TrainConfig) -> None:
     if config.labels is not None:
         if config.cache is not None:
             raise InputError("--cache and --labels both say where the labels are; give one")
-        if not config.labels.startswith(("http://", "https://")):
+        if not config.labels.startswith(("http://", "https://")) and not is_zip(config.labels):
             raise InputError(
-                f"--labels takes a label server, http://HOST:PORT, found {config.labels}; a folder "
-                "or s3://... goes with --cache"
+                "--labels takes a label server, http://HOST:PORT, a published label set, "
+                f"https://HOST/PATH/SET, or a FILE.zip, found {config.labels}; a folder or "
+                "s3://... goes with --cache"
             )
 
 

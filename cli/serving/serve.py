@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 GROUPS = {
     "Labels": ("cache", "root", "allow_outside_root"),
     "Computing on demand": ("on_demand", "sources", "weights", "frame_sampling", "device"),
-    "Network": ("host", "port", "token_file", "allowed_hosts"),
+    "Network": ("host", "port", "token_file", "allowed_hosts", "cors"),
     "Capacity": (
         "workers",
         "memory",
@@ -78,6 +79,13 @@ GROUPS = {
     "Default: any name with --token-file, none without.",
 )
 @click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this origin, such as https://viewer.example.org, read the labels in a "
+    "browser; repeatable. Default: no other origin.",
+)
+@click.option(
     "--on-demand", is_flag=True, help="Compute missing shards when a client asks for them."
 )
 @source_option
@@ -131,11 +139,13 @@ GROUPS = {
     "--max-ids", type=click.IntRange(1), default=65536, show_default=True, help="Rows of one batch."
 )
 @click.option(
+    "--log-format",
     "--log",
-    type=click.Choice(["json", "text"]),
-    default="json",
+    "log",
+    type=click.Choice(["auto", "json", "text"]),
+    default="auto",
     show_default=True,
-    help="Format of the log on standard error.",
+    help="Format of the log on standard error. auto: text on a terminal, JSON elsewhere.",
 )
 def serve(
     cache: str | None,
@@ -143,6 +153,7 @@ def serve(
     weights: Path | None,
     allowed_hosts: tuple[str, ...],
     root: Path | None,
+    log: str,
     **given: Any,
 ) -> None:
     """Serve the label sets of a cache, read-only, to any number of trainings.
@@ -161,6 +172,7 @@ def serve(
         root=str(root.resolve()) if root else None,
         weights=str(weights.resolve()) if weights else None,
         allowed_hosts=tuple(name.lower() for name in allowed_hosts),
+        log=("text" if sys.stderr.isatty() else "json") if log == "auto" else log,
         **given,
     )
 

@@ -340,8 +340,9 @@ async def _served(state: State, path: str) -> tuple[LabelSet, str]:
 
 
 def metadata_keys(label_set: LabelSet) -> list[str]:
-    """The JSON documents of a label set."""
-    return [GROUP, *(f"{array}/{GROUP}" for array in label_set.arrays)]
+    """The files of a label set that belong to no shard: JSON documents and coordinates."""
+    arrays = [f"{array}/{GROUP}" for array in label_set.arrays]
+    return [GROUP, *arrays, *label_set.coordinate_keys()]
 
 
 def answer(request: Request, state: State, label_set: LabelSet, inner: str, file: File) -> Response:
@@ -353,7 +354,7 @@ def answer(request: Request, state: State, label_set: LabelSet, inner: str, file
         headers = {
             "ETag": file.tag,
             "Accept-Ranges": "bytes",
-            "Cache-Control": IMMUTABLE if shard else MUTABLE,
+            "Cache-Control": IMMUTABLE if "/c/" in inner else MUTABLE,
         }
         if _names(request.headers.get("if-none-match"), file.tag):
             file.close()

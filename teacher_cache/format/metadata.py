@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sskt.teacher_cache.errors import InputError
-from sskt.teacher_cache.format.encodings import encoding_of
+from sskt.teacher_cache.format.coordinates import (
+    CLASS,
+    CONSOLIDATED,
+    LISTED,
+    RANK,
+    SAMPLE,
+    SEED,
+    add_coordinates,
+    consolidated,
+    coordinate_keys,
+    seed_chunk,
+)
+from sskt.teacher_cache.format.encodings import Shuffle, encoding_of
 from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
@@ -30,15 +43,32 @@ def to_json(document: Document) -> bytes:
 
 
 def new_documents(
-    spec: Spec, classes: tuple[str, ...], seeds: int, rows: int, provenance: Document
+    spec: Spec,
+    classes: tuple[str, ...],
+    seeds: int,
+    rows: int,
+    provenance: Document,
+    samples: Sequence[str] | None = None,
 ) -> dict[str, bytes]:
-    """The files of a label set without shards, by key: the group's, then each array's."""
+    """Makes the files of a label set without shards.
+
+    Args:
+        spec: Its identity.
+        classes: Names of the source's classes.
+        seeds: S, the number of view seeds.
+        rows: Samples in a shard.
+        provenance: How it was made.
+        samples: Names of the samples; None if they are not known.
+
+    Returns:
+        The files by key: the group's metadata, that of the arrays of a shard, and the coordinates.
+    """
     import zarr
     from zarr.core.buffer import Buffer
     from zarr.storage import MemoryStore
 
-    samples, encoding = int(spec["target"]["size"]), encoding_of(spec["encoding"])
-    rows = min(rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
+    size, encoding = int(spec["target"]["size"]), encoding_of(spec["encoding"])
+    rows = min(rows, -(-size // CHUNK_ROWS) * CHUNK_ROWS)
     chunk = CHUNK_ROWS if rows % CHUNK_ROWS == 0 else rows
     attributes = {
         "format": FORMAT,
@@ -48,32 +78,47 @@ def new_documents(
         "made": provenance,
         BOUND: True,
     }
-    require_size(seeds, samples, rows)
+    require_size(seeds, size, rows)
     for dtype, width, _ in encoding.arrays(len(classes)).values():
-        require_size(seeds, samples, rows, width * dtype.itemsize)
+        require_size(seeds, size, rows, width * dtype.itemsize)
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes={"sskt": attributes})
     for key, (dtype, width, fill) in encoding.arrays(len(classes)).items():
         group.create_array(
             key,
-            shape=(seeds, samples, width),
+            shape=(seeds, size, width),
             dtype=dtype,
             chunks=(1, chunk, width),
             shards=(1, rows, width),
-            compressors=_codecs(dtype),
+            compressors=_codecs(dtype, *encoding.codec(dtype)),
             fill_value=dtype.type(fill),
+            dimension_names=[SEED, SAMPLE, CLASS if key == "labels" else RANK],
+            attributes=dict(encoding.described(key)),
         )
     check = np.dtype("<u4")
     group.create_array(
         "view_check",
-        shape=(seeds, samples),
+        shape=(seeds, size),
         dtype=check,
         chunks=(1, chunk),
         shards=(1, rows),
         compressors=_codecs(check),
         fill_value=check.type(0),
+        dimension_names=[SEED, SAMPLE],
+        attributes={"long_name": "CRC-32 of the view"},
     )
-    return {key: value.to_bytes() for key, value in files.items()}
+    listed = add_coordinates(group, seeds, classes, samples, _codecs)
+    found = {key: value.to_bytes() for key, value in files.items()}
+    found |= {key: seed_chunk(key) for key in coordinate_keys(SEED, seeds)[1:]}
+    arrays = {
+        key.removesuffix(f"/{GROUP}"): json.loads(data)
+        for key, data in found.items()
+        if key.endswith(f"/{GROUP}")
+    }
+    document = json.loads(found[GROUP])
+    document["attributes"]["sskt"][LISTED] = listed
+    found[GROUP] = to_json(document | {CONSOLIDATED: consolidated(arrays)})
+    return found
 
 
 def require_size(seeds: int, samples: int, rows: int, row_bytes: int = 4) -> None:
@@ -106,10 +151,9 @@ def require_size(seeds: int, samples: int, rows: int, row_bytes: int = 4) -> Non
         )
 
 
-def _codecs(dtype: np.dtype[Any]) -> list[Any]:
-    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if dtype.itemsize > 1 else "noshuffle"
+def _codecs(dtype: np.dtype[Any], level: int = 5, shuffle: Shuffle = "shuffle") -> list[Any]:
     return [
-        BloscCodec(cname="zstd", clevel=5, shuffle=shuffle, typesize=dtype.itemsize),
+        BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, typesize=dtype.itemsize),
         Crc32cCodec(),
     ]
 

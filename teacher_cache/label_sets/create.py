@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
 from sskt.teacher_cache.storage.http.storage import HttpStorage
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.locks import Locks
-from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.storage.open import open_cache, open_set
 
 __all__ = [
     "CHUNK_ROWS",
@@ -65,7 +65,7 @@ def open_label_set(storage: CacheName) -> LabelSet:
         MissingData: If none exists.
         CorruptStore: If its metadata cannot be read or is not as docs/format.md says.
     """
-    storage = open_cache(storage)
+    storage = open_set(storage)
     attributes = read_attributes(storage)
     spec, classes = attributes["spec"], attributes["classes"]
     arrays = encoding_of(spec["encoding"]).arrays(len(classes))
@@ -108,6 +108,7 @@ def create_label_set(
     *,
     shard_rows: int = SHARD_ROWS,
     provenance: dict[str, Any] | None = None,
+    samples: Sequence[str] | None = None,
 ) -> WritableLabelSet:
     """Opens a label set for writing, created in one step if it is new.
 
@@ -118,6 +119,7 @@ def create_label_set(
         seeds: Number of view seeds; an existing set grows to it.
         shard_rows: Samples in a shard of a new set.
         provenance: Provenance of a new set: arguments and versions, no part of the identity.
+        samples: Names of the samples of a new set, by which other tools find them.
 
     Returns:
         The label set. Close it.
@@ -129,9 +131,8 @@ def create_label_set(
     """
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
-        return new_documents(
-            spec, classes, found_seeds or seeds, rows or shard_rows, provenance or {}
-        )
+        found_seeds, rows = found_seeds or seeds, rows or shard_rows
+        return new_documents(spec, classes, found_seeds, rows, provenance or {}, samples)
 
     return open_for_writing(cache, name_of(spec), documents, seeds)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from sskt.teacher_cache.errors import CorruptStore, MissingData
-from sskt.teacher_cache.format.metadata import GROUP, Document
+from sskt.teacher_cache.format.coordinates import CONSOLIDATED, consolidated
+from sskt.teacher_cache.format.metadata import GROUP, Document, to_json
 from sskt.teacher_cache.format.spec import FORMAT, classes_identity, digest_of
 from sskt.teacher_cache.storage.base import Storage
+
+if TYPE_CHECKING:
+    from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
@@ -60,3 +65,33 @@ def parse_attributes(storage: Storage, data: bytes) -> Document:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStore(f"{storage.where(GROUP)} is not a label set's metadata") from error
     return attributes
+
+
+def consolidate(label_set: LabelSet) -> None:
+    """Repeats the metadata of the arrays in that of the group, for tools that list nothing.
+
+    It does nothing to a set without coordinates. In a folder, hold the lock of the metadata.
+
+    Args:
+        label_set: The label set, in a storage that can be written to.
+    """
+    storage = label_set.storage
+
+    def repeat(data: bytes) -> bytes | None:
+        document = json.loads(data)
+        own = document.get(CONSOLIDATED) or {"metadata": {}}
+        found = consolidated(own["metadata"] | described(label_set))
+        return None if found == own else to_json(document | {CONSOLIDATED: found})
+
+    if label_set.coordinates:
+        storage.update(GROUP, repeat)
+
+
+def described(label_set: LabelSet) -> dict[str, Document]:
+    """Reads the metadata of each array of a set, those of the coordinates included.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: As ``array_document``.
+    """
+    names = [*label_set.arrays, *label_set.coordinates]
+    return {name: array_document(label_set.storage, name) for name in names}

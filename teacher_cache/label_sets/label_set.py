@@ -1,4 +1,4 @@
-"""A label set: what is stored of it, and reading it, wherever it is.
+"""A label set for reading: its metadata, its shards and its rows, on any storage.
 
 A shard holds one block of consecutive samples under one view seed. Each of its files or objects
 exists whole or not at all, and one of them commits it: a shard that is stored is complete, and
@@ -20,6 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
+from sskt.teacher_cache.format.coordinates import (
+    COORDINATES,
+    LISTED,
+    SAMPLE,
+    coordinate_keys,
+    read_coordinate,
+)
 from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
@@ -136,6 +143,36 @@ class LabelSet:
     def arrays(self) -> list[str]:
         """Names of its arrays, in the order in which a shard is written."""
         return ["view_check", *self.encoding.arrays(len(self.classes))]
+
+    @property
+    def coordinates(self) -> list[str]:
+        """Names of its coordinate arrays (docs/format.md, section 2); sets of 0.1 have none."""
+        listed = self.attributes.get(LISTED, ())
+        return [name for name in COORDINATES if name in listed]
+
+    def coordinate_keys(self) -> list[str]:
+        """The names of all files or objects of the coordinate arrays within the set."""
+        return [key for name in self.coordinates for key in coordinate_keys(name, self.seeds)]
+
+    def sample_names(self) -> list[str] | None:
+        """Reads the names of the samples.
+
+        Returns:
+            The ids of the target's samples; None if the set does not hold them.
+
+        Raises:
+            CorruptStore: If they cannot be read.
+        """
+        if SAMPLE not in self.coordinates:
+            return None
+        try:
+            found = read_coordinate(self.storage.read, SAMPLE, self.samples)
+            return [str(name) for name in found]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptStore(
+                f"label set {self.name}: the names of its samples cannot be read ({error}); run "
+                "sskt verify"
+            ) from error
 
     @property
     def blocks(self) -> int:

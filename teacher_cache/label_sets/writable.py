@@ -12,11 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
+from sskt.teacher_cache.format.coordinates import (
+    SEED,
+    coordinate_keys,
+    resized,
+    seed_chunk,
+)
 from sskt.teacher_cache.format.encodings import Encoded, distance_of
 from sskt.teacher_cache.format.metadata import GROUP, shard_file, to_json
 from sskt.teacher_cache.format.shards import ShardRecord, file_checksums
 from sskt.teacher_cache.format.spec import tolerance_of
-from sskt.teacher_cache.label_sets.documents import parse_attributes
+from sskt.teacher_cache.label_sets.documents import consolidate, parse_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims
 from sskt.teacher_cache.storage.local import LocalStorage
@@ -196,12 +202,12 @@ class WritableLabelSet(LabelSet):
         self.claims.close()
         self._claimed.clear()
 
-    def add_attribute(self, key: str, value: Any) -> None:
-        """Adds an attribute to the group. One that exists stays as it is."""
+    def add_attribute(self, key: str, value: Any, *, replace: bool = False) -> None:
+        """Adds an attribute to the group. One that exists stays as it is, without ``replace``."""
 
         def add(data: bytes) -> bytes | None:
             self.attributes = attributes = parse_attributes(self.storage, data)
-            if key in attributes:
+            if key in attributes and not replace:
                 return None
             attributes[key] = value
             return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})
@@ -217,12 +223,16 @@ class WritableLabelSet(LabelSet):
             self.seeds = max(document["shape"][0], seeds)
             if document["shape"][0] == self.seeds:
                 return None
-            document["shape"][0] = self.seeds
-            return to_json(document)
+            return to_json(resized(document, self.seeds))
 
         with self.claims.held(METADATA):
+            if SEED in self.coordinates:
+                for key in coordinate_keys(SEED, seeds)[1:]:
+                    self.storage.create(key, seed_chunk(key))
+                self.storage.update(f"{SEED}/{GROUP}", widen)
             for array in [*self.arrays[1:], "view_check"]:
                 self.storage.update(f"{array}/{GROUP}", widen)
+            consolidate(self)
 
 
 def _part_of(data: bytes, start: int | None, stop: int | None) -> bytes:

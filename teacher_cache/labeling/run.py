@@ -133,7 +133,13 @@ def open_sets(
             provenance = options.provenance.get(source.name, {})
             spec, rows = label_set_spec(views, source, encoding), options.shard_rows
             label_set = create_label_set(
-                cache, spec, source.classes, seeds, shard_rows=rows, provenance=provenance
+                cache,
+                spec,
+                source.classes,
+                seeds,
+                shard_rows=rows,
+                provenance=provenance,
+                samples=views.target.ids,
             )
             opened.callback(label_set.close)
             pairs.append(SourceLabels(source, label_set))

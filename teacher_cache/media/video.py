@@ -203,11 +203,13 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream, int]]:
     import av
     from av.codec.context import ThreadType
 
-    options = {"format_whitelist": _CONTAINERS}
+    options: dict[str, Any] = {"container_options": {"format_whitelist": _CONTAINERS}}
+    if int(av.__version__.partition(".")[0]) < 19:  # later versions never decode strictly
+        options["metadata_errors"] = "ignore"
     try:
         # with a scheme and absolute, so that no name is taken for an address
         name = f"file:{path.absolute()}"
-        container = av.open(name, "r", metadata_errors="ignore", container_options=options)
+        container = av.open(name, "r", **options)
     except (*_PYTHONS, av.FFmpegError) as error:
         raise _Fault(f"no video that can be opened: {_text(error)}") from error
     with container:

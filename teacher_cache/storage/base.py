@@ -1,8 +1,9 @@
 """Storage of caches: the operations that label sets need.
 
-``local.py`` implements them for a folder, ``object_store.py`` for a bucket, and ``http`` those that
-read for a label server. A key names a file or object relative to its storage; its parts are joined
-by ``/``. Files and objects appear whole: no reader sees a part of one.
+``local.py`` implements them for a folder and ``object_store.py`` for a bucket; ``http`` and
+``zip_file.py`` implement those that read, for an HTTP server and a zip file. A key names a file or
+object relative to its storage; its parts are joined by ``/``. Files and objects appear whole: no
+reader sees a part of one.
 """
 
 from __future__ import annotations
@@ -129,4 +130,5 @@ class Storage(Protocol):
 
 CacheName = str | Path | Storage
 """A cache as a user names it: a folder, ``s3://BUCKET/PREFIX`` (``gs``, ``az``), the URL of a label
-server (``http://HOST:PORT``, ``https``), or opened storage."""
+server (``http://HOST:PORT``, ``https``) or of a published label set (``https://HOST/PATH/SET``),
+a zip file of one label set (``FILE.zip``), or opened storage."""

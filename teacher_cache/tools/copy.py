@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.metadata import BOUND, GROUP
 from sskt.teacher_cache.format.shards import ShardRecord, file_checksums, shard_damage
 from sskt.teacher_cache.label_sets.create import open_for_writing
+from sskt.teacher_cache.label_sets.documents import consolidate
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
-from sskt.teacher_cache.storage.base import CacheName, Storage
+from sskt.teacher_cache.locations import is_zip
+from sskt.teacher_cache.storage.atomic import durable_rename, naming_full_disk
+from sskt.teacher_cache.storage.base import METADATA, CacheName, Storage
+from sskt.teacher_cache.storage.http.published import INDEX
 from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
+from sskt.teacher_cache.storage.zip_file import write_zip
+from sskt.teacher_cache.tools.card import LICENSE
+from sskt.teacher_cache.tools.coordinates import coordinate_problems
+from sskt.teacher_cache.tools.publish import write_index
 
 AT_ONCE = 4
 """Shards that are copied at the same time."""
@@ -62,7 +72,7 @@ def copy_label_set(
 
     Args:
         source: The label set.
-        to: The cache to copy to.
+        to: The cache to copy to; a name that ends in ``.zip``: a new zip file.
         progress: Called with shards done and to do.
 
     Returns:
@@ -75,16 +85,16 @@ def copy_label_set(
             otherwise.
         DiskFull: If there is no room.
     """
+    if is_zip(to):
+        return _pack(source, Path(str(to)), progress)
     home = open_cache(to, make=True)
     if _real(home.below(source.name)) == _real(source.storage):
         raise InputError(f"cannot copy {source.storage} onto itself; name another cache")
-    keys = [GROUP, *(f"{array}/{GROUP}" for array in [*source.arrays[1:], source.arrays[0]])]
-    files = {key: source.storage.read(key) for key in keys}
 
     def documents(rows: int | None, seeds: int | None) -> dict[str, bytes]:
         if rows not in (None, source.shard_rows):
             raise _other_rows(source, home, rows)
-        return files
+        return metadata_of(source)
 
     with closing(open_for_writing(home, source.name, documents, source.seeds)) as target:
         if target.digest != source.digest:
@@ -92,6 +102,26 @@ def copy_label_set(
         if target.shard_rows != source.shard_rows:
             raise _other_rows(source, home, target.shard_rows)
         return _copy_shards(source, target, progress)
+
+
+def metadata_of(source: LabelSet) -> dict[str, bytes]:
+    """Reads the files of a label set that belong to no shard.
+
+    Args:
+        source: The label set.
+
+    Returns:
+        The files by key: the group's metadata, that of each array, and the coordinates.
+
+    Raises:
+        CorruptStore: If the coordinates are damaged.
+    """
+    problems = coordinate_problems(source)
+    if problems:
+        raise CorruptStore(f"label set {source.name}: {problems[0]}; run sskt verify")
+    arrays = [*source.arrays[1:], source.arrays[0]]
+    keys = [GROUP, *(f"{array}/{GROUP}" for array in arrays), *source.coordinate_keys()]
+    return {key: source.storage.read(key) for key in keys}
 
 
 def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress) -> Copied:
@@ -116,10 +146,46 @@ def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress)
                 time.sleep(POLL_SECONDS)
     finally:
         pool.shutdown(cancel_futures=True)
-    for key in ("error", BOUND):
+    for key in ("error", LICENSE, BOUND):
         if key in source.attributes:
             target.add_attribute(key, source.attributes[key])
+    with target.claims.held(METADATA):
+        consolidate(target)
+    if target.storage.size(INDEX) is not None:
+        write_index(target)
     return Copied(source.name, written, len(wanted) - written, sizes, source.coverage())
+
+
+def _pack(source: LabelSet, path: Path, progress: Progress) -> Copied:
+    """Writes the stored shards of a label set into a new zip file, each of them checked."""
+    if path.exists():
+        raise InputError(f"{path} is there; remove it, or name another file")
+    missing = set(source.missing(range(source.seeds)))
+    wanted = [s for s in source.shards(range(source.seeds)) if s not in missing]
+    first = metadata_of(source)
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield from first.items()
+        for done, shard in enumerate(wanted):
+            progress(done, len(wanted))
+            record = source.shard_record(shard)
+            for array in source.arrays:
+                yield source.shard_key(array, shard), _checked(source, array, shard, record)
+            if record is not None:
+                yield source.record_key(shard), record.to_json()
+        progress(len(wanted), len(wanted))
+
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with naming_full_disk(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_zip(partial, files())
+            size = partial.stat().st_size
+            durable_rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    return Copied(source.name, len(wanted), 0, size, source.coverage())
 
 
 def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
+from sskt.teacher_cache.format.coordinates import stored_names
 from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
@@ -140,6 +141,9 @@ def recompute(
     views, source = reopen(label_set, instead or Reopen())
     allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
     worst, problems = report.worst_distance, list(report.problems)
+    names = label_set.sample_names()
+    if names is not None and names != stored_names(views.target.ids):
+        problems.append("the names of its samples are not those of the target")
     done = 0
     key = secrets.randbits(32) if key is None else key
     for sample, seed in probe_pairs(label_set, count, key):

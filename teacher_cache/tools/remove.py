@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
+from sskt.teacher_cache.format.coordinates import SEED, resized
 from sskt.teacher_cache.format.metadata import GROUP, to_json
 from sskt.teacher_cache.format.shards import RECORD_ENDING
 from sskt.teacher_cache.label_sets.create import open_label_set
-from sskt.teacher_cache.label_sets.documents import lacks_group
+from sskt.teacher_cache.label_sets.documents import consolidate, lacks_group
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
@@ -121,12 +122,14 @@ def _shorten(label_set: LabelSet, removed: set[int]) -> None:
         document = json.loads(data)
         if document["shape"][0] <= last:
             return None
-        document["shape"][0] = last
-        return to_json(document)
+        return to_json(resized(document, last))
 
     if last < label_set.seeds:
-        for array in label_set.arrays:  # view_check first, which says how many seeds there are
+        seeds = [SEED] if SEED in label_set.coordinates else []
+        # view_check first, which says how many seeds there are
+        for array in [*label_set.arrays, *seeds]:
             label_set.storage.update(f"{array}/{GROUP}", cut)
+        consolidate(label_set)
 
 
 def _order(key: str) -> int:

@@ -14,10 +14,13 @@ from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError
 from sskt.teacher_cache.format.encodings import Encoded, decoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
+from sskt.teacher_cache.label_sets.documents import consolidate
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
-from sskt.teacher_cache.storage.base import CacheName
+from sskt.teacher_cache.storage.base import METADATA, CacheName
+from sskt.teacher_cache.tools.coordinates import coordinate_problems, repetition_problems
+from sskt.teacher_cache.tools.publish import index_problems
 
 
 @dataclass
@@ -52,7 +55,7 @@ def verify(
     *,
     binder: WritableLabelSet | None = None,
 ) -> Report:
-    """Reads every shard: checksums, record, row sums, NaN, view checks, coverage.
+    """Reads every shard: checksums, record, row sums, NaN, view checks, coverage; the coordinates.
 
     Args:
         label_set: An opened label set.
@@ -62,7 +65,9 @@ def verify(
     Returns:
         What was found.
     """
-    report = Report(label_set.name)
+    problems = [*coordinate_problems(label_set), *repetition_problems(label_set)]
+    problems += index_problems(label_set)
+    report = Report(label_set.name, problems=problems)
     shards = list(label_set.shards(range(label_set.seeds)))
     missing = [shard for shard in shards if not label_set.has(shard)]
     if missing:
@@ -108,6 +113,8 @@ def bind(
 
     target = open_for_writing(cache, label_set.name, documents, label_set.seeds)
     with closing(target):
+        with target.claims.held(METADATA):
+            consolidate(target)
         unbound = {key: value for key, value in target.attributes.items() if key != BOUND}
         report = verify(replace(target, attributes=unbound), progress, binder=target)
         if not report.unbound:

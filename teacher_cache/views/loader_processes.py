@@ -202,10 +202,10 @@ class LoaderWatch(threading.Thread):
         seconds: How long they may send nothing.
     """
 
-    def __init__(self, start: Callable[[], Iterator[_Item]], seconds: float) -> None:
+    def __init__(self, start: Callable[[], Iterator[Any]], seconds: float) -> None:
         super().__init__(name="sskt-loader-watch", daemon=True)
         others = set(multiprocessing.active_children())
-        self._items = start()
+        self._items: Iterator[Any] = start()
         self._workers = set(multiprocessing.active_children()) - others
         self._seconds, self._silent = seconds, False
         self._waiting_since: float | None = None
@@ -213,7 +213,7 @@ class LoaderWatch(threading.Thread):
         if self._workers:
             self.start()
 
-    def restart(self, start: Callable[[], Iterator[_Item]]) -> None:
+    def restart(self, start: Callable[[], Iterator[Any]]) -> None:
         """Goes on with other items of the same processes."""
         self._items = start()
 

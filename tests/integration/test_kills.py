@@ -25,7 +25,7 @@ absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 @pytest.mark.slow
 @pytest.mark.skipif(bool(absent), reason=f"{', '.join(absent)} not installed")
 def test_a_few_kills_of_each_kind_lose_and_change_nothing() -> None:
-    command = [sys.executable, BENCHMARKS / "kills.py", "--quick", "--json"]
+    command = [sys.executable, str(BENCHMARKS / "kills.py"), "--quick", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -103,14 +103,14 @@ def front(folder: Path, cache: Path, upstream: str, **given: str) -> Iterator[Fr
     process = subprocess.Popen([*command, "-g", f"daemon off;{user}"])
     try:
         for port in (tls, redirect, local):
-            _await(port, process, folder)
+            await_port(port, process, folder)
         yield Front(tls, redirect, local, certificate, folder)
     finally:
         process.terminate()
         process.wait(20)
 
 
-def _await(port: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+def await_port(port: int, process: subprocess.Popen[bytes], folder: Path) -> None:
     until = time.monotonic() + START_SECONDS
     while True:
         try:

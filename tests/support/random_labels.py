@@ -41,7 +41,10 @@ def make_labels(
         "encoding": kind.identity(),
     }
     made = {"source": "none"}
-    label_set = create_label_set(cache, spec, names, SEEDS, shard_rows=rows, provenance=made)
+    ids = [f"{i % 7}/{i}.jpg" for i in range(samples)]
+    label_set = create_label_set(
+        cache, spec, names, SEEDS, shard_rows=rows, provenance=made, samples=ids
+    )
     for shard in label_set.missing(range(SEEDS)):
         if (shard.seed, shard.block) not in without:
             write_shard(label_set, shard, salt)

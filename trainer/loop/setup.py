@@ -18,8 +18,8 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.registry import parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import Storage
-from sskt.teacher_cache.storage.http.storage import Fetching, open_server
-from sskt.teacher_cache.storage.open import is_served, open_cache
+from sskt.teacher_cache.storage.http.storage import Fetching
+from sskt.teacher_cache.storage.open import is_served, open_cache, open_served
 from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
@@ -275,7 +275,7 @@ def open_labels(config: TrainConfig) -> Storage:
     name = label_location(config.labels or config.cache).value
     if is_served(name):
         how = Fetching(config.label_wait, config.label_cache, config.label_cache_size)
-        return open_server(name, how)
+        return open_served(name, how)
     return open_cache(name)
 
 

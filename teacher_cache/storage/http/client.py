@@ -77,6 +77,12 @@ class Server:
         InputError: If the URL is not one of a server.
     """
 
+    kind = "label server"
+    """What it is, for messages."""
+
+    files = "/zarr"
+    """Path below which the files of label sets are."""
+
     def __init__(
         self, url: str, wait_minutes: float = WAIT_MINUTES, *, patient: bool = False
     ) -> None:
@@ -103,18 +109,18 @@ class Server:
         self.wait_minutes, self._answered = wait_minutes, patient
         self._waiting = False
         self._guard = threading.Lock()
-        self._closed = threading.Event()
+        self.closed = threading.Event()
 
     def __str__(self) -> str:
         return self.url
 
     def close(self) -> None:
         """Ends all requests and all waiting, in every thread; they raise ``InputError``."""
-        self._closed.set()
+        self.closed.set()
 
     def pause(self, seconds: float) -> None:
         """Sleeps. Raises ``InputError`` if ``close`` has been called."""
-        if self._closed.wait(seconds):
+        if self.closed.wait(seconds):
             raise InputError(f"stopped while waiting for {self}")
 
     def json(self, path: str, shape: Callable[[Any], _T]) -> _T:
@@ -198,7 +204,7 @@ class Server:
             try:
                 found = attempt()
             except Unavailable as error:
-                if self._closed.is_set():
+                if self.closed.is_set():
                     raise InputError(f"stopped while waiting for {self}") from error
                 now = time.monotonic()
                 if isinstance(error, Computing):
@@ -224,8 +230,8 @@ class Server:
             return InputError(f"cannot reach {self}: {error}")
         return InputError(
             f"{self} {error.does} ({error}), and did not for {self.wait_minutes:g} minutes "
-            f"(--label-wait) when {what} was requested; when it is back, the same command goes on "
-            "with --resume"
+            f"(--label-wait) when {what} was requested; when it is back, the same command with "
+            "--resume continues"
         )
 
     def _report(self, error: Unavailable | None, what: str) -> None:
@@ -236,12 +242,13 @@ class Server:
             self._waiting = error is not None
         why = printable(str(error))
         if error is None:
-            _log.warning("label server %s answers again", self)
+            _log.warning("%s %s answers again", self.kind, self)
         elif isinstance(error, Computing):
-            _log.warning("label server %s is computing labels (%s); waiting for them", self, why)
+            _log.warning("%s %s is computing labels (%s); waiting for them", self.kind, self, why)
         else:
             _log.warning(
-                "label server %s %s (%s); waiting for %s, trying again for up to %g minutes",
+                "%s %s %s (%s); waiting for %s, trying again for up to %g minutes",
+                self.kind,
                 self,
                 error.does,
                 why,
@@ -266,18 +273,30 @@ class Server:
             Unavailable: If there is no answer.
             InputError: If the server's certificate is not trusted.
         """
-        sent = {"Accept-Encoding": "identity", "User-Agent": "sskt"} | dict(headers or {})
         token = _token()
-        if token:
-            sent["Authorization"] = f"Bearer {token}"
+        shown = {"Authorization": f"Bearer {token}"} if token else {}
+        target = f"{self.prefix}{path}"
+        with self.once(target, method, dict(headers or {}) | shown, body) as answer:
+            yield answer
+
+    @contextlib.contextmanager
+    def once(
+        self,
+        target: str,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Iterator[Answer]:
+        """As ``exchange``, without the token and below no prefix."""
+        sent = {"Accept-Encoding": "identity", "User-Agent": "sskt"} | dict(headers or {})
         with contextlib.closing(self._connection()) as connection:
-            deadline = Deadline(self._closed)
+            deadline = Deadline(self.closed)
             connection.response_class = functools.partial(  # type: ignore[assignment]
                 TimedResponse, deadline
             )
             with network():
                 self._connect(connection)
-                connection.request(method, f"{self.prefix}{path}", body, sent)
+                connection.request(method, target, body, sent)
                 response = connection.getresponse()
             with response:
                 yield Answer(response, deadline)
@@ -300,7 +319,7 @@ class Server:
                 f"no TLS connection to {self}: {str(why).lower().replace('_', ' ')}; "
                 "SSL_CERT_FILE can name the certificates to trust"
             ) from error
-        if self._closed.is_set():
+        if self.closed.is_set():
             raise Unavailable("stopped")
 
     def require(self, answer: Answer, wanted: Collection[int]) -> None:
@@ -341,14 +360,14 @@ class Server:
         if status == HTTPStatus.NOT_FOUND:
             raise Gone(said)
         if status == HTTPStatus.INSUFFICIENT_STORAGE:
-            raise DiskFull(f"label server {self}: {said}")
+            raise DiskFull(f"{self.kind} {self}: {said}")
         if 300 <= status < 400:
             location = (answer.header("Location") or "another URL")[:_LONGEST]
             raise InputError(f"{self} redirects to {location}; use that URL")
         if status < 500:
-            raise InputError(f"label server {self} refused a request ({status}): {said}")
+            raise InputError(f"{self.kind} {self} refused a request ({status}): {said}")
         kind = CorruptStore if problem.get("title") == DAMAGED else SsktError
-        raise kind(f"label server {self} failed: {said}")
+        raise kind(f"{self.kind} {self} failed: {said}")
 
 
 def _token() -> str:

@@ -176,7 +176,7 @@ class DiskCache:
         kept, damaged = self._newest(stem), 0
         while True:
             headers = {"If-None-Match": _tag(kept)} if kept else {}
-            url, damage = f"/zarr/{quote(key)}", ""
+            url, damage = f"{server.files}/{quote(key)}", ""
             try:
                 tag, data = server.ask(url, receive, headers=headers, wanted=(200, 304))
             except Oversized as error:

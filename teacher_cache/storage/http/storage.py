@@ -62,7 +62,8 @@ class HttpStorage:
         return f"{self.server}{self._path(key)}"
 
     def _path(self, key: str) -> str:
-        return f"/zarr/{quote(f'{self.set_name}/{key}' if self.set_name else key)}"
+        key = f"{self.set_name}/{key}" if self.set_name else key
+        return f"{self.server.files}/{quote(key)}"
 
     def _about(self, rest: str) -> str:
         return f"/v1/label-sets/{quote(self.set_name, safe='')}{rest}"

@@ -24,7 +24,14 @@ from support.damage import FAULTS, in_time
 
 from sskt.cli.serving.token import token as command
 from sskt.server.http import tokens as module
-from sskt.server.http.tokens import FRESH_SECONDS, Tokens, list_tokens, new_token, revoke
+from sskt.server.http.tokens import (
+    FRESH_SECONDS,
+    Tokens,
+    list_tokens,
+    new_token,
+    revoke,
+    rotate,
+)
 from sskt.teacher_cache.errors import DiskFull, InputError, MissingData, UnknownName
 
 
@@ -362,3 +369,57 @@ def test_the_command_starts_without_heavy_libraries() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'zarr', 'fastapi')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_secret_goes_into_a_private_file_and_never_over_another(path: Path) -> None:
+    runner = CliRunner()
+    out = path.with_name("secret")
+
+    def call(*arguments: str) -> Any:
+        return runner.invoke(command, [*arguments, "--token-file", str(path), "--out", str(out)])
+
+    done = call("new", "lab")
+    assert done.exit_code == 0 and done.stdout == ""
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    secret = out.read_text().strip()
+    assert Tokens(path).check(secret) is not None and secret not in done.stderr
+    done = call("new", "other")
+    assert isinstance(done.exception, InputError) and "is not overwritten" in str(done.exception)
+    assert out.read_text().strip() == secret
+    assert [t.name for t in list_tokens(path)] == ["lab"]
+    out.unlink()
+    assert isinstance(call("new", "lab").exception, InputError)  # the name is taken
+    assert not out.exists()
+
+
+def test_a_rotated_token_has_two_secrets_for_a_while(path: Path, at_once: None) -> None:
+    first = new_token(path, "lab", ["compute"], 10)
+    spare = new_token(path, "spare", ["read"], None)
+    second = rotate(path, "lab", 24)
+    tokens = Tokens(path)
+    old, new, other = (tokens.check(secret) for secret in (first, second, spare))
+    assert new is not None and new.name == "lab" and new.scopes == ("compute", "read")
+    assert new.expires is not None and abs(new.expires - time.time() - 10 * 86400) < 60
+    assert old is not None and old.name == "lab.old" and old.scopes == ("compute", "read")
+    assert old.expires is not None and abs(old.expires - time.time() - 86400) < 60
+    assert other is not None and other.name == "spare" and other.expires is None
+    with pytest.raises(InputError, match=r"still valid as lab\.old; first run: sskt token revoke"):
+        rotate(path, "lab", 1)
+    assert tokens.check(second) is not None
+    revoke(path, "lab.old")
+    assert tokens.check(first) is None
+    third = rotate(path, "lab", 0)
+    assert tokens.check(second) is None and tokens.check(third) is not None
+    assert [t.name for t in list_tokens(path)] == ["spare", "lab"]
+
+
+def test_the_grace_never_makes_a_secret_live_longer(path: Path) -> None:
+    first = new_token(path, "lab", ["read"], 0.5)
+    (made,) = list_tokens(path)
+    rotate(path, "lab", 1000)
+    old = Tokens(path).check(first)
+    assert old is not None and old.expires == made.expires
+    with pytest.raises(UnknownName, match="nobody"):
+        rotate(path, "nobody", 1)
+    with pytest.raises(InputError, match="--grace"):
+        rotate(path, "lab", -1)

@@ -354,7 +354,7 @@ def test_only_files_of_label_sets_are_served(tmp_path: Path) -> None:
                 assert status in (404, 500) and b"secret" not in body, key
         files = json.loads(get(url, f"/v1/label-sets/{label_set.name}/files")[2])["files"]
         assert not set(files) & set(inside)
-        assert len(files) == 3 + 3 * 7
+        assert len(files) == 3 + 3 * 7 + 6  # documents, shards, coordinates
         assert all(get(url, f"/zarr/{label_set.name}/{key}")[0] == 200 for key in files)
 
 

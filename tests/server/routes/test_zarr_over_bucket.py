@@ -65,7 +65,7 @@ def batch(url: str, name: str, seed: int, ids: list[int]) -> tuple[int, dict[str
 
 def test_all_that_is_stored(bucket: LabelSet, url: str) -> None:
     stored = objects("s3://bucket/lab/labels")
-    assert len(stored) == 3 + 3 * (3 * SEEDS - 1)
+    assert len(stored) == 3 + 3 * (3 * SEEDS - 1) + 6  # documents, shards, coordinates
     for key, data in stored.items():
         status, headers, body = get(url, f"/zarr/{key}")
         assert (status, body) == (200, data), key

@@ -57,7 +57,7 @@ def resized(path: Path, seeds: Any, samples: int, rows: int) -> None:
     about["spec"]["target"]["size"] = samples
     about["digest"] = digest_of(about["spec"])
     group.write_text(json.dumps(document))
-    for array in path.glob("*/zarr.json"):
+    for array in (path / name / "zarr.json" for name in ("labels", "view_check")):
         document = json.loads(array.read_text())
         document["shape"][:2] = [seeds, samples]
         document["chunk_grid"]["configuration"]["chunk_shape"][1] = rows

@@ -31,6 +31,12 @@ FILES = {
     "index/c/1/1/0": "shard",
     "value/c/1/1/0": "shard",
     "index/zarr.json": "array",
+    "seed/zarr.json": "alike",
+    "seed/c/0": "alike",
+    "sample/zarr.json": "array",
+    "sample/c/0": "array",
+    "class/zarr.json": "alike",
+    "class/c/0": "alike",
 }
 
 
@@ -53,8 +59,15 @@ def no_hang() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", FILES)
+CASES = [
+    (name, fault)
+    for name, kind in FILES.items()
+    for fault in FAULTS
+    if kind != "alike" or fault not in ("swapped", "link to a sibling")  # both have that file
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), CASES)
 def test_every_damage_of_every_file_is_found(
     name: str, fault: str, sets: dict[str, tuple[Path, Path]], tmp_path: Path, sskt: Sskt
 ) -> None:
