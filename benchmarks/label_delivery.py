@@ -136,8 +136,8 @@ def main() -> None:
         ("step, labels from the cache", median(fast["cache"].steps), "s"),
         ("step, labels already in memory", median(fast["memory"].steps), "s"),
         ("cache / memory, step by step", ratio, ""),
-        ("waiting for slabs (read ahead), share of an epoch", wait, ""),
-        ("cache / memory, slabs included", ratio + wait, "(want <= 1.03)"),
+        ("waiting for labels (read ahead), share of an epoch", wait, ""),
+        ("cache / memory, waiting included", ratio + wait, "(want <= 1.03)"),
         ("step, both sources in every step", median(slow["live"].steps), "s"),
         ("speed-up", paired_ratio(slow["live"].steps, slow["cache"].steps), "x"),
     ]
@@ -157,7 +157,7 @@ class Seconds:
 def alternating(trainer: Trainer, ways: dict[str, Labels], epochs: int) -> dict[str, Seconds]:
     """Each batch is trained on in every way, in turn; another view seed each epoch.
 
-    Entering an epoch is timed too: the cache reads the next slab while this epoch trains.
+    Entering an epoch is timed too: the labels of the next seed are read while this epoch trains.
     """
     seconds = {name: Seconds() for name in ways}
     for epoch in range(epochs):
@@ -192,7 +192,7 @@ def alternating(trainer: Trainer, ways: dict[str, Labels], epochs: int) -> dict[
 def decoded(
     stored: StoredLabels, views: Views, names: Sequence[str], seed: int
 ) -> dict[str, Tensor]:
-    """Soft labels of a whole slab at T."""
+    """Soft labels of a whole view seed at T."""
     count = len(views.target)
     labels = stored.enter(Window(seed, ((0, count),)), None).of(np.arange(count), torch.empty(0))
     return {name: labels.soft(name, TEMPERATURE) for name in names}

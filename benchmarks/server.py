@@ -100,7 +100,10 @@ def make_labels(cache: Path) -> LabelSet:
 def epoch_of(label_set: LabelSet) -> list[tuple[str, int]]:
     """Paths of the label files in order, and the labels in each."""
     return [
-        (f"/zarr/{label_set.name}/{label_set.commit_key(shard)}", shard.stop - shard.start)
+        (
+            f"/zarr/{label_set.name}/{label_set.shard_key(label_set.arrays[-1], shard)}",
+            shard.stop - shard.start,
+        )
         for shard in label_set.shards(range(SEEDS))
     ]
 

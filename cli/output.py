@@ -158,7 +158,7 @@ def progress() -> Iterator[Callable[[str], Step]]:
 
 @contextmanager
 def working(text: str) -> Iterator[None]:
-    """A spinner on standard error while something without a count goes on."""
+    """A spinner on standard error, for work without a count."""
     with Console(stderr=True).status(text):
         yield
 

@@ -19,6 +19,7 @@ from starlette.requests import HTTPConnection
 from sskt.server.compute.queue import Queue
 from sskt.server.http.problems import DAMAGED, Problem
 from sskt.server.http.tokens import Tokens
+from sskt.server.metrics.clients import Clients
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.rows import RowCache
 from sskt.server.settings import Settings
@@ -258,6 +259,7 @@ class State:
     home: Storage
     sets: Sets
     metrics: Metrics
+    clients: Clients
     tokens: Tokens | None
     rows: RowCache
     on_demand: Queue | None
@@ -273,6 +275,7 @@ def make_state(settings: Settings) -> State:
         home,
         Sets(home, settings.cache_device),
         metrics,
+        Clients(run),
         Tokens(Path(settings.token_file)) if settings.token_file else None,
         RowCache(int(settings.memory * 2**30 / settings.workers), metrics),
         Queue(run / "queue", settings.queue) if settings.on_demand else None,

@@ -23,7 +23,7 @@ from sskt.teacher_cache.labeling.job import Opened, open_sources, provenance
 from sskt.teacher_cache.labeling.run import StageOptions, StageReport
 from sskt.teacher_cache.labeling.units import MEMORY
 from sskt.teacher_cache.locations import label_location
-from sskt.teacher_cache.sources import registry as zoo
+from sskt.teacher_cache.sources import registry
 from sskt.teacher_cache.sources import source as frozen
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
 from sskt.teacher_cache.sources.names import SourceName, parse_source
@@ -198,7 +198,7 @@ def open_source(
         BadCheckpoint: If the weights do not belong to the network.
         InputError: If the network cannot be used as a source.
     """
-    return zoo.open_source(
+    return registry.open_source(
         parse_source(text),
         weights=None if weights is None else Path(weights),
         preprocessing=preprocessing,
@@ -335,7 +335,8 @@ def cache_teachers(
         cache: Folder or bucket of the label sets; default: ``$SSKT_CACHE``, else ``labels``.
         seeds: View seeds S: 0 to S - 1.
         policy: View policy ``NAME[:key=value,...]``; ``auto``: the target's default.
-        encoding: How labels are stored: ``f16``, ``u8``, ``topk-K`` or ``f32``.
+        encoding: How labels are stored: ``f16``, ``root4``, ``root4-coarse``, ``u8``,
+            ``topk-K`` or ``f32``.
         frame_sampling: Clips only: f_s, the stills that a source sees; default: the centre frame.
         device: Device of the sources that are given as texts.
         batch_size: Samples of a forward pass.

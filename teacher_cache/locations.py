@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.errors import InputError, MissingData, printable
 
 DATA, CACHE, LABELS = "SSKT_DATA", "SSKT_CACHE", "SSKT_LABELS"
+TOKEN = "SSKT_TOKEN"
 DATA_FOLDER, LABEL_FOLDER = "data", "labels"
+
+_warned: set[str] = set()
+_log = logging.getLogger("sskt")
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,32 @@ def label_location(given: str | Path | None = None, *, writable: bool = False) -
     Raises:
         InputError: If both variables are set.
     """
-    if given:
-        return Location(str(given), "--cache")
     names = (CACHE,) if writable else (CACHE, LABELS)
-    return Location(*_from_environment(names, LABEL_FOLDER))
+    found = Location(*_from_environment(names, LABEL_FOLDER)) if not given else None
+    location = found or Location(str(given), "--cache")
+    warn_of_plain_http(location.value)
+    return location
+
+
+def warn_of_plain_http(url: str) -> None:
+    """Logs a warning, once for each URL, if a token would be sent unencrypted to another machine.
+
+    Args:
+        url: A label server's URL, or the name of another cache, of which nothing is said.
+    """
+    if not url.lower().startswith("http://") or not os.environ.get(TOKEN) or url in _warned:
+        return
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    _warned.add(url)
+    _log.warning(
+        "the token in %s is sent unencrypted to %s, where others on the network can read it; use "
+        "an https:// address (docs/deployment.md)",
+        TOKEN,
+        printable(url),
+    )
 
 
 def is_zip(name: object) -> bool:

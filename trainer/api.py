@@ -17,7 +17,7 @@ def train(config: TrainConfig, hooks: Hooks | None = None) -> list[dict[str, Any
     """Trains a target network, as ``sskt train`` does.
 
     The loss is equation 1 of the paper: L_prim + alpha * sum of L_aux over the sources. A run that
-    is finished is not trained again, and one that was cut goes on where it was saved.
+    is finished is not trained again, and an interrupted one continues where it was saved.
 
     Args:
         config: The run. Its folder ``out``, which is required, gets metrics, checkpoints and a

@@ -37,17 +37,34 @@ class Primary(Protocol):
 def cross_entropy(
     logits: Tensor, truth: Tensor, gamma: float = 0.0, reduction: Reduction = "mean"
 ) -> Tensor:
-    """``ce``: -log softmax(logits)_y. logits ``[n, C]``, truth int64 ``[n]``."""
+    """The primary loss ``ce``: -log softmax(z)_y, y being the class of a sample.
+
+    Args:
+        logits: z: float ``[n, C]``.
+        truth: y: int64 ``[n]``.
+        gamma: Without a meaning here; the primary losses have one signature.
+        reduction: ``mean`` or ``sum`` over the samples.
+
+    Returns:
+        A scalar in nats, float32.
+    """
     return F.cross_entropy(logits.float(), truth, reduction=reduction)
 
 
 def binary_cross_entropy(
     logits: Tensor, truth: Tensor, gamma: float = 0.0, reduction: Reduction = "mean"
 ) -> Tensor:
-    """``bce``: a sample's loss is the mean over its C classes. logits, truth ``[n, C]``.
+    """The primary loss ``bce``: a sample's loss is the mean over its C classes.
 
-    Truth is 1 (positive), 0, or -1 (difficult). As in the released code, which knows positives
-    and all the rest, a difficult class is a negative one here.
+    Args:
+        logits: float ``[n, C]``.
+        truth: ``[n, C]``: 1 (positive), 0, or -1 (difficult). As in the released code, which
+            knows positives and all the rest, a difficult class is a negative one here.
+        gamma: Without a meaning here; the primary losses have one signature.
+        reduction: ``mean`` or ``sum`` over the samples.
+
+    Returns:
+        A scalar in nats, float32.
     """
     wanted = (truth > 0).to(torch.float32)
     loss = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction=reduction)
@@ -55,7 +72,17 @@ def binary_cross_entropy(
 
 
 def focal(logits: Tensor, truth: Tensor, gamma: float, reduction: Reduction = "mean") -> Tensor:
-    """``focal`` of Lin et al.: -(1 - q_y)^gamma log q_y. logits ``[n, C]``, truth int64 ``[n]``."""
+    """The primary loss ``focal`` of Lin et al. (arXiv:1708.02002): -(1 - q_y)^gamma log q_y.
+
+    Args:
+        logits: z, with q = softmax(z): float ``[n, C]``.
+        truth: y: int64 ``[n]``.
+        gamma: Exponent of the modulation, at least 0; 0 is ``ce``.
+        reduction: ``mean`` or ``sum`` over the samples.
+
+    Returns:
+        A scalar in nats, float32.
+    """
     log_q = F.log_softmax(logits.float(), dim=1).gather(1, truth[:, None])[:, 0]
     losses = -_modulation(log_q, gamma) * log_q
     return losses.sum() if reduction == "sum" else losses.mean()
@@ -102,10 +129,20 @@ def kl_divergence(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0
 def kl_divergence_released(
     z_t: Tensor, p_s: Tensor, temperature: float, gamma: float = 0.0
 ) -> Tensor:
-    """``kd-released``: the same divided by batch x classes (PyTorch's default reduction).
+    """The auxiliary loss ``kd-released``: ``kd`` divided by batch x classes.
 
-    Its gradient is that of ``ce`` with alpha / C, C being the classes of the source (1000 or 365):
-    nearly no transfer. The CE+KD rows of the paper's 2-D tables were trained with it.
+    That is PyTorch's default reduction. Its gradient is that of ``ce`` with alpha / C, C being the
+    classes of the source (1000 or 365): nearly no transfer. The CE+KD rows of the paper's 2-D
+    tables were trained with it.
+
+    Args:
+        z_t: Auxiliary logits: float ``[n, C]``.
+        p_s: Soft labels softmax(z_s / T): float32 ``[n, C]``.
+        temperature: T, above 0.
+        gamma: Without a meaning here; the auxiliary losses have one signature.
+
+    Returns:
+        A scalar in nats, float32.
     """
     return kl_divergence(z_t, p_s, temperature) / z_t.shape[1]
 

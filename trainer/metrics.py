@@ -15,9 +15,15 @@ from sskt.teacher_cache.errors import Diverged, InputError
 
 
 def accuracy_counts(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """How many are right: ``{"top1", "top5"}``, int64 scalars on the device of the logits.
+    """How many samples of a batch are right.
 
-    logits ``[n, C]``, truth int64 ``[n]``. With fewer than 5 classes top-5 takes all of them.
+    Args:
+        logits: float ``[n, C]``.
+        truth: int64 ``[n]``.
+
+    Returns:
+        ``top1`` and ``top5``: int64 scalars on the device of the logits. With fewer than 5
+        classes top-5 takes all of them.
     """
     right = logits.argmax(1) == truth
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -27,21 +33,35 @@ def accuracy_counts(logits: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def single_label(logits: Tensor, truth: Tensor) -> dict[str, float]:
-    """``{"top1", "top5"}`` in %. logits ``[N, C]``, truth int64 ``[N]``, N at least 1."""
+    """Accuracy of a split.
+
+    Args:
+        logits: float ``[N, C]``, N at least 1.
+        truth: int64 ``[N]``.
+
+    Returns:
+        ``top1`` and ``top5`` in %.
+    """
     return {k: 100 * int(v) / len(truth) for k, v in accuracy_counts(logits, truth).items()}
 
 
 def multi_label(logits: Tensor, truth: Tensor) -> dict[str, float]:
-    """Average precision both ways, in %. logits ``[N, C]``; truth ``[N, C]`` in 1, 0, -1.
+    """Average precision of a split with several classes a sample.
 
-    ``ap``, the paper's: of each image over its classes, then the mean over images. Difficult
-    classes (-1) count as negatives; images without a positive have no AP and are left out.
+    Args:
+        logits: float ``[N, C]``.
+        truth: ``[N, C]``: 1 (positive), 0, or -1 (difficult).
 
-    ``map``, the VOC challenge's since 2010: of each class over the images, precision interpolated
-    at all points, then the mean over classes. Difficult images are ignored; classes without a
-    positive are left out.
+    Returns:
+        ``ap`` and ``map`` in %. ``ap`` is the paper's: of each image over its classes, then the
+        mean over images; difficult classes count as negatives, and images without a positive
+        have no AP and are left out. ``map`` is the VOC challenge's since 2010: of each class over
+        the images, precision interpolated at all points, then the mean over classes; difficult
+        images are ignored, and classes without a positive are left out.
 
-    Raises ``Diverged`` for logits that are NaN, ``InputError`` if nothing at all is positive.
+    Raises:
+        Diverged: For logits that are NaN.
+        InputError: If no class of any sample is positive.
     """
     if logits.isnan().any():
         raise Diverged("the network's outputs on the test split are NaN; lower --lr")
@@ -53,10 +73,15 @@ def multi_label(logits: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def average_precision(scores: Tensor, truth: Tensor, *, interpolate: bool = False) -> Tensor:
-    """AP of each row: sum over thresholds of (recall gained) x precision. float64 ``[R]``, 0..1.
+    """AP of each row: the sum over thresholds of (recall gained) x precision.
 
-    scores ``[R, M]`` without NaN; truth ``[R, M]`` is 1, 0, or -1 for an entry to ignore.
-    ``interpolate``: precision is the best one at this recall or above. NaN without a positive.
+    Args:
+        scores: float ``[R, M]`` without NaN.
+        truth: ``[R, M]``: 1 (positive), 0, or -1 for an entry to ignore.
+        interpolate: Precision is the best one at this recall or above.
+
+    Returns:
+        float64 ``[R]`` in 0 .. 1; NaN for a row without a positive.
     """
     scores, order = scores.sort(dim=1, descending=True)
     truth = truth.gather(1, order)
@@ -75,13 +100,21 @@ def average_precision(scores: Tensor, truth: Tensor, *, interpolate: bool = Fals
 
 
 def video_level(logits: Tensor, truth: Tensor, videos: Sequence[str]) -> dict[str, float]:
-    """``{"video_top1": %, "videos": how many}`` by the mean softmax over the clips of a video.
+    """Accuracy by video: the mean softmax over the clips of a video decides.
 
-    logits ``[N, C]``, truth int64 ``[N]`` and the video of each clip, in any order. Every video
-    counts; the released code never scores the last one.
+    Every video counts; the released code never scores the last one.
 
-    Raises ``Diverged`` for logits that are not finite, ``InputError`` for clips of one video
-    that differ in class.
+    Args:
+        logits: float ``[N, C]``, one row a clip, in any order.
+        truth: int64 ``[N]``.
+        videos: The video of each clip.
+
+    Returns:
+        ``video_top1`` in %, and ``videos``, how many there are.
+
+    Raises:
+        Diverged: For logits that are not finite.
+        InputError: For clips of one video that differ in class.
     """
     if not logits.isfinite().all():
         raise Diverged("the network's outputs on the test split are not finite; lower --lr")

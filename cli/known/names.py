@@ -49,7 +49,9 @@ def encodings(as_json: bool) -> None:
 
     about = {
         "f16": "float16 log-probabilities (default)",
+        "root4": "fourth roots of the probabilities on a fine grid",
         "u8": "8 bits for each class",
+        "root4-coarse": "fourth roots on a coarse grid",
         "topk-16": "the K largest probabilities, here K = 16; for T = 1 only",
         "f32": "float32 log-probabilities",
     }

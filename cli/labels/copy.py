@@ -40,10 +40,12 @@ def copy(source: str, to: str, sets: tuple[str, ...], publish: bool, as_json: bo
     """
     from sskt.teacher_cache.label_sets.create import open_label_set
     from sskt.teacher_cache.label_sets.find import choose_sets
+    from sskt.teacher_cache.locations import warn_of_plain_http
     from sskt.teacher_cache.storage.open import open_cache
     from sskt.teacher_cache.tools.copy import copy_label_set
     from sskt.teacher_cache.tools.publish import write_index
 
+    warn_of_plain_http(source)
     done, chosen = [], choose_sets(source, sets)
     if is_zip(to) and (publish or len(chosen) > 1):
         names = ", ".join(label_set.name for label_set in chosen)

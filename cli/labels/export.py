@@ -31,7 +31,7 @@ from sskt.teacher_cache.errors import InputError
 )
 @cache_option(f"Cache of the label set: {CACHES}.")
 @click.argument("label_set", metavar="SET")
-@click.option("--encoding", required=True, metavar="f16|u8|topk-K", help="The new encoding.")
+@click.option("--encoding", required=True, metavar="NAME", help="The new encoding.")
 @click.option("--out", required=True, help="Cache of the new label set; it may be the same one.")
 @as_json
 def export(cache: str, label_set: str, encoding: str, out: str, as_json: bool) -> None:

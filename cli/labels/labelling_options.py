@@ -87,7 +87,7 @@ _OPTIONS = (
         **completing(encodings),
         default="f16",
         show_default=True,
-        help="Encoding of the labels: f16, u8, topk-K or f32.",
+        help="Encoding of the labels: f16, root4, root4-coarse, u8, topk-K or f32.",
     ),
     click.option(
         "--limit",

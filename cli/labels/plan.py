@@ -65,7 +65,7 @@ def plan(
 ) -> None:
     """What cache-teachers with the same options will cost: bytes, hours, when it pays.
 
-    Of all that is not stored yet, on machines like this one: where it will run makes no difference.
+    Only labels that are not stored yet are counted, at the speed of this machine.
     """
     for name in ("share", "engine", "address", "task_gpus", "task_cpus"):
         given.pop(name)

@@ -55,7 +55,7 @@ def rm(cache: str, sets: tuple[str, ...], seeds: str | None, yes: bool, as_json:
         what = f"{len(found)} label sets" if numbers is None else f"seeds {seeds} of them"
         if not click.confirm(f"Remove {what}?", err=True):
             raise click.Abort()
-    with resumable("what is gone is gone, what is left is whole shards"):
+    with resumable("removed shards stay removed, and the others are whole"):
         for r in found:
             remove_label_set(r.cache, r.name, numbers)
     if as_json:

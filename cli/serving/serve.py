@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,13 @@ GROUPS = {
     "--max-ids", type=click.IntRange(1), default=65536, show_default=True, help="Rows of one batch."
 )
 @click.option(
+    "--log-format",
     "--log",
-    type=click.Choice(["json", "text"]),
-    default="json",
+    "log",
+    type=click.Choice(["auto", "json", "text"]),
+    default="auto",
     show_default=True,
-    help="Format of the log on standard error.",
+    help="Format of the log on standard error. auto: text on a terminal, JSON elsewhere.",
 )
 def serve(
     cache: str | None,
@@ -150,6 +153,7 @@ def serve(
     weights: Path | None,
     allowed_hosts: tuple[str, ...],
     root: Path | None,
+    log: str,
     **given: Any,
 ) -> None:
     """Serve the label sets of a cache, read-only, to any number of trainings.
@@ -168,6 +172,7 @@ def serve(
         root=str(root.resolve()) if root else None,
         weights=str(weights.resolve()) if weights else None,
         allowed_hosts=tuple(name.lower() for name in allowed_hosts),
+        log=("text" if sys.stderr.isatty() else "json") if log == "auto" else log,
         **given,
     )
 

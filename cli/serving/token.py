@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,16 @@ token_file = click.option(
 )
 
 
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for the secret, instead of printing it. It must not exist; only you can read it.",
+)
+
+
 @click.group("token")
 def token() -> None:
-    """Tokens of the label server: new, list, revoke.
+    """Tokens of the label server: new, rotate, list, revoke.
 
     A running server follows the file within a fraction of a second. The file holds hashes, so
     that its readers cannot use the tokens. The status page of the server shows when each token
@@ -50,22 +59,70 @@ def token() -> None:
     type=float,
     help="Days until the token expires; without it, it is valid until revoked.",
 )
+@out_option
 @as_json
 def new(
-    name: str, token_file: Path, scopes: tuple[str, ...], days: float | None, as_json: bool
+    name: str,
+    token_file: Path,
+    scopes: tuple[str, ...],
+    days: float | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    """Make a token and print its secret, once: TOKEN=$(sskt token new lab ...)."""
-    from sskt.server.http.tokens import list_tokens, new_token
+    """Make a token and print its secret, once; with --out, write it to a private file."""
+    from sskt.server.http.tokens import new_token
 
-    secret = new_token(token_file, name, scopes, days)
+    _give(lambda: new_token(token_file, name, scopes, days), name, token_file, out, as_json)
+
+
+@token.command("rotate")
+@click.argument("name")
+@token_file
+@click.option(
+    "--grace",
+    type=float,
+    default=24.0,
+    show_default=True,
+    metavar="HOURS",
+    help="Hours for which the old secret stays valid, as NAME.old. 0: it stops working at once.",
+)
+@out_option
+@as_json
+def rotated(name: str, token_file: Path, grace: float, out: Path | None, as_json: bool) -> None:
+    """Give a token a new secret, which is valid at once; the old one stays valid for --grace."""
+    from sskt.server.http.tokens import OLD, rotate
+
+    _give(lambda: rotate(token_file, name, grace), name, token_file, out, as_json)
+    if grace:
+        click.echo(
+            f"the old secret is valid for {grace:g} hours more; sskt token revoke {name}{OLD} ends "
+            "it at once",
+            err=True,
+        )
+
+
+def _give(
+    make: Callable[[], str], name: str, token_file: Path, out: Path | None, as_json: bool
+) -> None:
+    """Makes a secret and prints it, or writes it to a file."""
+    from sskt.server.http.tokens import list_tokens, secret_file
+
+    with secret_file(out) if out else contextlib.nullcontext() as file:
+        secret = make()
+        if file:
+            file.write(f"{secret}\n")
     (made,) = (t for t in list_tokens(token_file) if t.name == name)
     if as_json:
-        print_json({"token": secret} | _document(made))
+        print_json(({"out": str(out)} if out else {"token": secret}) | _document(made))
         return
-    click.echo(secret)
+    if not out:
+        click.echo(secret)
     end = f"until {_day(made.expires)}" if made.expires else "until revoked"
     said = f"token {name} ({', '.join(sorted(made.scopes))}), valid {end}"
-    click.echo(f"{said}; the secret is shown only once; clients take it from SSKT_TOKEN", err=True)
+    use = "the secret is shown only once; clients take it from SSKT_TOKEN"
+    if out:
+        use = f"the secret is in {out}; clients take it so: export SSKT_TOKEN=$(cat {out})"
+    click.echo(f"{said}; {use}", err=True)
 
 
 @token.command("list")

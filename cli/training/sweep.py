@@ -110,8 +110,9 @@ def sweep(
 
     The options of sskt train say what is trained; RECIPE (a TOML file with [sweep] and [[panel]])
     gives them for several graphs, and options win over it. Labels must be cached: where some are
-    missing, the command that makes them is told. The paper's own figure is sskt reproduce figure2.
-    Finished trainings are kept and one that was cut goes on: the same command continues.
+    missing, the message has the command that makes them. The paper's own figure is
+    sskt reproduce figure2.
+    Finished trainings are reused, and an interrupted one is resumed by the same command.
     """
     import dataclasses
 
@@ -188,11 +189,11 @@ def _check(planned: Sweep) -> None:
             lacking[f"{panel.title}: {error}"] = lacks
     if lacking:
         commands = " && ".join(map(cache_command, label_passes(list(lacking.values()))))
-        raise MissingData(f"{next(iter(lacking))}; all that is missing: {commands}")
+        raise MissingData(f"{next(iter(lacking))}; commands for all missing labels: {commands}")
 
 
 def _train(planned: Sweep, out: Path) -> Outcomes:
-    """Trains all that is left; results.json is written after each training."""
+    """Trains what has no result yet; results.json is written after each training."""
     from sskt.trainer.loop.runs import open_live_sources, run_training
     from sskt.trainer.paper.sweep import Outcomes
     from sskt.trainer.results.groups import main_metric, result_of

@@ -52,9 +52,8 @@ def hooks_of(
 class EpochLines:
     """Prints a legend before the first epoch of this process, then a line an epoch."""
 
-    def __init__(self, config: TrainConfig, clock: Callable[[], float] = time.time) -> None:
-        self._config, self._clock = config, clock
-        self._begin = clock()
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._begin = config, time.monotonic()
         self._first: int | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -62,10 +61,10 @@ class EpochLines:
             self._first = record["epoch"]
             if text := legend(record, self._config):
                 say(text)
-        now, done = self._clock(), record["epoch"] + 1
-        each = (now - self._begin) / (done - self._first)
+        done = record["epoch"] + 1
+        each = (time.monotonic() - self._begin) / (done - self._first)
         left = each * (self._config.epochs - done)
-        say(f"{epoch_line(record, self._config.epochs)}  {times(each, left, now)}")
+        say(f"{epoch_line(record, self._config.epochs)}  {times(each, left, time.time())}")
 
 
 def legend(record: dict[str, Any], config: TrainConfig) -> str:

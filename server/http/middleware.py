@@ -382,9 +382,12 @@ class _Exchange:
         seconds = time.perf_counter() - self.started
         status, method = self.status or GONE, self.scope["method"]
         self.metrics.request(route_of(self.scope), method, status, seconds, self.sent)
+        token: Token | None = self.scope["state"]["token"]
+        state = self.middleware.state
+        if self.scope["path"] not in UNCOUNTED and (token or state.tokens is None):
+            state.clients.answered(token.name if token else "", client_of(self.scope), self.sent)
         if not _access.isEnabledFor(logging.INFO):
             return
-        token = self.scope["state"]["token"]
         facts: dict[str, Any] = {
             "request_id": self.request_id,
             "method": method,

@@ -17,19 +17,22 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import IO, Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
+from sskt.teacher_cache.storage.regular_files import open_regular
 
 ScopeName = Literal["read", "compute"]
 SCOPES: tuple[ScopeName, ...] = ("read", "compute")
 PREFIX = "sskt_"
+OLD = ".old"
+"""What the name of a token ends with whose secret was replaced and is still valid."""
 FRESH_SECONDS = 0.2
 """Seconds between two looks at the file: a revoked token works no longer than this."""
 
@@ -190,6 +193,90 @@ def new_token(path: Path, name: str, scopes: Iterable[str], days: float | None) 
     return secret
 
 
+def rotate(path: Path, name: str, grace_hours: float) -> str:
+    """Gives a token a new secret; the old one stays valid for a while as ``NAME.old``.
+
+    Args:
+        path: The token file.
+        name: Of the token. Its scopes stay, and it is valid for as long again as it was made for.
+        grace_hours: Hours for which the old secret stays valid; 0: it stops working at once.
+
+    Returns:
+        The new secret, which is kept nowhere.
+
+    Raises:
+        UnknownName: If there is no such token.
+        InputError: For hours out of range, if an older secret of that token is still valid, or if
+            the file cannot be used.
+        DiskFull: If there is no room for it.
+    """
+    if not 0 <= grace_hours < 1e6:
+        raise InputError(
+            f"--grace must be at least 0 and less than 1,000,000 hours, found {grace_hours:g}"
+        )
+    secret, now = PREFIX + secrets.token_urlsafe(32), time.time()
+    kept = name + OLD
+
+    def exchange(tokens: list[Token]) -> list[Token]:
+        found = {token.name: token for token in tokens}
+        if name not in found:
+            raise UnknownName("token", name, list(found))
+        older = found.get(kept)
+        if older and not older.expired() and grace_hours:
+            raise InputError(
+                f"{name} was rotated before, and its older secret is still valid as {kept}; first "
+                f"run: sskt token revoke {kept}"
+            )
+        old = found[name]
+        life = None if old.expires is None else old.expires - old.created
+        changes = {
+            "hash": _hash(secret),
+            "created": now,
+            "expires": None if life is None else now + life,
+        }
+        end = now + grace_hours * 3600
+        ending = {"name": kept, "expires": end if old.expires is None else min(end, old.expires)}
+        left = [token for token in tokens if token.name not in (name, kept)]
+        left.append(old.model_copy(update=changes))
+        return [*left, old.model_copy(update=ending)] if grace_hours else left
+
+    if not re.fullmatch(_NAME, kept):
+        raise InputError(f"{kept} is no name of a token: at most 64 characters; use a shorter name")
+    _change(path, exchange, create=False)
+    return secret
+
+
+@contextlib.contextmanager
+def secret_file(path: Path) -> Iterator[IO[str]]:
+    """A new file for a secret, which only this user can read; removed again if the work fails.
+
+    Args:
+        path: The file; it must not exist.
+
+    Yields:
+        The file, open for writing.
+
+    Raises:
+        InputError: If it exists, or cannot be written.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise InputError(
+            f"{path} exists and is not overwritten; choose another --out, or remove the file"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write the secret to {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w") as file:
+            yield file
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write the secret to {path}: {error.strerror}") from error
+        raise
+
+
 def list_tokens(path: Path) -> list[Token]:
     """All tokens in the order they were made, expired ones too. Raises ``InputError``."""
     return _read(path)[0]
@@ -217,7 +304,7 @@ def _signature(found: os.stat_result) -> tuple[int, ...]:
 
 def _read(path: Path) -> tuple[list[Token], tuple[int, ...]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno())
             data = file.read()
     except FileNotFoundError:

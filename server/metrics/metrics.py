@@ -7,10 +7,12 @@ dead ones included; otherwise of this one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,14 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
     multiprocess,
     values,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from sskt.server.run_folder import database, make_private
 from sskt.teacher_cache.errors import InputError, SsktError
@@ -204,9 +209,23 @@ class Metrics:
     def _open_errors(self, timeout: float) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         return database(self._errors_kept, _ERRORS, timeout=timeout)
 
-    def text(self) -> bytes:
-        """The exposition, format 0.0.4."""
-        return generate_latest(self._collected())
+    def text(self, more: Iterable[Metric] = ()) -> bytes:
+        """The exposition, format 0.0.4.
+
+        Args:
+            more: Further metrics, of the whole server.
+        """
+        together = CollectorRegistry(auto_describe=False)
+        families = [*self._collected().collect(), *process_metrics(self._processes()), *more]
+        together.register(_Collected(families))
+        return generate_latest(together)
+
+    def _processes(self) -> set[int]:
+        """The numbers of the server's processes that count."""
+        pids = {os.getpid()}
+        if self._folder:
+            pids |= {pid_of(path) for path in Path(self._folder).glob("gauge_live*.db")}
+        return pids
 
     def _collected(self) -> CollectorRegistry:
         """A registry of all processes' numbers."""
@@ -294,14 +313,57 @@ def forget_dead(folder: Path) -> None:
     Their counters stay, as what they counted has happened.
     """
     for path in folder.glob("gauge_live*.db"):
-        pid = int(path.stem.rpartition("_")[2])
         try:
-            os.kill(pid, 0)
+            os.kill(pid_of(path), 0)
         except ProcessLookupError:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
         except PermissionError:
             pass
+
+
+def pid_of(path: Path) -> int:
+    """The process that writes a file of prometheus_client."""
+    return int(path.stem.rpartition("_")[2])
+
+
+class _Collected(Collector):
+    """Metrics that were collected before."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Sequence[Metric]:
+        return self._metrics
+
+
+def process_metrics(pids: Iterable[int]) -> list[Metric]:
+    """The standard ``process_*`` metrics, of several processes together.
+
+    Memory, CPU time and open files are added up; the start time and the limit of open files are
+    the lowest ones. A worker that is replaced takes its CPU time with it, which Prometheus takes
+    for a restart of the counter.
+
+    Args:
+        pids: The processes; those that are gone are left out.
+
+    Returns:
+        The metrics; none on systems without ``/proc``.
+    """
+    found: dict[str, Metric] = {}
+    for pid in pids:
+        for metric in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
+            if metric.name not in found:
+                found[metric.name] = metric
+                continue
+            lowest = metric.name in ("process_start_time_seconds", "process_max_fds")
+            together = min if lowest else operator.add
+            mine = found[metric.name].samples
+            mine[:] = [
+                a._replace(value=together(a.value, b.value))
+                for a, b in zip(mine, metric.samples, strict=True)
+            ]
+    return list(found.values())
 
 
 def quantile(buckets: Sequence[int], q: float) -> float | None:

@@ -86,9 +86,10 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``0.5 ms``, ``1.2 s``, ``3 min``, ``2 h 5 min``, ``3 d 4 h``."""
+    """``0.5 ms``, ``1.2 s``, ``3 min``, ``2 h 5 min``, ``3 d 4 h``; 0 if the clock was set back."""
     if seconds is None:
         return "-"
+    seconds = max(0.0, seconds)
     if seconds < 0.9995:
         return f"{seconds * 1000:.2g} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
     if seconds < 10:

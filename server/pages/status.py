@@ -17,7 +17,7 @@ from starlette.responses import Response
 from sskt.server.http.problems import Problem
 from sskt.server.http.tokens import Token
 from sskt.server.metrics.metrics import BOUNDS, quantile
-from sskt.server.pages import pages, samples
+from sskt.server.pages import api_page, pages, samples
 from sskt.server.pages.coverage import CoverageCache
 from sskt.server.pages.pages import answer_problem, page
 from sskt.server.pages.summaries import summaries_of
@@ -33,6 +33,7 @@ NO_BUCKETS = [0] * (len(BOUNDS) + 1)
 
 router = APIRouter(include_in_schema=False)
 router.include_router(samples.router)
+router.include_router(api_page.router)
 
 
 def mount_static(app: FastAPI) -> None:
@@ -144,8 +145,10 @@ def _live(request: Request, q: str) -> dict[str, Any]:
         "queue_limit": state.settings.queue,
         "errors": state.metrics.recent_errors(ERRORS),
         "tokens": _tokens(state),
+        "clients": state.clients.recent(),
         "workers": state.settings.workers,
         "cache": state.home.name,
+        "cache_argument": state.home.name if state.home.is_local else state.settings.cache,
     }
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,18 @@ from sskt.teacher_cache.rng import STUDENT, draw, unit
 if TYPE_CHECKING:  # the label server's workers do without torch
     from torch import Tensor
 
+Shuffle = Literal["shuffle", "noshuffle", "bitshuffle"]
 Float32 = NDArray[np.float32]
 Encoded = dict[str, NDArray[Any]]
 EncodedTensors = dict[str, "Tensor"]
 
-NAMES = ("f16", "u8", "topk-K", "f32")
-U8_POWER = 6
+NAMES = ("f16", "root4", "root4-coarse", "u8", "topk-K", "f32")
+POWER = {"u8": 6, "root4": 4}
+"""Encodings that hold the n-th root of probabilities on a grid of integers, with n."""
+BELOW = {"u8": 0.0, "root4": 0.25}
+"""What an entry 0 of these counts as, in steps of the grid."""
+STEPS = {"root4": 0.015, "root4-coarse": 0.1}
+"""Step of ``root4``, in units of 1 / C."""
 ROW_SUM_TOLERANCE = 0.01
 ERROR_ROWS = 512
 """Rows on which a set's encoding error is measured (the first ones of seed 0)."""
@@ -36,24 +42,54 @@ LOWEST = -65504.0
 DECODE = {
     "f32": "log_p = labels",
     "f16": "log_p = labels; renormalise",
-    "u8": f"p = (labels / 255) ** {U8_POWER}; renormalise",
+    "u8": f"p = (labels / 255) ** {POWER['u8']}; renormalise",
+    "root4": f"p = labels ** {POWER['root4']}, 0 read as {BELOW['root4']}; renormalise",
     "topk": "p[index] = exp(value); the rest is uniform",
 }
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One of f32, f16 (log-probabilities), u8, topk with its ``k``."""
+    """How soft labels are stored; ``parse_encoding`` makes one of its name.
+
+    Attributes:
+        name: ``f32`` or ``f16`` (log-probabilities), ``u8``, ``root4``, ``topk``.
+        k: Of ``topk``, the number of classes that are kept.
+        step: Of ``root4``, the step of its grid in units of 1 / C.
+    """
 
     name: str
     k: int = 0
+    step: float = 0.0
 
     def __str__(self) -> str:
+        known = {step: name for name, step in STEPS.items()}
+        if self.step:
+            return known.get(self.step, f"{self.name}-{self.step:g}")
         return f"topk-{self.k}" if self.k else self.name
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names this encoding."""
-        return {"name": self.name, "decode": DECODE[self.name]} | ({"k": self.k} if self.k else {})
+        more = {"k": self.k} if self.k else {"step": self.step} if self.step else {}
+        return {"name": self.name, "decode": DECODE[self.name]} | more
+
+    def codec(self, dtype: np.dtype[Any]) -> tuple[int, Shuffle]:
+        """Level and shuffle of Blosc's zstd for a stored array, by what ``benchmarks`` measured."""
+        if self.name == "f16":
+            return 5, "bitshuffle"
+        if self.name in POWER:
+            return 1, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+        return 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+
+    def grid(self, classes: int) -> tuple[float, np.dtype[Any]]:
+        """Of ``root4``: the step of the grid, of a root of probability, and its integers' dtype.
+
+        16 bits hold all roots from 0 to 1 unless the step would be below half of 1 / 65535.
+        """
+        step, smallest = self.step / classes, 1 / 65535
+        if step < smallest / 2:
+            return max(step, 2.0**-32), np.dtype("<u4")
+        return max(step, smallest), np.dtype("<u2")
 
     def arrays(self, classes: int) -> dict[str, tuple[np.dtype[Any], int, float]]:
         """Stored arrays by name: dtype, entries a row, fill value. The last one commits a shard."""
@@ -64,13 +100,15 @@ class Encoding:
                 "index": (np.dtype("<u2" if classes <= 2**16 else "<u4"), self.k, 0),
                 "value": (np.dtype("<f2"), self.k, np.nan),
             }
+        if self.name == "root4":
+            return {"labels": (self.grid(classes)[1], classes, 0)}
         dtype = {"f32": "<f4", "f16": "<f2", "u8": "|u1"}[self.name]
         return {"labels": (np.dtype(dtype), classes, 0 if self.name == "u8" else np.nan)}
 
     def described(self, array: str) -> dict[str, str]:
         """Zarr attributes of a stored array, for people and other tools: what its values are."""
         value = {"index": "class of the rank", "value": "log-probability of the class of the rank"}
-        if self.name == "u8":
+        if self.name in POWER:
             value["labels"] = "code of the probability of the class"
         about = value.get(array, "log-probability of the class")
         return {"long_name": about, "decode": DECODE[self.name]}
@@ -87,7 +125,13 @@ class Encoding:
             return {"labels": np.maximum(log_p, LOWEST).astype("<f2")}
         if self.name == "u8":
             relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
-            return {"labels": np.rint(255 * np.exp(relative / U8_POWER)).astype("u1")}
+            return {"labels": np.rint(255 * np.exp(relative / POWER["u8"])).astype("u1")}
+        if self.name == "root4":
+            relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
+            root = np.exp(relative / POWER["root4"])
+            step, dtype = self.grid(log_p.shape[1])
+            total = root.sum(axis=1, keepdims=True, dtype=np.float64)
+            return {"labels": np.rint(root / (total * step)).astype(dtype)}
         order = np.argsort(-log_p, axis=1, kind="stable")[:, : self.k]
         dtype = self.arrays(log_p.shape[1])["index"][0]
         value = np.maximum(np.take_along_axis(log_p, order, axis=1), LOWEST)
@@ -99,8 +143,8 @@ class Encoding:
         return {key: np.full((rows, width), fill, dtype) for key, (dtype, width, fill) in arrays}
 
     def skipped(self, encoded: Encoded) -> NDArray[np.bool_]:
-        """Which rows hold no label (bool ``[n]``): all NaN, or for u8 all zero."""
-        if self.name == "u8":
+        """Which rows hold no label (bool ``[n]``): all NaN, or for u8 and root4 all zero."""
+        if self.name in POWER:
             return np.asarray(~encoded["labels"].any(axis=1))
         return np.asarray(
             np.isnan(encoded["value" if self.name == "topk" else "labels"]).all(axis=1)
@@ -110,6 +154,10 @@ class Encoding:
         """Which rows cannot be a probability distribution (bool ``[n]``); skipped ones are not."""
         if self.name == "u8":
             wrong = encoded["labels"].max(axis=1) != 255
+        elif self.name == "root4":
+            step = self.grid(classes)[0]
+            total = encoded["labels"].sum(axis=1, dtype=np.uint64) * step
+            wrong = ~(np.abs(total - 1) <= classes * step / 2 + ROW_SUM_TOLERANCE)
         else:
             values = encoded["value" if self.name == "topk" else "labels"].astype(np.float32)
             with np.errstate(over="ignore"):  # infinity is faulty
@@ -122,10 +170,12 @@ class Encoding:
 
 
 def parse_encoding(text: str) -> Encoding:
-    """``f16``, ``u8``, ``f32`` or ``topk-K``. Raises ``UnknownName``."""
+    """``f16``, ``root4``, ``root4-coarse``, ``u8``, ``f32``, ``topk-K``. Raises ``UnknownName``."""
     match = re.fullmatch(r"topk-([1-9]\d*)", text)
     if match:
         return Encoding("topk", int(match[1]))
+    if text in STEPS:
+        return Encoding("root4", step=STEPS[text])
     if text not in ("f16", "u8", "f32"):
         raise UnknownName("encoding", text, NAMES)
     return Encoding(text)
@@ -138,7 +188,10 @@ def encoding_of(identity: dict[str, Any]) -> Encoding:
             f"unknown encoding {identity.get('name')!r} in a label set's spec; "
             f"this version of sskt reads {', '.join(DECODE)}: update sskt"
         )
-    return Encoding(identity["name"], int(identity.get("k", 0)))
+    step = identity.get("step", 0.0)
+    if (identity["name"] == "root4") != (isinstance(step, float) and 0 < step < math.inf):
+        raise CorruptStore(f"encoding {identity['name']} with step {step!r} in a label set's spec")
+    return Encoding(identity["name"], int(identity.get("k", 0)), step)
 
 
 def require_temperature(
@@ -192,9 +245,14 @@ def soft_labels(
     """softmax(z_s / T) from stored rows, on the device they are on: float32 ``[n, C]``."""
     import torch
 
-    if encoding.name == "u8":
-        p = (encoded["labels"].float() / 255).pow(U8_POWER / temperature)
-        return p / p.sum(dim=1, keepdim=True)
+    if encoding.name in POWER:
+        codes = encoded["labels"]
+        if codes.dtype == torch.int16:  # unsigned, see as_tensors
+            codes = codes.int().bitwise_and_(0xFFFF)
+        roots = codes.float()
+        largest = roots.amax(dim=1, keepdim=True)
+        p = _power(roots.clamp_min_(BELOW[encoding.name]).div_(largest), encoding, temperature)
+        return p.div_(p.sum(dim=1, keepdim=True))
     if encoding.name != "topk":
         return torch.softmax(encoded["labels"].float() / temperature, dim=1)
     # float64: what the top leaves over is a small difference, and 1/T < 1 magnifies it.
@@ -203,6 +261,16 @@ def soft_labels(
     p = rest.expand(-1, classes).scatter(1, encoded["index"].long(), top)
     p = p.pow(1 / temperature)
     return (p / p.sum(dim=1, keepdim=True)).float()
+
+
+def _power(roots: Tensor, encoding: Encoding, temperature: float) -> Tensor:
+    """Probabilities of roots at a temperature, in place; torch's ``pow`` is two times slower."""
+    power = POWER[encoding.name] / temperature
+    if power in (2.0, 4.0):
+        return (roots.square_() if power == 4.0 else roots).square_()
+    if power == 6.0:
+        return roots.mul_(roots.square()).square_()
+    return roots.pow_(power)
 
 
 def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -224,23 +292,36 @@ def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> f
 
 
 def _probabilities(encoding: Encoding, values: NDArray[Any]) -> NDArray[np.float64]:
-    if encoding.name != "u8":
-        return np.exp(values.astype(np.float64))
-    p = (values.astype(np.float64) / 255) ** U8_POWER
-    with np.errstate(invalid="ignore"):
+    if encoding.name in POWER:
+        return _of_grid(encoding.name, values, 1.0)
+    return np.exp(values.astype(np.float64))
+
+
+def _of_grid(name: str, codes: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Probabilities of a grid of roots at a temperature; NaN where all codes are 0."""
+    roots = np.maximum(codes.astype(np.float64), BELOW[name])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = (roots / codes.max(axis=1, keepdims=True)) ** (POWER[name] / temperature)
         return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
 def as_tensors(encoded: Encoded) -> EncodedTensors:
-    """The same memory as torch tensors (unsigned 16/32-bit indices widened)."""
+    """The same memory as torch tensors.
+
+    Indices of 16 and 32 bits are widened. 16-bit codes of ``root4`` are the same bits as int16,
+    as torch computes little with unsigned integers; ``soft_labels`` reads them as unsigned.
+    """
     import torch
 
     wide = {"uint16": np.int32, "uint32": np.int64}
+
+    def signed(key: str, a: NDArray[Any]) -> NDArray[Any]:
+        if key == "labels" and a.dtype == np.uint16:
+            return a.view(np.int16)
+        return a.astype(wide.get(a.dtype.name, a.dtype), copy=False)
+
     return {
-        key: torch.from_numpy(
-            np.ascontiguousarray(a.astype(wide.get(a.dtype.name, a.dtype), copy=False))
-        )
-        for key, a in encoded.items()
+        key: torch.from_numpy(np.ascontiguousarray(signed(key, a))) for key, a in encoded.items()
     }
 
 
@@ -264,8 +345,8 @@ def decoded(
         p = np.repeat(rest, classes, axis=1)
         np.put_along_axis(p, encoded["index"].astype(np.int64), top, axis=1)
         p **= 1 / temperature
-    elif encoding.name == "u8":
-        p = (encoded["labels"].astype(np.float64) / 255) ** (U8_POWER / temperature)
+    elif encoding.name in POWER:
+        return _of_grid(encoding.name, encoded["labels"], temperature)
     else:
         log_p = encoded["labels"].astype(np.float64) / temperature
         p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
@@ -274,7 +355,7 @@ def decoded(
 
 
 def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
-    """What the encoding costs on real rows ``[n, C]``, at T = 1 and 3.
+    """What the encoding costs on real rows ``[n, C]``, at T = 1, 2, 3, 4 and 6.
 
     Args:
         encoding: The encoding.
@@ -291,7 +372,7 @@ def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
     reference, student = Encoding("f32"), {"labels": 2 * unit(words) - 1}
     stored = encoding.encode(log_p)
     report: dict[str, Any] = {"rows": n}
-    for temperature in (1, 3):
+    for temperature in (1, 2, 3, 4, 6):
         p = decoded(reference, {"labels": log_p}, classes, temperature)
         found = decoded(encoding, stored, classes, temperature)
         q = decoded(reference, student, classes, temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from sskt.teacher_cache.format.coordinates import (
     coordinate_keys,
     seed_chunk,
 )
-from sskt.teacher_cache.format.encodings import encoding_of
+from sskt.teacher_cache.format.encodings import Shuffle, encoding_of
 from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
@@ -83,10 +83,10 @@ def new_documents(
             dtype=dtype,
             chunks=(1, chunk, width),
             shards=(1, rows, width),
-            compressors=_codecs(dtype),
+            compressors=_codecs(dtype, *encoding.codec(dtype)),
             fill_value=dtype.type(fill),
             dimension_names=[SEED, SAMPLE, CLASS if key == "labels" else RANK],
-            attributes=encoding.described(key),
+            attributes=dict(encoding.described(key)),
         )
     check = np.dtype("<u4")
     group.create_array(
@@ -114,10 +114,9 @@ def new_documents(
     return found
 
 
-def _codecs(dtype: np.dtype[Any]) -> list[Any]:
-    shuffle: Literal["shuffle", "noshuffle"] = "shuffle" if dtype.itemsize > 1 else "noshuffle"
+def _codecs(dtype: np.dtype[Any], level: int = 5, shuffle: Shuffle = "shuffle") -> list[Any]:
     return [
-        BloscCodec(cname="zstd", clevel=5, shuffle=shuffle, typesize=dtype.itemsize),
+        BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, typesize=dtype.itemsize),
         Crc32cCodec(),
     ]
 

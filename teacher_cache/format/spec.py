@@ -32,7 +32,7 @@ def tolerance_of(spec: Mapping[str, Any]) -> float:
 
 
 def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
-    """All that a label depends on; two runs with equal specs make the same labels."""
+    """Everything that a label depends on; two runs with equal specs make the same labels."""
     return {
         "format": FORMAT,
         "target": views.target.identity(),

@@ -1,4 +1,4 @@
-"""A label set: what is stored of it, and reading it, wherever it is.
+"""A label set for reading: its metadata, its shards and its rows, on any storage.
 
 A shard holds one block of consecutive samples under one view seed. Each of its files or objects
 exists whole or not at all, and one of them commits it: a shard that is stored is complete, and
@@ -427,6 +427,8 @@ class LabelSet:
                 damage = error
                 if self.storage.is_local and not isinstance(error, NotAsRecorded):
                     break
+                if not fresh:
+                    self.storage.distrust(key)
         raise self._damage(shard, f"{key} cannot be read ({damage})") from damage
 
     def _require_folder(self) -> None:

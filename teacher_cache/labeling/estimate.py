@@ -36,7 +36,7 @@ from sskt.teacher_cache.storage.local import LocalStorage
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.views.views import Views
 
-ENCODINGS = ("f32", "f16", "u8", "topk-10")
+ENCODINGS = ("f32", "f16", "root4", "u8", "root4-coarse", "topk-10")
 CHECK_BYTES = 4
 PROBE_ROWS = 512
 """Views of the probe that the sources label."""
@@ -58,7 +58,7 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run still costs, beside what is stored already.
+    """What the labels that are not stored yet will cost.
 
     labels: to be made, of all sources; stored: already there. views: to be read. decodings: times
     a file is decoded, at most. read_seconds: for one machine to decode and augment these views;
@@ -145,7 +145,7 @@ def plan(
 
 
 def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> LabelSet:
-    """The label set that the run goes on with; else one like it of which nothing is there."""
+    """The label set that the run continues; else an empty one like it."""
     if job.cache:
         place = open_cache(job.cache).below(name_of(label_set_spec(views, source, encoding)))
         if place.size(GROUP) is not None or lacks_group(place):
@@ -252,6 +252,7 @@ def _compressed(encoding: Encoding, log_p: NDArray[np.float32]) -> float:
     """Bytes of a label as the store's codec leaves them."""
     total = 0
     for array in encoding.encode(log_p).values():
-        shuffle = Blosc.SHUFFLE if array.itemsize > 1 else Blosc.NOSHUFFLE
-        total += len(Blosc("zstd", clevel=5, shuffle=shuffle).encode(np.ascontiguousarray(array)))
+        level, shuffle = encoding.codec(array.dtype)
+        codec = Blosc("zstd", clevel=level, shuffle=getattr(Blosc, shuffle.upper()))
+        total += len(codec.encode(np.ascontiguousarray(array)))
     return total / len(log_p)

@@ -19,9 +19,11 @@ from torch.utils.data import Dataset, Sampler
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.labeling.units import view_bytes
 from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.views import loader_processes
 from sskt.teacher_cache.views.loader_processes import (
     AHEAD,
     PART_BYTES,
+    LoaderWatch,
     any_number_of_workers,
     loader_of,
     receive,
@@ -150,6 +152,7 @@ class ViewReader:
             sampler=_Queue(self._queued),
             persistent_workers=workers > 0,
         )
+        self._watch: LoaderWatch | None = None
 
     def read(self, requests: Iterable[ReadRequest]) -> Iterator[ViewBatch]:
         """Reads forward batches in the order of the requests.
@@ -165,9 +168,21 @@ class ViewReader:
         """
         remaining = iter(requests)
         self._fill(remaining, self._ahead)
-        with any_number_of_workers():
-            parts = iter(self._loader)
-        return self._gathered(parts, remaining)
+
+        def start() -> Iterator[_Part]:
+            with any_number_of_workers():
+                return iter(self._loader)
+
+        if self._watch is None:
+            self._watch = LoaderWatch(start, loader_processes.SILENT_SECONDS)
+        else:
+            self._watch.restart(start)
+        return self._gathered(self._watch, remaining)
+
+    def close(self) -> None:
+        """Ends the watch over the loader processes."""
+        if self._watch is not None:
+            self._watch.end()
 
     def _fill(self, remaining: Iterator[ReadRequest], count: int) -> None:
         """Queues parts of further requests until ``count`` are queued, or no request is left."""
@@ -182,11 +197,11 @@ class ViewReader:
                 self._queued.append((request, start, min(start + step, request.stop)))
 
     def _gathered(
-        self, parts: Iterator[_Part], remaining: Iterator[ReadRequest]
+        self, parts: LoaderWatch, remaining: Iterator[ReadRequest]
     ) -> Iterator[ViewBatch]:
         while True:
             self._fill(remaining, 1)
-            part = next(parts, None)
+            part = parts.next()
             if part is None:
                 return
             batch = _Gathering(part.request, self._pin)
@@ -194,7 +209,7 @@ class ViewReader:
             del part  # its shared memory is free
             while not batch.complete:
                 self._fill(remaining, 1)
-                batch.add(next(parts))
+                batch.add(parts.next())
             yield batch.result()
 
 

@@ -330,7 +330,8 @@ class _Run:
             "all shards stored so far are valid: run the same command again, with fewer --workers "
             "or less --memory"
         )
-        with contextlib.closing(writer), reporting_dead_workers(failed):
+        closing = contextlib.closing
+        with closing(reader), closing(writer), reporting_dead_workers(failed):
             while True:
                 worked = False
                 for batch in stream:

@@ -1,4 +1,4 @@
-"""A thread that fetches, encodes and stores labels, so that the accelerator goes on."""
+"""A thread that fetches, encodes and stores labels, so that the accelerator does not wait."""
 
 from __future__ import annotations
 

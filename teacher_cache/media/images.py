@@ -80,7 +80,7 @@ def is_image(path: Path) -> bool:
 
 
 def _decode_jpeg(data: bytes) -> UInt8:
-    """All JPEGs: Pillow would fill what is missing of a damaged one with grey, without an error."""
+    """All JPEGs: Pillow would fill the missing part of a damaged one with grey, without error."""
     if data[6:11] == b"JFIF\0" and data[11] != 1:
         # libjpeg warns about another version of JFIF, which says nothing about the pixels.
         data = data[:11] + b"\1" + data[12:]

@@ -96,6 +96,9 @@ class Storage(Protocol):
             FileNotFoundError: If there is no such key.
         """
 
+    def distrust(self, key: str) -> None:
+        """Discards a copy of the content that was found damaged, so that it is fetched again."""
+
     def md5(self, key: str) -> str | None:
         """The MD5 of the content in hexadecimal digits; None if that would take a transfer."""
 

@@ -21,6 +21,7 @@ from sskt.teacher_cache.locations import require_folder
 from sskt.teacher_cache.storage.atomic import durable_write, sync_folder
 from sskt.teacher_cache.storage.base import METADATA
 from sskt.teacher_cache.storage.locks import Locks
+from sskt.teacher_cache.storage.regular_files import open_regular
 
 LOCKS = ".locks"
 
@@ -85,19 +86,20 @@ class LocalStorage:
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
         """See ``Storage``. Raises ``OSError`` for what is no file."""
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        handle = os.open(self.path / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb", buffering=0) as file:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(self.path / key))
-            begin, end, _ = slice(start, stop).indices(found.st_size)
+        with open_regular(self.path / key) as file:
+            begin, end, _ = slice(start, stop).indices(os.fstat(file.fileno()).st_size)
             file.seek(begin)
             return b"".join(iter(lambda: file.read(end - file.tell()), b""))
 
+    def distrust(self, key: str) -> None:
+        """Does nothing: there are no copies."""
+
     def md5(self, key: str) -> str | None:
-        with (self.path / key).open("rb") as file:
-            return hashlib.file_digest(file, _md5).hexdigest()
+        with open_regular(self.path / key) as file:
+            digest = _md5()
+            while part := file.read(2**20):
+                digest.update(part)
+            return str(digest.hexdigest())
 
     def put(self, key: str, data: bytes) -> None:
         """See ``Storage``. Raises ``MissingData`` if the folder itself is gone.
@@ -117,7 +119,7 @@ class LocalStorage:
 
     def update(self, key: str, change: Callable[[bytes], bytes | None]) -> None:
         """See ``Storage``; for two processes only under a lock."""
-        data = change((self.path / key).read_bytes())
+        data = change(self.read(key))
         if data is not None:
             self.put(key, data)
 

@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.storage.atomic import naming_full_disk
+from sskt.teacher_cache.storage.regular_files import require_regular
 
 SHARDS_TWICE = (
     "several processes may label the same shards (give each its part with --share); the labels "
@@ -106,6 +106,24 @@ def file_lock(
         os.close(handle)
 
 
+def _open_lock(path: Path) -> int:
+    """Opens a lock file. Raises ``InputError`` if something else is in its place."""
+    handle = -1
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        require_regular(handle, path)
+    except OSError as error:
+        if handle >= 0:
+            os.close(handle)
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENOENT, errno.ENXIO, errno.EINVAL):
+            raise
+        raise InputError(
+            f"{path} is in the place of a lock file ({error.strerror}); remove it and run the "
+            "same command again"
+        ) from error
+    return handle
+
+
 class Locks:
     """Locks on the bytes of a file, which the kernel releases when a process dies.
 
@@ -132,7 +150,7 @@ class Locks:
         with naming_full_disk(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._handle = _open_lock(path)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
@@ -174,13 +192,17 @@ class Locks:
     def abandoned(self, leftover: Path) -> bool:
         """Whether the writer of a temporary file is dead.
 
-        The caller holds the lock that its writers hold.
+        The caller holds the lock that its writers hold. Ages are differences of two times of the
+        same file system, which may be another machine's, and one in the future counts as long ago.
         """
+        if self.working:
+            return leftover.exists()
         try:
-            age = time.time() - leftover.stat().st_mtime
-        except FileNotFoundError:
+            os.utime(self._handle)
+            age = os.fstat(self._handle).st_mtime - leftover.stat().st_mtime
+        except OSError:
             return False
-        return self.working or age > ABANDONED_SECONDS
+        return abs(age) > ABANDONED_SECONDS
 
     def release(self, byte: int) -> None:
         """Releases a byte."""

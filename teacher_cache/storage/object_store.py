@@ -173,6 +173,9 @@ class BucketStorage:
             version = {k: found.meta[k] for k in ("e_tag", "version") if found.meta[k]}
             return bytes(found.bytes()), version
 
+    def distrust(self, key: str) -> None:
+        """Does nothing: there are no copies."""
+
     def md5(self, key: str) -> str | None:
         found = self._known(key)
         digest = _MD5.fullmatch(found.e_tag or "") if found else None

@@ -122,6 +122,9 @@ class ZipStorage:
         finally:
             os.close(handle)
 
+    def distrust(self, key: str) -> None:
+        """Does nothing: there are no copies."""
+
     def md5(self, key: str) -> str | None:
         return hashlib.md5(self.read(key), usedforsecurity=False).hexdigest()
 

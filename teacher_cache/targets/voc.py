@@ -98,7 +98,7 @@ def voc_labels(path: Path) -> Int64:
 def _content(data: bytes) -> str | bytes:
     """An annotation as text, since expat knows no encodings such as GBK.
 
-    What is in another encoding than it says is taken byte by byte: all that is read is in ASCII.
+    A file in another encoding than it declares is read byte by byte: the elements in use are ASCII.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data

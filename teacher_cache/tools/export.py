@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.encodings import (
     ERROR_ROWS,
-    U8_POWER,
+    STEPS,
     Encoded,
     Encoding,
     Float32,
@@ -27,8 +27,8 @@ from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.tools.card import LICENSE
 
-EXACT = ("topk", "u8", "f16", "f32")
-"""From the coarsest to the reference."""
+EXACT = ("topk", "u8", "root4", "f16", "f32")
+"""From the coarsest to the reference; ``root4-coarse`` is no finer than ``u8``."""
 
 POLL_SECONDS = 0.1
 
@@ -49,10 +49,16 @@ class Exported:
     error: dict[str, object] | None
 
 
+def _exactness(encoding: Encoding) -> int:
+    coarse = encoding.name == "root4" and encoding.step > STEPS["root4"]
+    return EXACT.index("u8" if coarse else encoding.name)
+
+
 def require_exportable(found: Encoding, wanted: Encoding, name: str) -> None:
     """Raises ``InputError`` unless ``wanted`` holds less than ``found`` does."""
-    coarser = EXACT.index(wanted.name) < EXACT.index(found.name)
-    if coarser or (found.name == wanted.name == "topk" and wanted.k < found.k):
+    if _exactness(wanted) < _exactness(found) or (
+        found.name == wanted.name == "topk" and wanted.k < found.k
+    ):
         return
     if found == wanted:
         raise InputError(f"label set {name} is stored as {found} already; sskt copy copies it")
@@ -162,11 +168,6 @@ def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
     """
     if encoding.name in ("f32", "f16"):
         return encoded["labels"].astype(np.float32)
-    if encoding.name == "u8":
-        with np.errstate(divide="ignore"):
-            log_p = U8_POWER * np.log(encoded["labels"].astype(np.float64) / 255)
-            log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-        return log_p.astype(np.float32)
     with np.errstate(divide="ignore"):
         return np.log(decoded(encoding, encoded, classes)).astype(np.float32)
 

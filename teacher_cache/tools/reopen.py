@@ -1,6 +1,6 @@
 """Opening what a label set was made from: its target, its views and its source.
 
-A label set says in its provenance how it was made. Whoever writes a cache, or answers for a label
+A label set says in its provenance how it was made. Anyone who writes a cache, or runs a label
 server, chooses these words, and they are no part of the digest. So they never choose code, nor a
 file that is opened as a program: a known network is opened as recorded, a user's network, target
 or frame sampling only from the file that the person at the keyboard names (``Reopen``), and a

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import threading
+import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,12 +39,13 @@ LEAST_BYTES = 256 * 2**10
 """Shared memory that must be free for loader processes to be started."""
 
 SILENT_SECONDS = 1800.0
-"""A loader process that sends nothing for this long has failed."""
+"""A loader process that sends nothing for this long while labels are made has failed."""
 
 OPEN_FILES = 65536
 """Wanted limit of open files."""
 
 _log = logging.getLogger("sskt")
+_Item = TypeVar("_Item")
 
 
 def usable_workers(wanted: int | None) -> int:
@@ -153,11 +158,11 @@ def loader_of(dataset: Dataset[Any], workers: int, **options: Any) -> DataLoader
         options: Further arguments of ``DataLoader``.
 
     Returns:
-        The loader. Iterate over it within ``reporting_dead_workers``.
+        The loader. Iterate over it by a ``LoaderWatch``, within ``reporting_dead_workers``.
     """
     if workers:
         raise_open_files()
-        options |= {"prefetch_factor": AHEAD, "timeout": SILENT_SECONDS}
+        options["prefetch_factor"] = AHEAD
     with any_number_of_workers():
         return DataLoader(dataset, batch_size=None, num_workers=workers, **options)
 
@@ -168,6 +173,86 @@ def any_number_of_workers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         yield
+
+
+class LoaderFailure(RuntimeError):
+    """A loader process was killed, or sent nothing for too long; the message says which.
+
+    Attributes:
+        silent: Whether it sent nothing.
+    """
+
+    def __init__(self, silent: bool, seconds: float) -> None:
+        super().__init__(_SILENT.format(seconds) if silent else _KILLED)
+        self.silent = silent
+
+
+_KILLED = "a loader process was killed (was there memory left?)"
+_SILENT = "a loader process has sent nothing for {:g} s"
+
+
+class LoaderWatch(threading.Thread):
+    """Kills loader processes that send nothing for too long, which ends the wait for them.
+
+    Such a process may be stopped, or wait for a file system that is away. torch's own time limit
+    does not end the wait for a tensor that such a process has begun to send, but its death does.
+
+    Args:
+        start: Starts the processes and returns what yields their items.
+        seconds: How long they may send nothing.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[Any]], seconds: float) -> None:
+        super().__init__(name="sskt-loader-watch", daemon=True)
+        others = set(multiprocessing.active_children())
+        self._items: Iterator[Any] = start()
+        self._workers = set(multiprocessing.active_children()) - others
+        self._seconds, self._silent = seconds, False
+        self._waiting_since: float | None = None
+        self._over = threading.Event()
+        if self._workers:
+            self.start()
+
+    def restart(self, start: Callable[[], Iterator[Any]]) -> None:
+        """Goes on with other items of the same processes."""
+        self._items = start()
+
+    def next(self) -> Any:
+        """Returns the next item; None if there is none.
+
+        Raises:
+            LoaderFailure: If a loader process was killed, or is silent.
+        """
+        self._waiting_since = time.monotonic()
+        try:
+            return next(self._items, None)
+        except (RuntimeError, EOFError, OSError) as error:
+            if self._failed():
+                raise LoaderFailure(self._silent, self._seconds) from error
+            raise
+        finally:
+            self._waiting_since = None
+
+    def _failed(self) -> bool:
+        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD raises here, once
+            wait([worker.sentinel for worker in self._workers], timeout=1)
+            for worker in self._workers:
+                worker.join(1)
+        return self._silent or any(worker.exitcode for worker in self._workers)
+
+    def run(self) -> None:
+        """Looks at the clock; the main function of the thread."""
+        while not self._over.wait(self._seconds / 10):
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > self._seconds:
+                self._silent = True
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+    def end(self) -> None:
+        """Ends the watch; the processes go on."""
+        self._over.set()
 
 
 @contextlib.contextmanager
@@ -182,12 +267,9 @@ def reporting_dead_workers(next_step: str) -> Iterator[None]:
     """
     try:
         yield
+    except LoaderFailure as error:
+        raise SsktError(f"{error}; {next_step}") from error
     except RuntimeError as error:  # torch raises it wherever this process happens to be
-        said = str(error)
-        if said.startswith("DataLoader worker (pid"):
-            what = "a loader process was killed (was there memory left?)"
-        elif said.startswith("DataLoader timed out"):
-            what = f"a loader process has sent nothing for {SILENT_SECONDS:g} s"
-        else:
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise SsktError(f"{what}; {next_step}") from error
+        raise SsktError(f"{_KILLED}; {next_step}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.helpers import TINY
 from support.independent_reader import open_set
 
 from sskt.cli.main import COMMANDS
+from sskt.cli.training.demo import paid_from, paid_text
 from sskt.teacher_cache.targets.registry import TARGETS
 
 Call = Callable[..., tuple[int, str, str]]
@@ -241,12 +243,50 @@ def test_the_demo_deletes_only_its_own(sskt: Call, tmp_path: Path) -> None:
     assert (tmp_path / "scratch/last.pt").read_text() == "a night's work"
 
 
-def test_the_demo_prints_its_table(sskt: Call, tmp_path: Path) -> None:
+def test_the_demo_says_what_the_cache_costs_and_saves(sskt: Call, tmp_path: Path) -> None:
     ask = ["demo", "--out", tmp_path / "demo", "--epochs", 1, "--seeds", 1, "--limit", 64]
     status, out, err = sskt(*ask)
     assert status == 0, err
     assert "scratch" in out and "SSKT + TM, labels from the cache" in out
-    assert "times as fast as with the source in every step" in out
-    assert (tmp_path / "demo/comparison.png").stat().st_size > 10_000
+    assert re.search(r"labels cached: 64 in \d+ s, once; [\d.]+ KiB on disk", out)
+    assert re.search(r"an epoch takes [\d.]+ s from the cache and [\d.]+ s with the source", out)
+    with Image.open(tmp_path / "demo/demo.png") as figure:
+        assert figure.width == 1200
     result = json.loads(sskt(*ask, "--json")[1])
     assert result["labels_written"] == 0 and result["labels_reused"] == 64
+    stored = [p for p in (tmp_path / "demo/cache").rglob("*") if p.is_file()]
+    sizes = [p.stat().st_size for p in stored if ".locks" not in p.parts]
+    assert result["cache_bytes"] == sum(sizes)
+    inspect, train, compare = (shlex.split(line)[1:] for line in result["next"])
+    for command in (inspect, train, compare):
+        status, out, err = sskt(*command)
+        assert status == 0, err
+    assert "imagenet, TM" in out and "scratch" in out
+
+
+@pytest.mark.parametrize(
+    ("cache", "cached", "live", "epoch"),
+    [(90, 10, 40, 3), (91, 10, 40, 4), (0, 10, 40, 1), (90, 40, 40, None), (90, 50, 40, None)],
+)
+def test_from_which_epoch_on_the_cache_has_paid(
+    cache: float, cached: float, live: float, epoch: int | None
+) -> None:
+    assert paid_from(cache, cached, live) == epoch
+
+
+@pytest.mark.parametrize(
+    ("written", "epoch", "words"),
+    [
+        (100, 3, "the cache has paid from epoch 3 of 4 on"),
+        (100, 9, "would have paid from epoch 9 on, not within these 4"),
+        (100, None, "here the cache saves no time"),
+        (0, 1, "the labels exist, so the cache pays from the first epoch on"),
+    ],
+)
+def test_the_demo_does_not_claim_more_than_was_measured(
+    written: int, epoch: int | None, words: str
+) -> None:
+    seconds = {"SSKT + TM": 10.0, "source in every step": 20.0}
+    result = {"seconds_per_epoch": seconds, "speedup": 2.0, "epochs": 4}
+    said = paid_text(result | {"labels_written": written, "paid_from_epoch": epoch})
+    assert words in said

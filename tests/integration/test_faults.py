@@ -594,7 +594,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "bad parameter": ({"--policy": "pad-crop-flip:padding=-1"}, "padding must be positive"),
     "unknown encoding": (
         {"--encoding": "f8"},
-        "unknown encoding 'f8'; known: f16, u8, topk-K, f32",
+        "unknown encoding 'f8'; known: f16, root4, root4-coarse, u8, topk-K, f32",
     ),
     "too many entries": ({"--encoding": "topk-13"}, "topk-13: the source has only 12 classes"),
     "unknown option": ({"--colour": "red"}, "--colour"),
@@ -696,7 +696,7 @@ def test_a_truncated_image_fails(
         assert not list(label_set.path.glob(f"view_check/c/*/{block}"))
 
 
-@pytest.mark.parametrize("encoding", ["f16", "u8", "topk-3"])
+@pytest.mark.parametrize("encoding", ["f16", "root4", "u8", "topk-3"])
 def test_a_truncated_image_is_skipped(
     with_truncated: Path, tmp_path: Path, sskt: Sskt, encoding: str
 ) -> None:

@@ -31,7 +31,7 @@ from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
-ENCODINGS = ("f32", "f16", "u8", "topk-3")
+ENCODINGS = ("f32", "f16", "root4", "u8", "topk-3")
 CHUNK = 512 * 4 + 512 * CLASSES * 2
 """Bytes of a whole chunk, f16; here also of a whole shard."""
 

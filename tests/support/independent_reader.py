@@ -40,6 +40,7 @@ WRITE_ORDER = {
     "f32": ("labels",),
     "f16": ("labels",),
     "u8": ("labels",),
+    "root4": ("labels",),
     "topk": ("index", "value"),
 }
 
@@ -155,6 +156,11 @@ class Reader:
             if not code.any():
                 return None
             p = (code / 255) ** (6 / temperature)
+        elif name == "root4":
+            code = self.stored("labels", seed, sample).astype(np.float64)
+            if not code.any():
+                return None
+            p = np.where(code == 0, 0.25, code) ** (4 / temperature)
         else:
             log_p = self.stored("labels", seed, sample).astype(np.float64)
             if np.isnan(log_p).all():
@@ -613,6 +619,12 @@ def encoded(reader: Reader, log_p: Float64) -> Float64:
         p = np.exp(np.maximum(log_p, -65504).astype(np.float16).astype(np.float64))
     elif name == "u8":
         p = (np.rint(255 * np.exp((log_p - log_p.max()) / 6)) / 255) ** 6
+    elif name == "root4":
+        a, classes = reader.spec["encoding"]["step"], len(log_p)
+        d = max(a / classes, 1 / 65535) if a / classes >= 1 / 131070 else a / classes
+        root = np.exp(log_p / 4) / np.exp(log_p / 4).sum()
+        code = np.rint(root / d)
+        p = np.where(code == 0, 0.25, code) ** 4
     elif name == "topk":
         k = reader.spec["encoding"]["k"]
         order = np.argsort(-log_p, kind="stable")[:k]

@@ -92,6 +92,8 @@ class Launcher:
         """A command line in a process of its own, with this process's AWS_... and SSKT_TOKEN."""
         self._count += 1
         out, err = (self.folder / f"{self._count}.{name}" for name in ("out", "err"))
+        for path in (out, err):
+            path.touch()  # a process may be killed before it opens them
         files = {"in": os.devnull, "out": str(out), "err": str(err)}
         cloud = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "SSKT_TOKEN"))}
         texts = [str(a) for a in arguments]

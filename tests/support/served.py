@@ -23,6 +23,7 @@ from sskt.server.http.middleware import Middleware, require_scope
 from sskt.server.http.problems import Problem, leave_errors_to_middleware
 from sskt.server.http.protocol import limited_by
 from sskt.server.http.tokens import Tokens
+from sskt.server.metrics.clients import Clients
 from sskt.server.metrics.metrics import Metrics
 from sskt.server.settings import Settings
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
@@ -193,6 +194,7 @@ def make_state(run: Path, tokens: Path | None = None, **changes: Any) -> Any:
             cache="", run=str(run), token_file=str(tokens) if tokens else None, **changes
         ),
         metrics=metrics,
+        clients=Clients(run),
         tokens=Tokens(tokens) if tokens else None,
     )
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData, SsktError
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.views.loader_processes import (
+    LoaderFailure,
+    LoaderWatch,
+    raise_open_files,
+)
 from sskt.teacher_cache.views.views import Views, checks_of
 
 Int64 = NDArray[np.int64]
@@ -94,24 +94,10 @@ def has_shared_memory(size: int) -> bool:
         return True  # no such file system: torch uses something else
 
 
-def raise_open_files() -> None:
-    """Raises the limit of open files to what the system allows this process.
-
-    Every tensor that a loader process sends is an open file until it is dropped.
-    """
-    try:
-        import resource
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 2**16
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
+RESUME = "finished epochs are kept: run again with --resume"
 KILLED = (
-    "a loader process was killed (was there memory left?); finished epochs are kept: run again "
-    "with --resume, with fewer --workers or less --memory"
+    f"a loader process was killed (was there memory left?); {RESUME}, with fewer --workers or less "
+    "--memory"
 )
 
 
@@ -128,45 +114,6 @@ def naming_dead_workers() -> Iterator[None]:
         if str(error).startswith("DataLoader worker (pid"):
             raise SsktError(KILLED) from error
         raise
-
-
-class _Watch(threading.Thread):
-    """Kills loader processes that send nothing for ``SILENT_SECONDS``.
-
-    Such a process may be stopped, or wait for a file system that is away. torch's own time limit
-    does not end the wait for a tensor that such a process has begun to send, but its death does.
-    """
-
-    def __init__(self, workers: Collection[BaseProcess]) -> None:
-        super().__init__(name="sskt-loader-watch", daemon=True)
-        self._workers, self._over = workers, threading.Event()
-        self.waiting_since: float | None = None
-        self.silent = False
-
-    def run(self) -> None:
-        while not self._over.wait(SILENT_SECONDS / 10):
-            since = self.waiting_since
-            if since is not None and time.monotonic() - since > SILENT_SECONDS:
-                self.silent = True
-                for worker in self._workers:
-                    worker.kill()
-                return
-
-    def end(self) -> None:
-        self._over.set()
-
-    def verdict(self) -> str:
-        """Why no batch came; empty if no loader process is to blame."""
-        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD raises here, once
-            wait([worker.sentinel for worker in self._workers], timeout=1)
-            for worker in self._workers:
-                worker.join(1)
-        if self.silent:
-            return (
-                f"no loader process sent a batch for {SILENT_SECONDS / 60:g} minutes (is the file "
-                "system of the data away?); finished epochs are kept: run again with --resume"
-            )
-        return KILLED if any(worker.exitcode for worker in self._workers) else ""
 
 
 @dataclass(frozen=True)
@@ -212,21 +159,17 @@ class Feed:
             prefetch_factor=LEAD if workers else None,
             pin_memory=self.pin,
         )
-        others = set(multiprocessing.active_children())
-        read = iter(loader)
-        watch = _Watch(set(multiprocessing.active_children()) - others)
-        if workers:
-            watch.start()
+        watch = LoaderWatch(lambda: iter(loader), SILENT_SECONDS)
         try:
             while True:
-                watch.waiting_since = time.monotonic()
                 try:
-                    batch: Batch | None = next(read, None)
-                except (RuntimeError, EOFError, OSError) as error:
-                    if workers and (why := watch.verdict()):
-                        raise SsktError(why) from error
-                    raise
-                watch.waiting_since = None
+                    batch: Batch | None = watch.next()
+                except LoaderFailure as error:
+                    minutes = (
+                        f"{SILENT_SECONDS / 60:g} minutes (is the file system of the data away?)"
+                    )
+                    silent = f"no loader process sent a batch for {minutes}; {RESUME}"
+                    raise SsktError(silent if error.silent else KILLED) from error
                 if batch is None:
                     return
                 if batch.error:

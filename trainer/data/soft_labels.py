@@ -123,7 +123,7 @@ def labels_over(
 
 
 @dataclass(frozen=True)
-class _Slab:
+class _StoredWindow:
     """The stored labels of a window: encoded rows by source, and their view checks."""
 
     sets: Mapping[str, LabelSet]
@@ -164,16 +164,18 @@ class _Slab:
 
 @dataclass(frozen=True)
 class _StoredBatch:
-    slab: _Slab
+    window_labels: _StoredWindow
     rows: Tensor
 
     def soft(self, source: str, temperature: float) -> Tensor:
-        label_set, device = _named(self.slab.sets, source), self.slab.device
+        label_set, device = _named(self.window_labels.sets, source), self.window_labels.device
         error = label_set.attributes.get("error")
-        require_temperature(label_set.encoding, temperature, error, force=self.slab.force_topk)
+        require_temperature(
+            label_set.encoding, temperature, error, force=self.window_labels.force_topk
+        )
         rows = {
             key: values[self.rows].to(device, non_blocking=True)
-            for key, values in self.slab.encoded[source].items()
+            for key, values in self.window_labels.encoded[source].items()
         }
         return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
 
@@ -209,9 +211,9 @@ def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -
 
 
 class StoredLabels:
-    """Slabs of several label sets over the same views, joined; the next one is read ahead.
+    """The labels of several label sets over the same views, joined; the next window is read ahead.
 
-    Labels stay encoded, on the device where this slab and the next fit there, else in RAM, and
+    Labels stay encoded, on the device where this window and the next fit there, else in RAM, and
     are decoded on the device a batch at a time.
     """
 
@@ -224,10 +226,10 @@ class StoredLabels:
         if device.type == "cuda":
             self._rows_there = int(SHARE * torch.cuda.mem_get_info(device)[0] / 2 / row)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sskt-labels")
-        self._ahead: tuple[Window, Future[_Slab]] | None = None
-        self._slab: _Slab | None = None
+        self._ahead: tuple[Window, Future[_StoredWindow]] | None = None
+        self._current: _StoredWindow | None = None
 
-    def _read(self, window: Window) -> _Slab:
+    def _read(self, window: Window) -> _StoredWindow:
         encoded: dict[str, EncodedTensors] = {}
         on_device = len(window.samples) <= self._rows_there
         skipped = np.zeros(len(window.samples), bool)
@@ -253,7 +255,7 @@ class StoredLabels:
         samples = next(iter(self._sets.values())).samples
         place = np.full(samples, -1, np.int64)
         place[window.samples] = np.arange(len(window.samples))
-        return _Slab(
+        return _StoredWindow(
             self._sets,
             window,
             encoded,
@@ -279,13 +281,15 @@ class StoredLabels:
 
     def enter(self, window: Window, following: Window | None) -> WindowLabels:
         """See ``Labels``. Raises ``IncompleteLabels`` or ``CorruptStore``."""
-        if self._slab is None or window != self._slab.window:
-            ahead, self._slab = self._ahead, None
-            self._slab = ahead[1].result() if ahead and ahead[0] == window else self._read(window)
+        if self._current is None or window != self._current.window:
+            ahead, self._current = self._ahead, None
+            self._current = (
+                ahead[1].result() if ahead and ahead[0] == window else self._read(window)
+            )
             self._ahead = None
         if following is not None and following != window and self._ahead is None:
             self._ahead = (following, self._pool.submit(self._read, following))
-        return self._slab
+        return self._current
 
     def close(self) -> None:
         """Stops reading ahead, and what waits for a label server."""

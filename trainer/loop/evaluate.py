@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.errors import BadImage, InputError
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.data.gpu_loader import ResidentFeed
 from sskt.trainer.data.loader import Batch, Feed
@@ -126,6 +126,36 @@ class Evaluation:
             self.views, self._plan.device, config.workers, config.on_error, checked=checked
         )
 
+    def require_readable(self) -> None:
+        """Reads the test split once, so that a sample that cannot be read ends no finished epoch.
+
+        It costs the reading of one evaluation, and nothing where the images are in memory. Clips
+        were read when their frames were counted.
+
+        Raises:
+            BadImage: If a sample cannot be read (with ``--on-error fail``).
+            MissingData: If a file cannot be opened.
+            InputError: If the views of a batch differ in size.
+        """
+        if self.views is None or self.views.target.images is not None:
+            return
+        config, target = self._plan.config, self.views.target
+        if target.clips:
+            if target.damaged and config.on_error != "skip":
+                raise BadImage(target.damaged[min(target.damaged)])
+            return
+        feed = Feed(self.views, config.workers, config.on_error)
+        mine = self._batches()
+        for done, _ in enumerate(feed(mine, VIEW_SEED), 1):
+            self._hooks.test(done, len(mine))
+
+    def _batches(self) -> list[np.ndarray[Any, Any]]:
+        """The batches of this process: row numbers of samples."""
+        assert self.views is not None
+        size = CLIP_BATCH if self.views.target.clips else BATCH
+        order, ranks = np.arange(len(self.views.target)), self._plan.ranks
+        return [order[i : i + size] for i in range(0, len(order), size)][ranks.rank :: ranks.world]
+
     def close(self) -> None:
         """Ends reading the labels of the test split."""
         if self._labels:
@@ -164,16 +194,13 @@ class Evaluation:
             )
         network.eval()
         labels = torch.from_numpy(target.labels)
-        size = CLIP_BATCH if target.clips else BATCH
-        order = np.arange(len(target))
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
         keep = target.clips or target.multi_label
         loss = torch.zeros((), device=device, dtype=torch.float64)
         counts: dict[str, Tensor] = {}
         kept: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         images = torch.zeros((), device=device)
         extra, labelled = torch.zeros_like(loss), torch.zeros_like(loss)
-        mine = batches[ranks.rank :: ranks.world]
+        mine = self._batches()
         for done, batch in enumerate(self._feed(mine, VIEW_SEED), 1):
             self._hooks.test(done, len(mine))
             if not len(batch.samples):

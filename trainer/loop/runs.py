@@ -21,7 +21,7 @@ Record = dict[str, Any]
 def run_training(
     config: TrainConfig, hooks: Hooks | None = None, live: Sequence[Source] = ()
 ) -> list[Record]:
-    """Trains into ``config.out``: a finished run is returned as it is, one that was cut goes on.
+    """Trains into ``config.out``: a finished run is returned, an interrupted one continues.
 
     Raises ``InputError`` for a folder that holds a run of another configuration, and all that
     ``make_plan`` and ``Trainer.run`` raise.
@@ -33,7 +33,7 @@ def run_training(
     if begun:
         stored = read_config(out / records.CONFIG)
         require_same(stored, config, out)
-        # More may have been cached since; the run goes on with what it began with.
+        # More seeds may have been cached since; the run continues with those that it began with.
         config = adopted(stored, config)
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):

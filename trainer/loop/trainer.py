@@ -134,6 +134,8 @@ class Trainer:
         Raises:
             InputError: If the folder cannot be used, or holds another run.
             BadCheckpoint: If its checkpoint cannot be resumed.
+            BadImage: If a sample cannot be read (with ``--on-error fail``); one of the test split
+                is found before the first epoch.
             ViewMismatch: If a view is not the one that the sources saw.
             Diverged: If a loss or a metric is no finite number.
             SsktError: If a loader process was killed, or sends nothing.
@@ -158,6 +160,8 @@ class Trainer:
         self._autosave.start(out)
         for sentence in self.plan.lossy_labels():
             self.hooks.note(sentence)
+        if not self.epoch and not self.progress.steps:
+            self.evaluation.require_readable()
         events = records.Events(out, self.epoch) if first else None
         try:
             while not records.is_finished(self.records, config.epochs):
@@ -180,8 +184,8 @@ class Trainer:
             try:
                 record |= self.evaluate()
             except BaseException:
-                # A test image that cannot be read must not cost the epoch that was trained. With
-                # several processes the others may be elsewhere, and MAXL has no such position.
+                # A test image that has become unreadable must not cost the epoch that was trained.
+                # With several processes the others may be elsewhere, and MAXL has no such position.
                 if self.plan.ranks.world == 1 and config.method != MAXL:
                     self.progress = finished
                     checkpoints.save(self, out)

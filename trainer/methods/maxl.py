@@ -58,8 +58,13 @@ Outputs = tuple[Tensor, dict[str, Tensor]]
 def mask_softmax(logits: Tensor, truth: Tensor, psi: int) -> Tensor:
     """Softmax over the ``psi`` entries of each sample's true class, exactly 0 elsewhere.
 
-    ``logits`` is ``[n, classes * psi]``, class c owning entries c * psi to (c + 1) * psi - 1;
-    ``truth`` int64 ``[n]``.
+    Args:
+        logits: float ``[n, classes * psi]``; class c owns entries c * psi to (c + 1) * psi - 1.
+        truth: The class of each sample: int64 ``[n]``.
+        psi: Auxiliary classes of a class.
+
+    Returns:
+        float ``[n, classes * psi]``; each row sums to 1.
     """
     own = truth[:, None] * psi + torch.arange(psi, device=truth.device)
     return torch.zeros_like(logits).scatter(1, own, logits.gather(1, own).softmax(1))

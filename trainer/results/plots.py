@@ -68,7 +68,7 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
         shown = [c for c in shown if c.key == comparison.metric or c.key not in (*METRICS, TRAIN)]
     if not shown:
         raise InputError("nothing to draw: the runs have neither test metrics nor losses")
-    _save(_curves(comparison, shown, len(shown)), path)
+    save_figure(_curves(comparison, shown, len(shown)), path)
 
 
 def curves_svg(comparison: Comparison, shown: Sequence[Chart]) -> bytes:
@@ -88,7 +88,7 @@ def _curves(comparison: Comparison, shown: Sequence[Chart], columns: int) -> Any
     names = [group.name for group in comparison.groups]
     legend = 0.25 * (len(names) + 1)
     rows = -(-len(shown) // columns)
-    figure = _figure(5.2 * columns, 3.6 * rows + legend)
+    figure = new_figure(5.2 * columns, 3.6 * rows + legend)
     places = figure.subplots(rows, columns, squeeze=False).flat
     for axes in places[len(shown) :]:
         axes.set_visible(False)
@@ -157,7 +157,7 @@ def draw_sweep(graphs: Sequence[Graph], path: Path, columns: int = 2) -> None:
     columns = min(columns, len(graphs))
     rows = -(-len(graphs) // columns)
     scale = 1.0 if columns <= 2 else 0.65
-    figure = _figure(5.2 * scale * columns, 3.9 * max(scale, 0.75) * rows)
+    figure = new_figure(5.2 * scale * columns, 3.9 * max(scale, 0.75) * rows)
     places = figure.subplots(rows, columns, squeeze=False)
     for axes in places.flat[len(graphs) :]:
         axes.set_visible(False)
@@ -186,10 +186,11 @@ def draw_sweep(graphs: Sequence[Graph], path: Path, columns: int = 2) -> None:
         if not graph.lines:
             axes.text(0.5, 0.5, "no result yet", ha="center", transform=axes.transAxes)
     _legend(figure, columns=max(3, 4 * columns - 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib without a display; inches, 130 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,7 +210,8 @@ def _legend(figure: Any, columns: int) -> None:
         figure.legend(handles.values(), handles.keys(), ncols=min(columns, len(handles)), **where)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all. Raises ``OSError``."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     durable_write(path, buffer.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,12 +25,19 @@ CHECK = "check"
 SEAL, SEALED = b"sskt sha256 ", "sealed"
 """What begins the comment of a checkpoint's archive, and what in it says that there is one."""
 
+_PARTIAL = re.compile(
+    "|".join(map(re.escape, (METRICS, CONFIG, PLOT, CHECKPOINT, BEST))).join(("(?:", ")"))
+    + r"\.[0-9a-f]{32}\.partial"
+)
+
 Record = dict[str, Any]
 
 
 @contextmanager
 def held_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     """The run's folder, made and kept from other processes.
+
+    Unfinished files that a killed process has left in it are removed.
 
     Raises ``InputError`` if another process trains into it, or if a run is there and not to be
     resumed.
@@ -44,6 +52,9 @@ def held_folder(folder: Path, *, resume: bool) -> Iterator[None]:
                 f"another process is training into {folder}; let it end or stop it, or choose "
                 "another --out"
             )
+        for leftover in folder.glob("*.partial"):
+            if _PARTIAL.fullmatch(leftover.name) and lock.abandoned(leftover):
+                leftover.unlink(missing_ok=True)
         for name in (CONFIG, METRICS, CHECKPOINT, BEST, PLOT):
             path = folder / name
             if path.is_symlink() if not path.exists() else not path.is_file():

@@ -31,16 +31,16 @@ from sskt.teacher_cache.labeling.ray.cluster import (
     slots_of,
     task_gpus_of,
 )
-from sskt.teacher_cache.labeling.ray.progress import Board
+from sskt.teacher_cache.labeling.ray.progress import UnitProgress
 from sskt.teacher_cache.labeling.ray.tasks import (
     SHARED,
     Failure,
-    Found,
     Labelled,
+    Missing,
     Work,
+    find_missing,
     label,
     require_shared,
-    survey,
 )
 from sskt.teacher_cache.labeling.run import StageReport
 from sskt.teacher_cache.labeling.units import Unit
@@ -136,7 +136,7 @@ def _full(path: str | Path) -> str:
 
 @dataclass
 class _Run:
-    """One run: a survey, then tasks until nothing is missing."""
+    """One run: a find_missing, then tasks until nothing is missing."""
 
     ray: Any
     work: Work
@@ -151,7 +151,7 @@ class _Run:
     def finish(self, begin: float) -> StageReport:
         """Labels until nothing is missing."""
         try:
-            found = self._survey()
+            found = self._find_missing()
             self._label(found)
         except BaseException:
             self._cancel()
@@ -175,18 +175,18 @@ class _Run:
             num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, name=name, **more
         )(function)
 
-    def _survey(self) -> Found:
-        asked = self._task(survey, "sskt survey").remote(self.work, self.ref)
+    def _find_missing(self) -> Missing:
+        asked = self._task(find_missing, "sskt survey").remote(self.work, self.ref)
         self.pending = {asked: -1}
         while not self._ready():
             pass
         self.pending = {}
-        found: Found = self._result(asked)
+        found: Missing = self._result(asked)
         self.work = replace(self.work, names=found.names)
         require_shared(self.work.job.cache, found.names)
         return found
 
-    def _label(self, found: Found) -> None:
+    def _label(self, found: Missing) -> None:
         todo = {number: unit for number, (unit, _) in enumerate(found.todo)}
         owed = {number: missing for number, (_, missing) in enumerate(found.todo)}
         if not todo:
@@ -195,7 +195,7 @@ class _Run:
         sets = self._sets(found.names)
         while todo:
             for number, unit in todo.items():
-                asked = task.remote(self.work, self.ref, number, unit, owed[number], bar.board)
+                asked = task.remote(self.work, self.ref, number, unit, owed[number], bar.actor)
                 self.pending[asked] = number
             before = len(todo)
             while self.pending:
@@ -207,7 +207,7 @@ class _Run:
                         self._require_seen(sets, todo.pop(number), labelled.node)
                         bar.finished(number)
                 bar.refresh()
-            if len(todo) == before:  # what is left is claimed by another run or a lost worker
+            if len(todo) == before:  # the rest is locked by another run or a lost worker
                 time.sleep(LOOK_SECONDS)
 
     def _ready(self) -> list[Any]:
@@ -227,7 +227,7 @@ class _Run:
     def _result(self, asked: Any) -> Any:
         """What a task gave back. Raises its error, or says how Ray failed it."""
         try:
-            result: Found | Labelled | Failure = self.ray.get(asked)
+            result: Missing | Labelled | Failure = self.ray.get(asked)
         except self.ray.exceptions.RayTaskError as error:
             if "failed to import on the worker" in str(error):
                 lines = str(error).strip().splitlines()
@@ -287,9 +287,9 @@ class _Bar:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         node = ray.get_runtime_context().get_node_id()
         here = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Board)
-        self.board = actor.remote()
-        self._asked = self.board.read.remote()
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(UnitProgress)
+        self.actor = actor.remote()
+        self._asked = self.actor.read.remote()
 
     def finished(self, number: int) -> None:
         """A unit is stored."""
@@ -301,7 +301,7 @@ class _Bar:
         if self._asked is not None and self._ray.wait([self._asked], timeout=0)[0]:
             try:
                 said: dict[int, int] = self._ray.get(self._asked)
-                self._asked = self.board.read.remote()
+                self._asked = self.actor.read.remote()
             except self._ray.exceptions.RayError:
                 said, self._asked = {}, None
             for number in said.keys() - self._finished:

@@ -75,7 +75,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Found:
+class Missing:
     """A run as its first task found it: what is missing, and how many labels are there."""
 
     names: tuple[str, ...]
@@ -92,7 +92,7 @@ class Labelled:
     node: str
 
 
-def survey(work: Work, views: Views) -> Found | Failure:
+def find_missing(work: Work, views: Views) -> Missing | Failure:
     """Opens the run: makes its label sets where they are new, and lists what is missing."""
     try:
         with _opened(work, views) as (_, pairs):
@@ -103,13 +103,13 @@ def survey(work: Work, views: Views) -> Found | Failure:
                 stored += wanted - missing
                 if missing:
                     todo.append((unit, missing))
-            return Found(tuple(s.name for s in sets), tuple(todo), stored)
+            return Missing(tuple(s.name for s in sets), tuple(todo), stored)
     except SsktError as error:
         return _failure(error)
 
 
 def label(
-    work: Work, views: Views, number: int, unit: Unit, owed: int, board: Any
+    work: Work, views: Views, number: int, unit: Unit, owed: int, actor: Any
 ) -> Labelled | Failure:
     """Labels what is missing of a unit and not claimed by another process.
 
@@ -119,11 +119,11 @@ def label(
         number: Number of the unit.
         unit: The unit.
         owed: Labels that the unit lacked at first.
-        board: The progress actor.
+        actor: The progress actor.
     """
     try:
         with _opened(work, views) as (options, pairs):
-            said = _Reporter(board, number, owed)
+            said = _Reporter(actor, number, owed)
             report = label_units(views, pairs, [unit], options, said, wait=False)
             missing = count_labels(report.label_sets, [unit], fresh=True)[1]
             return Labelled(not missing, tuple(report.skipped), socket.gethostname())
@@ -213,13 +213,13 @@ def _failure(error: SsktError) -> Failure:
 
 
 class _Reporter:
-    """Tells the board, now and then, how many of a unit's labels are done."""
+    """Tells the progress actor, now and then, how many of a unit's labels are done."""
 
-    def __init__(self, board: Any, number: int, owed: int) -> None:
-        self._board, self._number, self._owed, self._last = board, number, owed, 0.0
+    def __init__(self, actor: Any, number: int, owed: int) -> None:
+        self._actor, self._number, self._owed, self._last = actor, number, owed, 0.0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._last >= REPORT_SECONDS:
             self._last = now
-            self._board.report.remote(self._number, self._owed - total + done)
+            self._actor.report.remote(self._number, self._owed - total + done)

@@ -182,11 +182,16 @@ def network() -> Iterator[None]:
 
 
 def retry_after(answer: Answer) -> float:
-    """The header ``Retry-After`` in seconds, which may also be a date; 0 without one."""
+    """The header ``Retry-After`` in seconds, which may also be a date; 0 without one.
+
+    A date is compared with the ``Date`` of the same answer: the clock of this machine may be wrong.
+    """
     text = (answer.header("Retry-After") or "").strip()
     if text.isdecimal():
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        until = parsedate_to_datetime(text)
+        sent = parsedate_to_datetime(answer.header("Date") or "")
+        return max(0.0, (until - sent).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -230,8 +230,8 @@ class Server:
             return InputError(f"cannot reach {self}: {error}")
         return InputError(
             f"{self} {error.does} ({error}), and did not for {self.wait_minutes:g} minutes "
-            f"(--label-wait) when {what} was requested; when it is back, the same command goes on "
-            "with --resume"
+            f"(--label-wait) when {what} was requested; when it is back, the same command with "
+            "--resume continues"
         )
 
     def _report(self, error: Unavailable | None, what: str) -> None:

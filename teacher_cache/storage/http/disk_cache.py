@@ -36,6 +36,7 @@ from sskt.teacher_cache.storage.http.answers import Answer, Gone, Oversized
 from sskt.teacher_cache.storage.http.client import Server
 from sskt.teacher_cache.storage.http.temporary_folder import PREFIX, enter, leave, private_folder
 from sskt.teacher_cache.storage.locks import file_lock
+from sskt.teacher_cache.storage.regular_files import open_regular, read_regular
 
 GIB = 2**30
 KEPT_GIB = 50.0
@@ -47,6 +48,8 @@ LONGEST_TAG = 120
 downloaded by each process."""
 REPORT_SECONDS = 30.0
 """Waiting for another process's download is logged after this time; that process may hang."""
+AHEAD_SECONDS = 60.0
+"""Files used so much later than now were used before the clock was set back."""
 LOCKS = 64
 _log = logging.getLogger("sskt")
 
@@ -111,7 +114,7 @@ class DiskCache:
             DiskFull: If there is no room.
             InputError: If the server cannot be reached or refuses.
         """
-        stem = f"{quote(name, safe='')}/{key.replace('/', '.')}@"
+        stem = _stem(name, key)
         with self._disk_errors():
             data = self._read_checked(stem, part)
             if data is None:
@@ -121,16 +124,29 @@ class DiskCache:
                         data = self._fetch(server, f"{name}/{key}", layout, stem)[part]
             return data
 
+    def forget(self, name: str, key: str) -> None:
+        """Removes the file of a shard, whose content was found wrong, so that it comes again.
+
+        Args:
+            name: Name of the label set.
+            key: The file's key within the set.
+        """
+        stem = _stem(name, key)
+        self._checked.pop(stem, None)
+        with self._disk_errors():
+            for path in (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"):
+                _remove(path)
+
     def _read_checked(self, stem: str, part: slice) -> bytes | None:
         path = self._checked.get(stem)
         if path is None:
             return None
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:  # or it is downloaded anew
             with contextlib.suppress(OSError):
                 os.utime(file.fileno())
             start, stop, _ = part.indices(os.fstat(file.fileno()).st_size)
             file.seek(start)
-            return file.read(max(0, stop - start))
+            return b"".join(iter(lambda: file.read(max(0, stop - file.tell())), b""))
         return None
 
     @contextlib.contextmanager
@@ -168,8 +184,8 @@ class DiskCache:
             path = self._home / f"{stem}{quote(tag, safe='')[:LONGEST_TAG]}.shard"
             if data is None and kept:
                 path = kept
-                with contextlib.suppress(FileNotFoundError):
-                    data = kept.read_bytes()
+                with contextlib.suppress(OSError):
+                    data = read_regular(kept)
             if data is not None and not damage:
                 damage = shard_damage(data, layout.chunks)
             if data is not None and not damage:
@@ -185,19 +201,23 @@ class DiskCache:
         if path != kept:
             self._store(path, data)
         if kept and path != kept:
-            kept.unlink(missing_ok=True)
+            _remove(kept)
         self._checked[stem] = path
         return data
 
     def _newest(self, stem: str) -> Path | None:
         """The newest file of a shard; older ones are removed."""
-        found = sorted(
-            (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"),
-            key=lambda path: path.stat().st_mtime,
-        )
-        for old in found[:-1]:
+        times: dict[Path, int] = {}
+        for path in (self._home / stem).parent.glob(f"{Path(stem).name}*.shard"):
+            if not path.is_file():
+                _remove(path)
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process has evicted it
+                times[path] = path.stat().st_mtime_ns
+        newest = max(times, key=lambda path: times[path], default=None)
+        for old in times.keys() - {newest}:
             old.unlink(missing_ok=True)
-        return found[-1] if found else None
+        return newest
 
     def _store(self, path: Path, data: bytes) -> None:
         """Writes a file, after removing others if there is no room. Raises ``DiskFull``."""
@@ -257,13 +277,29 @@ def disk_cache(url: str, folder: Path | None) -> DiskCache:
 
 
 def _files(base: Path) -> Iterator[tuple[float, int, Path]]:
-    """Time of last use, bytes and path of every file that may be removed."""
+    """Time of last use, bytes and path of every file that may be removed.
+
+    The time of a file that was used when the clock was ahead is 0: it would outlive all others.
+    """
+    latest = time.time() + AHEAD_SECONDS
     for home in base.glob(f"{PREFIX}*"):
         for path in home.glob("*/*"):
             if path.suffix in (".shard", ".partial"):
                 with contextlib.suppress(FileNotFoundError):
                     found = path.stat()
-                    yield found.st_mtime, found.st_size, path
+                    used = found.st_mtime if found.st_mtime <= latest else 0.0
+                    yield used, found.st_size, path
+
+
+def _stem(name: str, key: str) -> str:
+    return f"{quote(name, safe='')}/{key.replace('/', '.')}@"
+
+
+def _remove(path: Path) -> None:
+    """Removes a file of the cache, or the folder that is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _tag(path: Path) -> str:

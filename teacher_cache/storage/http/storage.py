@@ -157,6 +157,9 @@ class HttpStorage:
         most = DOCUMENT_BYTES if known is None else known
         return self.server.ask(self._path(key), lambda answer: answer.read(most))
 
+    def distrust(self, key: str) -> None:
+        disk_cache(self.server.url, self.how.folder).forget(self.set_name, key)
+
     def md5(self, key: str) -> str | None:
         return None
 

@@ -27,6 +27,7 @@ from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.locks import Locks
+from sskt.teacher_cache.storage.regular_files import read_regular
 from sskt.teacher_cache.targets.base import Files, Target
 from sskt.teacher_cache.targets.files.scan import entries
 
@@ -108,7 +109,7 @@ def hash_contents(target: Target, progress: Progress = lambda done, total: None)
 
 
 def measure(path: Path | str) -> tuple[int, int]:
-    """Bytes and time of change (ns) of a file; of a folder of frames the sum and the newest.
+    """Bytes and time of change (ns) of a file; of a folder of frames the sum and a number of all.
 
     Raises ``MissingData`` if it cannot be looked at.
     """
@@ -119,8 +120,10 @@ def measure(path: Path | str) -> tuple[int, int]:
         inside = [file.stat() for file in _inside(path)]
     except OSError as error:
         raise MissingData(f"cannot look at {path}: {error.strerror or error}") from error
-    newest = max(file.st_mtime_ns for file in (found, *inside))
-    return sum(file.st_size for file in inside), newest
+    # Not the newest: a frame that is replaced after the clock was set back is older than others.
+    times = repr([(file.st_size, file.st_mtime_ns) for file in (found, *inside)]).encode()
+    changed = int.from_bytes(hashlib.sha256(times).digest()[:8], "little", signed=True)
+    return sum(file.st_size for file in inside), changed
 
 
 def _inside(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -308,7 +311,7 @@ def _packed(known: Entries) -> bytes:
 def _read(path: Path) -> Entries:
     """What is on disk; a damaged file is set aside, and everything is found out anew."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +24,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.attacks import tuned
 from support.compute_workers import compute_worker, grandparent, written
 from support.helpers import TINY, tree
 
@@ -606,6 +609,83 @@ def call(app: Any, method: str, path: str, body: Any = None) -> tuple[int, Any, 
     headers = {k.decode().lower(): v.decode() for k, v in sent[0]["headers"]}
     answer = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], json.loads(answer) if answer else None, headers
+
+
+FAULTY = """
+import os
+import signal
+import time
+from pathlib import Path
+
+from torch.utils.data import get_worker_info
+
+from sskt.teacher_cache.views import loader_processes
+from sskt.teacher_cache.views.views import Views
+
+HERE = Path(__file__).parent
+loader_processes.SILENT_SECONDS = 6.0
+seen = Views.seen
+
+
+def faulty(self, *given):
+    if get_worker_info() is not None:
+        if (HERE / "dead").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (HERE / "silent").exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return seen(self, *given)
+
+
+Views.seen = faulty
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("dead", "a loader process was killed"),
+        ("silent", "a loader process has sent nothing for 6 s"),
+    ],
+)
+def test_a_server_with_a_dead_or_silent_loader_process_answers_and_recovers(
+    images: Path, tmp_path: Path, fault: str, said: str
+) -> None:
+    """A real server in processes of its own; the file of its source makes the loaders fail."""
+    source = tmp_path / "faulty.py"
+    source.write_text(TINY.read_text() + FAULTY)
+    cache = tmp_path / "cache"
+    code = "from sskt.cli.main import main; main()"
+    labelling = ["cache-teachers", "--source", f"tiny={source}:build", "--target", str(images)]
+    labelling += ["--policy", "pad-crop-flip", "--shard-rows", "16", "--seeds", "1"]
+    labelling += ["--workers", "0", "--device", "cpu", "--cache", str(cache)]
+    subprocess.run([sys.executable, "-c", code, *labelling], check=True, capture_output=True)
+    [label_set] = list_label_sets(cache)
+    grow(label_set)
+    (tmp_path / fault).touch()
+    named = (f"tiny={source}:build",)
+    with tuned(
+        tmp_path, cache, on_demand=True, device="cpu", wait_seconds=1.0, sources=named
+    ) as server:
+
+        def ask(block: int) -> tuple[int, dict[str, Any]]:
+            answer = server.get(f"/zarr/{label_set.name}/labels/c/1/{block}/0")
+            if answer.status == 200:
+                return 200, {}
+            assert int(answer.headers["retry-after"]) >= 1
+            return answer.status, json.loads(answer.body)
+
+        deadline, statuses = time.monotonic() + 90, []
+        while (answer := ask(0))[0] == 503:
+            statuses.append(503)
+            assert time.monotonic() < deadline
+        assert answer[0] == 500 and said in answer[1]["detail"], answer
+        assert statuses, "it is being computed: ask again"
+        (tmp_path / fault).unlink()
+        while (status := ask(1)[0]) == 503:
+            assert time.monotonic() < deadline
+        assert status == 200
+        assert server.get("/readyz").status == 200
 
 
 def test_asking_for_seeds_over_http(settings: Settings, made: dict[int, Path]) -> None:

@@ -20,10 +20,18 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.damage import FAULTS, in_time
 
 from sskt.cli.serving.token import token as command
 from sskt.server.http import tokens as module
-from sskt.server.http.tokens import FRESH_SECONDS, Tokens, list_tokens, new_token, revoke
+from sskt.server.http.tokens import (
+    FRESH_SECONDS,
+    Tokens,
+    list_tokens,
+    new_token,
+    revoke,
+    rotate,
+)
 from sskt.teacher_cache.errors import DiskFull, InputError, MissingData, UnknownName
 
 
@@ -187,6 +195,36 @@ def test_a_file_cut_anywhere_lets_nobody_in(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_damage_of_the_file_lets_another_secret_in(
+    path: Path, tmp_path: Path, fault: str
+) -> None:
+    """Nor keeps the server waiting; when the file is back, its tokens work again."""
+    secret = new_token(path, "lab", ["read"], None)
+    sibling = tmp_path / "sibling.json"
+    foreign = new_token(sibling, "other", ["read"], None)
+    whole, other = path.read_bytes(), sibling.read_bytes()
+    tokens = Tokens(path)
+    with in_time(30):
+        assert tokens.check(secret) and not tokens.check(foreign)
+        FAULTS[fault](path, sibling)
+        another_file = fault in ("swapped", "link to a sibling")
+        for given in (secret, foreign, "sskt_x"):
+            try:
+                found = tokens.check(given)
+            except InputError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+            else:
+                assert found is None or given == (foreign if another_file else secret)
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        sibling.write_bytes(other)
+        path.write_bytes(whole)
+        assert tokens.check(secret) and not tokens.check(foreign)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_file_that_vanishes_lets_nobody_in(path: Path) -> None:
     tokens = Tokens(path)
     with pytest.raises(MissingData, match="sskt token new NAME --token-file"):
@@ -331,3 +369,57 @@ def test_the_command_starts_without_heavy_libraries() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'zarr', 'fastapi')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_secret_goes_into_a_private_file_and_never_over_another(path: Path) -> None:
+    runner = CliRunner()
+    out = path.with_name("secret")
+
+    def call(*arguments: str) -> Any:
+        return runner.invoke(command, [*arguments, "--token-file", str(path), "--out", str(out)])
+
+    done = call("new", "lab")
+    assert done.exit_code == 0 and done.stdout == ""
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    secret = out.read_text().strip()
+    assert Tokens(path).check(secret) is not None and secret not in done.stderr
+    done = call("new", "other")
+    assert isinstance(done.exception, InputError) and "is not overwritten" in str(done.exception)
+    assert out.read_text().strip() == secret
+    assert [t.name for t in list_tokens(path)] == ["lab"]
+    out.unlink()
+    assert isinstance(call("new", "lab").exception, InputError)  # the name is taken
+    assert not out.exists()
+
+
+def test_a_rotated_token_has_two_secrets_for_a_while(path: Path, at_once: None) -> None:
+    first = new_token(path, "lab", ["compute"], 10)
+    spare = new_token(path, "spare", ["read"], None)
+    second = rotate(path, "lab", 24)
+    tokens = Tokens(path)
+    old, new, other = (tokens.check(secret) for secret in (first, second, spare))
+    assert new is not None and new.name == "lab" and new.scopes == ("compute", "read")
+    assert new.expires is not None and abs(new.expires - time.time() - 10 * 86400) < 60
+    assert old is not None and old.name == "lab.old" and old.scopes == ("compute", "read")
+    assert old.expires is not None and abs(old.expires - time.time() - 86400) < 60
+    assert other is not None and other.name == "spare" and other.expires is None
+    with pytest.raises(InputError, match=r"still valid as lab\.old; first run: sskt token revoke"):
+        rotate(path, "lab", 1)
+    assert tokens.check(second) is not None
+    revoke(path, "lab.old")
+    assert tokens.check(first) is None
+    third = rotate(path, "lab", 0)
+    assert tokens.check(second) is None and tokens.check(third) is not None
+    assert [t.name for t in list_tokens(path)] == ["spare", "lab"]
+
+
+def test_the_grace_never_makes_a_secret_live_longer(path: Path) -> None:
+    first = new_token(path, "lab", ["read"], 0.5)
+    (made,) = list_tokens(path)
+    rotate(path, "lab", 1000)
+    old = Tokens(path).check(first)
+    assert old is not None and old.expires == made.expires
+    with pytest.raises(UnknownName, match="nobody"):
+        rotate(path, "nobody", 1)
+    with pytest.raises(InputError, match="--grace"):
+        rotate(path, "lab", -1)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import metadata
@@ -17,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from support.helpers import TINY, write_images
 from support.pages import Node, faults, parse
@@ -348,13 +353,85 @@ def test_tokens_are_listed_with_their_last_use(
     assert get(client(cache), "/").one(id="live-tokens").text == ""
 
 
+def test_clients_of_the_last_hour_are_shown_and_counted(
+    cache: Path, tmp_path: Path, client: Callable[..., TestClient]
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    secret = new_token(tokens, "lab", ["read"], None)
+    browser = client(cache, token_file=str(tokens))
+    assert browser.get("/v1/label-sets").status_code == 401
+    browser.headers["Authorization"] = f"Bearer {secret}"
+    assert get(browser, "/").one(id="live-clients").one("p").text == "None."
+    sent = len(browser.get("/v1/label-sets").content) + len(browser.get("/zarr/none").content)
+    (row,) = get(browser, "/").one(id="live-clients").one("tbody").all("tr")
+    assert row.text.startswith("testclient lab ") and row.text.endswith(" ago")
+    metrics = browser.get("/metrics").text
+    counted = re.search(
+        r'sskt_client_sent_bytes_last_hour{address="testclient",token="lab"} (\S+)', metrics
+    )
+    assert counted is not None and float(counted[1]) > sent
+    assert 'sskt_client_last_seen_timestamp_seconds{address="testclient",token="lab"} 1.' in metrics
+    assert secret not in metrics
+
+
+def test_metrics_say_what_the_cache_holds(cache: Path, client: Callable[..., TestClient]) -> None:
+    browser = client(cache)
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(browser.get("/metrics").text)
+        for sample in family.samples
+    }
+    label_set = of_encoding(cache, "f32")
+    assert found["sskt_label_sets",] == 2 and found["sskt_label_sets_damaged",] == 0
+    assert found["sskt_label_set_coverage_ratio", label_set.name] == pytest.approx(1 - 14 / 90)
+    assert found["sskt_label_set_bytes", label_set.name] == coverage_of(label_set).bytes
+    free = shutil.disk_usage(cache).free
+    assert found["sskt_cache_free_bytes",] == pytest.approx(free, rel=0.05)
+    assert found["process_resident_memory_bytes",] > 2**24
+    shutil.rmtree(cache)
+    time.sleep(1.1)  # the lifetime of a listing
+    assert "sskt_label_sets " not in browser.get("/metrics").text
+
+
+def test_the_api_page_has_every_route(cache: Path, client: Callable[..., TestClient]) -> None:
+    browser = client(cache)
+    page = get(browser, "/docs")
+    shown = {h.text for article in page.all("article") for h in article.all("h3")}
+    described = browser.get("/v1/openapi.json").json()["paths"]
+    assert shown == {f"{m.upper()} {path}" for path, methods in described.items() for m in methods}
+    assert "/docs" not in described
+    page.one("a", href="/v1/openapi.json")
+    batch = next(a for a in page.all("article") if "labels:batch" in a.text)
+    assert '"ids"' in batch.text
+
+
+def test_samples_are_shown_without_torch(stock: Path, tmp_path: Path) -> None:
+    name = of_encoding(stock / "cache", "f32").name
+    code = (
+        "import sys; from starlette.testclient import TestClient; "
+        "from sskt.server.app import create_app; from sskt.server.settings import Settings; "
+        "app = create_app(Settings(cache=sys.argv[1], run=sys.argv[2])); "
+        "client = TestClient(app, base_url='http://localhost'); "
+        "image = client.get(f'/sets/{sys.argv[3]}/samples/0/view.png'); "
+        "page = client.get(f'/sets/{sys.argv[3]}/samples/0'); "
+        "assert (image.status_code, page.status_code) == (200, 200), (image.text, page.text); "
+        "assert 'torch' not in sys.modules"
+    )
+    where = [str(stock / "cache"), str(tmp_path), name]
+    done = subprocess.run([sys.executable, "-c", code, *where], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_empty_cache_says_how_to_fill_it(
     tmp_path: Path, client: Callable[..., TestClient]
 ) -> None:
     (tmp_path / "empty").mkdir()
     page = get(client(tmp_path / "empty"), "/")
     assert page.one(id="live-sets").one("h2").text == "0 label sets"
-    assert "sskt cache-teachers" in page.one(class_="empty").text
+    line = page.one(class_="empty").one("pre").text
+    assert line.startswith("sskt cache-teachers ") and line.endswith(
+        "--target shapes --cache empty"
+    )
     shutil.rmtree(tmp_path / "empty")
     gone = get(client(tmp_path / "empty"), "/", 503)
     assert gone.one("h1").text == "Cache out of reach"
@@ -638,6 +715,7 @@ def test_static_files_are_kept_as_long_as_they_stay_the_same(
     ("seconds", "text"),
     [
         (None, "-"),
+        (-3600, "0 ms"),
         (0.0004, "0.4 ms"),
         (0.0123, "12 ms"),
         (2.34, "2.3 s"),

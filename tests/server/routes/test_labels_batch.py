@@ -25,7 +25,7 @@ from sskt.server.settings import Settings
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
-ENCODINGS = ("f32", "f16", "u8", "topk-3")
+ENCODINGS = ("f32", "f16", "root4", "u8", "topk-3")
 JSON = "application/json"
 ROW = 4 + 4 * CLASSES
 """Bytes of a row, f32."""

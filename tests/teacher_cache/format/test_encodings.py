@@ -32,7 +32,7 @@ from sskt.teacher_cache.views.views import Views
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-NAMES = ("f32", "f16", "u8", "topk-3")
+NAMES = ("f32", "f16", "root4", "u8", "root4-coarse", "topk-3")
 
 
 def log_softmax(logits: Float64) -> Float32:
@@ -74,6 +74,8 @@ def decoded(
     """
     if encoding.name == "u8":
         p = (encoded["labels"].astype(np.float64) / 255) ** 6
+    elif encoding.name == "root4":
+        p = np.maximum(encoded["labels"].astype(np.float64), 0.25) ** 4
     elif encoding.name == "topk":
         value, index = np.exp(encoded["value"].astype(np.float64)), encoded["index"]
         rest = np.maximum(1 - value.sum(axis=1) + tail, 0)
@@ -104,6 +106,11 @@ def stored(name: str, log_p: Float32, temperature: float) -> Float64:
         ("f32", 1000, {"labels": ("<f4", 1000)}),
         ("f16", 365, {"labels": ("<f2", 365)}),
         ("u8", 1000, {"labels": ("|u1", 1000)}),
+        ("root4", 365, {"labels": ("<u2", 365)}),
+        ("root4", 1966, {"labels": ("<u2", 1966)}),
+        ("root4", 1967, {"labels": ("<u4", 1967)}),
+        ("root4-coarse", 13_107, {"labels": ("<u2", 13_107)}),
+        ("root4-coarse", 13_108, {"labels": ("<u4", 13_108)}),
         ("topk-10", 1000, {"index": ("<u2", 10), "value": ("<f2", 10)}),
         ("topk-2", 65_536, {"index": ("<u2", 2), "value": ("<f2", 2)}),
         ("topk-2", 65_537, {"index": ("<u4", 2), "value": ("<f2", 2)}),
@@ -157,6 +164,47 @@ def test_u8_gives_softmax_within_its_grid(log_p: Float32, temperature: float) ->
     assert relative.max() <= 2 * step * classes * expected.max(axis=1).max() + 1e-6
 
 
+@given(rows(), st.sampled_from(["root4", "root4-coarse"]), st.sampled_from([1.0, 2.0, 3.0]))
+@settings(deadline=None)
+def test_root4_gives_softmax_within_its_grid(log_p: Float32, name: str, temperature: float) -> None:
+    """Each root is off by half a step at most, which bounds every probability."""
+    classes = log_p.shape[1]
+    step = max({"root4": 0.015, "root4-coarse": 0.1}[name] / classes, 1 / 65535)
+    roots = softmax(log_p, 4)
+    low = np.maximum(roots - step / 2, 0) ** (4 / temperature)
+    high = (roots + step / 2) ** (4 / temperature)
+    found = stored(name, log_p, temperature)
+    others_high, others_low = high.sum(1, keepdims=True) - high, low.sum(1, keepdims=True) - low
+    assert (found >= low / (low + others_high) - 1e-5).all()
+    assert (found <= high / (high + others_low) + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("logits", "codes"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], [67, 67, 67, 67]),
+        ([8.0, 4.0, 0.0, -80.0], [177, 65, 24, 0]),
+        ([400.0, 0.0, 0.0, 0.0], [267, 0, 0, 0]),
+    ],
+)
+def test_root4_codes_are_pinned(logits: list[float], codes: list[int]) -> None:
+    """By hand: 4 classes, d = 0.015 / 4, e.g. 1 / 4 / d = 66.67."""
+    encoded = parse_encoding("root4").encode(log_softmax(np.array([logits])))
+    assert encoded["labels"].tolist() == [codes]
+
+
+def test_root4_holds_probabilities_of_many_classes() -> None:
+    """ImageNet-21k: with a step of 1 / 65535 most of its roots would be 0."""
+    log_p = log_softmax(np.random.default_rng(5).standard_normal((4, 21_841)) * 3)
+    encoded = parse_encoding("root4").encode(log_p)
+    assert encoded["labels"].dtype == np.uint32
+    for temperature in (1.0, 3.0):
+        exact = softmax(log_p, temperature)
+        np.testing.assert_allclose(
+            stored("root4", log_p, temperature), exact, atol=2e-3 * exact.max()
+        )
+
+
 @given(rows())
 @settings(deadline=None)
 def test_topk_keeps_the_most_likely_and_spreads_the_rest(log_p: Float32) -> None:
@@ -198,7 +246,9 @@ def test_extreme_rows_are_stored_without_fault(kind: str, name: str) -> None:
         found = stored(name, log_p, temperature)
         assert np.isfinite(found).all()
         if name != "topk-3" or kind in ("uniform", "many classes"):
-            np.testing.assert_allclose(found, softmax(log_p, temperature), atol=2e-4)
+            # An entry 0 of root4 may be anything below half a step, and reads as a quarter.
+            bound = {"root4": 5e-4, "root4-coarse": 5e-3}.get(name, 2e-4)
+            np.testing.assert_allclose(found, softmax(log_p, temperature), atol=bound)
 
 
 def test_topk_ties_go_to_the_lower_class() -> None:
@@ -246,6 +296,9 @@ def test_empty_rows_are_skipped_and_not_faulty(name: str) -> None:
         ("f16", "labels", slice(None), -50.0),
         ("u8", "labels", 2, 254),
         ("u8", "labels", slice(None), 1),
+        ("root4", "labels", 2, 0),
+        ("root4", "labels", 2, 65_535),
+        ("root4-coarse", "labels", slice(None), 1),
         ("topk-3", "index", 1, 9),
         ("topk-3", "value", 0, 0.5),
         ("topk-3", "value", 1, np.nan),
@@ -267,16 +320,21 @@ def test_a_damaged_row_is_faulty_and_only_that(
 # --- names and temperatures -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["f16", "u8", "f32", "topk-1", "topk-100"])
+@pytest.mark.parametrize("name", ["f16", "root4", "root4-coarse", "u8", "f32", "topk-1"])
 def test_an_encodings_text_and_identity_read_back(name: str) -> None:
     encoding = parse_encoding(name)
     assert str(encoding) == name
     assert encoding_of(encoding.identity()) == encoding
 
 
-@pytest.mark.parametrize("text", ["", "f64", "F16", "topk", "topk-", "topk-0", "topk--1", "topk-x"])
+@pytest.mark.parametrize(
+    "text", ["", "f64", "F16", "topk", "topk-", "topk-0", "topk--1", "topk-x", "root4-"]
+)
 def test_unknown_encodings_are_refused(text: str) -> None:
-    with pytest.raises(UnknownName, match=r"unknown encoding '.*'; .*known: f16, u8, topk-K, f32"):
+    with pytest.raises(
+        UnknownName,
+        match=r"unknown encoding '.*'; .*known: f16, root4, root4-coarse, u8, topk-K, f32",
+    ):
         parse_encoding(text)
 
 
@@ -298,7 +356,7 @@ def test_a_sparse_set_is_refused_at_another_temperature_unless_forced() -> None:
     for other in (0.999, 1.001):
         with pytest.raises(InputError, match="are wrong at temperature"):
             require_temperature(sparse, other)
-    for name in ("f16", "u8", "f32"):
+    for name in ("f16", "root4", "root4-coarse", "u8", "f32"):
         require_temperature(parse_encoding(name), 3.0)
 
 

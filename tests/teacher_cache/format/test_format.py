@@ -36,7 +36,7 @@ from sskt.teacher_cache.views.views import Views, check_of
 Sskt = Callable[..., tuple[int, str, str]]
 
 PAD, RESIZED = "pad-crop-flip", "random-resized-crop-flip:size=20"
-ENCODINGS = ("f32", "f16", "u8", "topk-5")
+ENCODINGS = ("f32", "f16", "root4", "u8", "root4-coarse", "topk-5")
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
@@ -165,7 +165,18 @@ ARRAYS: dict[str, dict[str, tuple[str, int, float]]] = {
     "f32": {"labels": ("float32", 12, np.nan)},
     "f16": {"labels": ("float16", 12, np.nan)},
     "u8": {"labels": ("uint8", 12, 0)},
+    "root4": {"labels": ("uint16", 12, 0)},
+    "root4-coarse": {"labels": ("uint16", 12, 0)},
     "topk-5": {"index": ("uint16", 5, 0), "value": ("float16", 5, np.nan)},
+}
+
+
+CODECS = {
+    "f32": (5, "shuffle"),
+    "f16": (5, "bitshuffle"),
+    "u8": (1, "noshuffle"),
+    "root4": (1, "shuffle"),
+    "root4-coarse": (1, "shuffle"),
 }
 
 
@@ -196,8 +207,8 @@ def test_arrays_are_as_the_page_says(
         assert [c["name"] for c in inner["codecs"]] == ["bytes", "blosc", "crc32c"]
         blosc = inner["codecs"][1]["configuration"]
         one_byte = dtype == "uint8"
-        shuffle = "noshuffle" if one_byte else "shuffle"
-        assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", 5, shuffle)
+        level, shuffle = CODECS[encoding] if name == "labels" else (5, "shuffle")
+        assert (blosc["cname"], blosc["clevel"], blosc["shuffle"]) == ("zstd", level, shuffle)
         assert document["chunk_key_encoding"]["configuration"] == {"separator": "/"}
         assert ("configuration" in inner["codecs"][0]) is not one_byte
         last = made.path / name / "c" / "1" / str(-(-20 // rows) - 1)

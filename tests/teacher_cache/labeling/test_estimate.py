@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sskt.cli.main import COMMANDS
 from sskt.teacher_cache.errors import MissingData
-from sskt.teacher_cache.labeling.estimate import RunPlan
+from sskt.teacher_cache.labeling.estimate import ENCODINGS, RunPlan
 from sskt.teacher_cache.labeling.estimate import plan as plan_run
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.labeling.run import open_sets
@@ -165,7 +165,7 @@ def test_the_sums(sskt: Sskt, jpegs: Path) -> None:
     assert found["decodings"] == 1
     (source,) = found["sources"]
     assert (source["name"], source["arch"], source["classes"]) == ("tiny", "tiny:build", 12)
-    assert source["bytes"].keys() == found["bytes"].keys() == {"f16", "f32", "u8", "topk-10"}
+    assert source["bytes"].keys() == found["bytes"].keys() == set(ENCODINGS)
     assert found["label_seconds"] == pytest.approx(88 * source["seconds"])
     for encoding, size in found["bytes"].items():
         assert size == round(88 * source["bytes"][encoding])
@@ -220,7 +220,7 @@ def test_two_sources_add_up(sskt: Sskt, images: Path) -> None:
     found = asked(sskt, images, *more, "--policy", "pad-crop-flip", "--seeds", 3)
     assert found["labels"] == 2 * 20 * 3
     assert [s["name"] for s in found["sources"]] == ["tiny", "other"]
-    assert list(found["bytes"]) == ["topk-3", "f32", "f16", "u8", "topk-10"], "what was asked first"
+    assert list(found["bytes"]) == ["topk-3", *ENCODINGS], "what was asked first"
     for encoding, size in found["bytes"].items():
         assert size == round(60 * sum(s["bytes"][encoding] for s in found["sources"]))
     assert found["label_seconds"] == pytest.approx(60 * sum(s["seconds"] for s in found["sources"]))

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,21 @@ def test_a_file_that_is_gone_or_being_written_is_no_damage(own: Path) -> None:
     clip = own / "0.avi"
     with pytest.raises(MissingData, match=r"0\.avi changed while it was read; wait"):
         index._unchanged(clip, index.measure(clip), grows)
+
+
+def test_a_frame_that_is_replaced_by_an_older_one_is_noticed(tmp_path: Path) -> None:
+    """Of the same size, in a folder that has a file from a time when the clock was ahead."""
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"frame")
+    now = time.time()
+    os.utime(tmp_path / "2.jpg", (now + 3600, now + 3600))
+    before = index.measure(tmp_path)
+    assert index.measure(tmp_path) == before
+    kept_time = tmp_path.stat().st_mtime_ns
+    (tmp_path / "1.jpg").write_bytes(b"other")
+    os.utime(tmp_path / "1.jpg", (now - 7200, now - 7200))
+    os.utime(tmp_path, ns=(kept_time, kept_time))
+    assert index.measure(tmp_path) != before
 
 
 # --- the file on disk --------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def target_of(classes: Sequence[str], labels: Any) -> Target:
 # --- the numbers --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16", "u8", "topk-3", "topk-12"])
+@pytest.mark.parametrize("encoding", ["f32", "f16", "root4", "u8", "topk-3", "topk-12"])
 def test_numbers_are_those_of_the_stored_arrays(tmp_path: Path, encoding: str) -> None:
     label_set = written(
         tmp_path, 37, encoding=encoding, empty=(0, 9, 10, 36), unchecked=(5, 20, 21)

@@ -74,7 +74,7 @@ def broken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Caches by encoding: 62 samples, 2 of them skipped, 2 seeds, blocks of 16, 16, 16, 14."""
     folder = tmp_path_factory.mktemp("made")
-    for encoding in ("f32", "f16", "u8", "topk-5", "topk-3"):
+    for encoding in ("f32", "f16", "root4", "root4-coarse", "u8", "topk-5", "topk-3"):
         more = ("--seeds", 2, "--shard-rows", 16, "--encoding", encoding, "--on-error", "skip")
         assert run(stage_arguments(broken, folder / encoding, *more)) == 0
     return folder
@@ -449,7 +449,7 @@ def exporting(cache: Path, encoding: str, to: Path) -> tuple[object, ...]:
     return ("export", "--cache", cache, "tiny", "--encoding", encoding, "--out", to)
 
 
-@pytest.mark.parametrize("encoding", ["f16", "u8", "topk-5", "topk-3"])
+@pytest.mark.parametrize("encoding", ["f16", "root4", "root4-coarse", "u8", "topk-5", "topk-3"])
 def test_export_from_f32_is_what_the_source_would_have_given(
     made: Path, tmp_path: Path, sskt: Sskt, encoding: str
 ) -> None:
@@ -488,7 +488,15 @@ def test_export_of_fewer_entries(made: Path, tmp_path: Path, sskt: Sskt) -> None
 
 @pytest.mark.parametrize(
     ("found", "wanted", "distance"),
-    [("f16", "u8", 0.003), ("f16", "topk-5", 1e-3), ("u8", "topk-5", 0.02)],
+    [
+        ("f16", "u8", 0.003),
+        ("f16", "root4", 1e-3),
+        ("f16", "topk-5", 1e-3),
+        ("root4", "root4-coarse", 0.02),
+        ("root4", "u8", 0.01),
+        ("root4-coarse", "topk-5", 0.02),
+        ("u8", "topk-5", 0.02),
+    ],
 )
 def test_export_of_an_export(
     made: Path, tmp_path: Path, sskt: Sskt, found: str, wanted: str, distance: float
@@ -511,18 +519,25 @@ def test_export_of_an_export(
     assert error["T=1"]["gradient"] == pytest.approx(exact["T=1"]["gradient"], rel=0.2, abs=0.02)
 
 
-CHAIN = ["f32", "f16", "u8", "topk-5", "topk-3"]
+CHAINS = [["f32", "f16", "root4", coarse, "topk-5", "topk-3"] for coarse in ("u8", "root4-coarse")]
 
 
-@pytest.mark.parametrize("wanted", CHAIN)
-@pytest.mark.parametrize("found", CHAIN)
-def test_export_only_to_what_holds_less(found: str, wanted: str) -> None:
-    encodings = parse_encoding(found), parse_encoding(wanted)
-    if CHAIN.index(wanted) > CHAIN.index(found):
-        require_exportable(*encodings, "name")
-        return
-    with pytest.raises(InputError, match="already" if found == wanted else "cache-teachers"):
-        require_exportable(*encodings, "name")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_export_only_to_what_holds_less(chain: list[str]) -> None:
+    for i, found in enumerate(chain):
+        for j, wanted in enumerate(chain):
+            encodings = parse_encoding(found), parse_encoding(wanted)
+            if j > i:
+                require_exportable(*encodings, "name")
+                continue
+            with pytest.raises(InputError, match="already" if i == j else "cache-teachers"):
+                require_exportable(*encodings, "name")
+
+
+@pytest.mark.parametrize(("found", "wanted"), [("u8", "root4-coarse"), ("root4-coarse", "u8")])
+def test_export_between_grids_that_are_alike_is_refused(found: str, wanted: str) -> None:
+    with pytest.raises(InputError, match="cache-teachers"):
+        require_exportable(parse_encoding(found), parse_encoding(wanted), "name")
 
 
 def test_export_refusals(made: Path, tmp_path: Path, sskt: Sskt) -> None:

@@ -1,70 +1,26 @@
-"""``verify`` finds every damage of every kind of file of a label set, and never waits for one."""
+"""Every damage of every kind of file of a cache: found by ``verify``, and never used.
+
+The files of a run are damaged in tests/trainer/loop/test_run_folder.py.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.damage import ANOTHER_KIND, FAULTS, in_time
+from support.helpers import TINY
 from support.random_labels import make_labels
+
+from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.label_sets.create import open_label_set
 
 Sskt = Callable[..., tuple[int, str, str]]
 SECONDS = 30
 
 
-def flip(at: float) -> Callable[[Path, Path], None]:
-    """Flips a bit of the byte at this share of the file."""
-
-    def change(file: Path, sibling: Path) -> None:
-        data = bytearray(file.read_bytes())
-        data[int(at * (len(data) - 1))] ^= 1
-        file.write_bytes(data)
-
-    return change
-
-
-def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path, Path], None]:
-    def written(file: Path, sibling: Path) -> None:
-        file.write_bytes(change(file.read_bytes()))
-
-    return written
-
-
-def swap(file: Path, sibling: Path) -> None:
-    one, other = file.read_bytes(), sibling.read_bytes()
-    file.write_bytes(other)
-    sibling.write_bytes(one)
-
-
-def replace(make: Callable[[Path, Path], object]) -> Callable[[Path, Path], None]:
-    """Something else in the place of the file."""
-
-    def change(file: Path, sibling: Path) -> None:
-        file.unlink()
-        make(file, sibling)
-
-    return change
-
-
-FAULTS: dict[str, Callable[[Path, Path], None]] = {
-    "truncated": rewrite(lambda data: data[: len(data) // 2]),
-    "empty": rewrite(lambda data: b""),
-    "zeroed": rewrite(lambda data: bytes(len(data))),
-    "longer": rewrite(lambda data: data + b"\0"),
-    "first bit": flip(0),
-    "middle bit": flip(0.5),
-    "last bit": flip(1),
-    "deleted": replace(lambda file, sibling: None),
-    "swapped": swap,
-    "folder": replace(lambda file, sibling: file.mkdir()),
-    "FIFO": replace(lambda file, sibling: os.mkfifo(file)),
-    "link to a sibling": replace(lambda file, sibling: file.symlink_to(sibling)),
-    "link to nothing": replace(lambda file, sibling: file.symlink_to("/nothing/there")),
-    "link to itself": replace(lambda file, sibling: file.symlink_to(file.name)),
-}
 FILES = {
     "zarr.json": "group",
     "labels/zarr.json": "array",
@@ -98,17 +54,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 
 
 @pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """Ends a test that waits for a FIFO."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"verify has not ended after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+def no_hang() -> Iterator[None]:
+    with in_time(SECONDS):
+        yield
 
 
 CASES = [
@@ -129,9 +77,49 @@ def test_every_damage_of_every_file_is_found(
     if FILES[name] in ("shard", "record"):
         sibling = damaged / name.replace("/c/1/", "/c/0/")
     FAULTS[fault](damaged / name, sibling)
+    assert used(damaged) in ("refused", used(whole))
     status, out, err = sskt("verify", "--cache", tmp_path / "cache")
     assert status == 1 and not err, (out, err)
     assert damaged.name in out and "clean" not in out
+
+
+def used(path: Path) -> object:
+    """All labels and view checks as a training reads them; "refused" for a one-line error."""
+    try:
+        opened = open_label_set(path)
+        return [
+            [array.tobytes() for array in (*opened.read(seed, 0, 600).values(), checks)]
+            for seed in range(2)
+            for checks in [opened.read_checks(seed, 0, 600)]
+        ]
+    except SsktError as error:
+        assert "\n" not in str(error)
+        return "refused"
+
+
+LOCK_FAULTS = [name for name in FAULTS if name not in ("longer", "swapped")]
+
+
+@pytest.mark.parametrize("fault", LOCK_FAULTS)
+def test_a_damaged_lock_is_named_or_does_no_harm(
+    fault: str, images: Path, label_cache: Path, tmp_path: Path, sskt: Sskt
+) -> None:
+    cache = shutil.copytree(label_cache, tmp_path / "cache")
+    (lock,) = (cache / ".locks").glob("*.lock")
+    lock.write_bytes(b"12")
+    FAULTS[fault](lock, lock.with_name("other.lock"))
+    more = ("--policy", "pad-crop-flip", "--encoding", "f32", "--seeds", 4, "--workers", 0)
+    source = ("--source", f"tiny={TINY}:build", "--shard-rows", 16)
+    status, out, err = sskt("cache-teachers", "--target", images, "--cache", cache, *source, *more)
+    if fault in ANOTHER_KIND:
+        assert status == 2 and err.splitlines()[-1].startswith(f"sskt: {lock} is in the place"), err
+        lock.rmdir() if fault == "folder" else lock.unlink()
+        status, out, err = sskt(
+            "cache-teachers", "--target", images, "--cache", cache, *source, *more
+        )
+    assert status == 0 and "60 labels written" in out, (out, err)
+    status, out, err = sskt("verify", "--cache", cache)
+    assert status == 0 and ": clean" in out, (out, err)
 
 
 def test_whole_sets_are_clean(sets: dict[str, tuple[Path, Path]], sskt: Sskt) -> None:

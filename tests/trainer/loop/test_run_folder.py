@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.damage import FAULTS, in_time
 
 from sskt.teacher_cache.errors import BadCheckpoint, BadImage, InputError, SsktError
 from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.loop import checkpoint as checkpoints
+from sskt.trainer.loop import evaluate
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import make_plan
@@ -84,49 +82,15 @@ def flip(path: Path, seed: int = 0) -> None:
     path.write_bytes(data)
 
 
-def replaced(path: Path, make: Callable[[], None]) -> None:
-    path.unlink()
-    make()
-
-
-DAMAGE: dict[str, Callable[[Path, Path], object]] = {
-    "cut": lambda path, other: os.truncate(path, path.stat().st_size // 2),
-    "emptied": lambda path, other: os.truncate(path, 0),
-    "flipped": lambda path, other: flip(path),
-    "zeroed": lambda path, other: path.write_bytes(bytes(path.stat().st_size)),
-    "deleted": lambda path, other: path.unlink(),
-    "swapped": lambda path, other: shutil.copy(other, path),
-    "folder": lambda path, other: replaced(path, path.mkdir),
-    "pipe": lambda path, other: replaced(path, lambda: os.mkfifo(path)),
-    "link": lambda path, other: replaced(path, lambda: path.symlink_to(other)),
-    "loop": lambda path, other: replaced(path, lambda: path.symlink_to(path)),
-}
-
-
-@contextmanager
-def in_time(seconds: int) -> Iterator[None]:
-    """Raises ``TimeoutError`` in what hangs."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_run_is_refused_in_a_line_or_ends_with_the_right_numbers(
-    runs: tuple[Path, TrainConfig], tmp_path: Path, name: str, damage: str
+    runs: tuple[Path, TrainConfig], tmp_path: Path, name: str, fault: str
 ) -> None:
     folder, config = runs
     out = shutil.copytree(folder / "cut", tmp_path / "cut")
-    DAMAGE[damage](out / name, folder / "sibling" / name)
+    sibling = shutil.copytree(folder / "sibling", tmp_path / "sibling")
+    FAULTS[fault](out / name, sibling / name)
     with in_time(60):
         try:
             config_found, found = load_run(out)  # what sskt compare reads
@@ -245,17 +209,52 @@ def test_a_run_of_an_older_version_is_resumed(
     assert numbers(done) == numbers(records.read_metrics(folder / "whole"))
 
 
-def test_an_unreadable_test_image_does_not_cost_the_epoch(
+def test_what_a_killed_training_was_writing_is_removed(
+    runs: tuple[Path, TrainConfig], tmp_path: Path
+) -> None:
+    """When the run goes on; files of the user that end alike stay."""
+    folder, config = runs
+    out = shutil.copytree(folder / "cut", tmp_path / "cut")
+    rest = [out / f"{name}.{'0' * 32}.partial" for name in ("last.pt", "best.pt", "config.json")]
+    own = [out / "mine.partial", out / f"notes.txt.{'0' * 32}.partial"]
+    for path in rest + own:
+        path.touch()
+    run_training(dataclasses.replace(config, out=out))
+    assert [path for path in rest + own if path.exists()] == own
+
+
+def test_an_unreadable_test_image_is_found_before_the_first_epoch(
     runs: tuple[Path, TrainConfig], images: Path, tmp_path: Path
 ) -> None:
-    """The evaluation alone is made again, and --on-error may be another one then."""
     _, config = runs
     folder = shutil.copytree(images, tmp_path / "images")
     path = folder / "test" / "bear" / "0003.png"
-    data = path.read_bytes()
-    path.write_bytes(bytes(len(data)))
+    path.write_bytes(bytes(path.stat().st_size))
+    steps: list[int] = []
+    follow = Hooks(step=lambda epoch, done, total: steps.append(done))
+    config = dataclasses.replace(config, target=str(folder), epochs=1, out=tmp_path / "run")
+    with pytest.raises(BadImage, match=r"bear/0003\.png"):
+        run_training(config, follow)
+    assert not steps
+    (record,) = run_training(dataclasses.replace(config, on_error="skip"), follow)
+    assert len(steps) == 2 and "test_top1" in record
+
+
+def test_a_test_image_that_becomes_unreadable_does_not_cost_the_epoch(
+    runs: tuple[Path, TrainConfig], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation alone is made again, and --on-error may be another one then."""
+    _, config = runs
+    monkeypatch.setattr(evaluate, "held_in_memory", lambda views, *_: views)
+    folder = shutil.copytree(images, tmp_path / "images")
+    path = folder / "test" / "bear" / "0003.png"
     steps: list[tuple[int, int]] = []
-    follow = Hooks(step=lambda epoch, done, total: steps.append((epoch, done)))
+
+    def step(epoch: int, done: int, total: int) -> None:
+        steps.append((epoch, done))
+        path.write_bytes(bytes(path.stat().st_size))
+
+    follow = Hooks(step=step)
     config = dataclasses.replace(config, target=str(folder), epochs=1, out=tmp_path / "run")
     with pytest.raises(BadImage, match=r"bear/0003\.png"):
         run_training(config, follow)

@@ -201,14 +201,14 @@ def test_missing_labels_are_named_before_anything_is_trained(
     assert status == 2
     assert "(auto, tiny+other, CE): " in err and err.count("\n") == 1
     assert not out.exists() and not list(empty.iterdir())
-    told = shlex.split(err.partition("all that is missing: ")[2])
+    told = shlex.split(err.partition("commands for all missing labels: ")[2])
     assert told[:2] == ["sskt", "cache-teachers"] and told.count("--source") == 2
     assert sskt(*told[1:], "--workers", 0)[0] == 0
     (record,) = empty.glob("*.other-*/view_check/c/0/0.json")
     record.unlink()
     status, _, err = sskt(*command)
     assert status == 2
-    again = shlex.split(err.partition("all that is missing: ")[2])
+    again = shlex.split(err.partition("commands for all missing labels: ")[2])
     assert again == [*told[:2], *told[4:]], "the other source's labels are all there"
     assert sskt(*again[1:], "--workers", 0)[0] == 0
     assert sskt(*command)[0] == 0

@@ -22,12 +22,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from email.utils import format_datetime
+from email.utils import format_datetime, formatdate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.damage import FAULTS, in_time
 from support.helpers import TINY, tree
 from support.processes import launched
 from support.servers import (
@@ -505,6 +506,48 @@ def test_training_waits_for_a_server_that_restarts_in_mid_epoch(
     assert log.said[1] == f"label server {url} answers again"
 
 
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_changes_nothing(
+    config: TrainConfig,
+    label_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    jump: float,
+) -> None:
+    """An hour after every step, for the training and the label server in the same process."""
+    tokens, ahead, clock = tmp_path / "tokens.json", [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
+    monkeypatch.setenv(TOKEN, new_token(tokens, "cluster", ["read"], None))
+    Trainer(make_plan(config)).run(tmp_path / "local")
+
+    def step(epoch: int, done: int, total: int) -> None:
+        ahead[0] += jump
+        for path in (tmp_path / "node").rglob("*.shard"):
+            os.utime(path, (time.time(), time.time()))
+
+    with serving(label_cache, token_file=str(tokens)) as url, in_time(100):
+        remote = from_server(config, url, label_cache=tmp_path / "node")
+        Trainer(make_plan(remote), Hooks(step=step)).run(tmp_path / "remote")
+    assert abs(ahead[0]) >= 6 * 3600
+    assert without_times(tmp_path / "remote") == without_times(tmp_path / "local")
+
+
+def test_files_from_before_the_clock_was_set_back_are_the_first_to_go(
+    large: Path, tmp_path: Path
+) -> None:
+    """Otherwise they would stay, and each new file would be removed at once."""
+    with serving(large) as url:
+        everything(fetched(url, tmp_path))
+        old, *kept = sorted(tmp_path.rglob("labels.*.shard"))
+        later = time.time() + 3600
+        os.utime(old, (later, later))
+        cache = disk_cache.disk_cache(url, tmp_path)
+        total = sum(path.stat().st_size for path in tmp_path.rglob("*.shard"))
+        cache._evict(total - 1)
+        assert not old.exists() and all(path.exists() for path in kept)
+        assert same(fetched(url, tmp_path), only(large))
+
+
 def test_closing_ends_the_waiting_of_what_reads_ahead(
     config: TrainConfig, label_cache: Path, tmp_path: Path, log: Heard
 ) -> None:
@@ -609,9 +652,19 @@ def scripted(*answers: tuple[int, dict[str, str], bytes]) -> Iterator[str]:
 GOOD: tuple[int, dict[str, str], bytes] = (200, {}, b'{"on_demand": false}')
 
 
+@pytest.mark.parametrize("ahead", [-3600, 0, 3600])
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_pauses_that_the_server_asks_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=40)
+def test_pauses_that_the_server_asks_for(
+    status: int, ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the server may be an hour ahead of this machine's, or behind it."""
+    now = time.time
+    monkeypatch.setattr(
+        http.server.BaseHTTPRequestHandler,
+        "date_time_string",
+        lambda self: formatdate(now() + ahead, usegmt=True),
+    )
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=40 + ahead)
     date = format_datetime(soon, usegmt=True)
     pauses: list[float] = []
     answers = [(status, {"Retry-After": text}, b"busy") for text in ("7", date, "soon", "9999")]
@@ -893,6 +946,21 @@ def test_a_kept_cache_is_asked_about_and_not_fetched_again(large: Path, tmp_path
         path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])  # a bad disk
         assert same(fetched(url, tmp_path), only(large))
     assert len(shard_requests(seen, 200)) == 9 and len(shard_requests(seen, 304)) == 8
+
+
+@pytest.mark.parametrize("process", ["the same", "another"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_of_the_disk_cache_is_fetched_again(
+    large: Path, tmp_path: Path, fault: str, process: str
+) -> None:
+    with serving(large) as url, in_time(60):
+        first = fetched(url, tmp_path)
+        everything(first)
+        files = sorted(tmp_path.rglob("labels.*.shard"))
+        FAULTS[fault](files[0], files[1])
+        if process == "another":
+            disk_cache.disk_cache.cache_clear()
+        assert same(fetched(url, tmp_path), only(large))
 
 
 def test_a_set_that_was_made_again_is_not_mixed_with_the_old_one(
