@@ -58,7 +58,14 @@ def test_forty_seeds_with_few_open_files_and_little_shared_memory(tmp_path: Path
     (tmp_path / "net.py").write_text(NETWORK)
     policy = ("--target", tmp_path / "images", "--policy", "random-resized-crop-flip:size=224")
     labelling = ("--source", f"tiny={TINY}:build", "--seeds", SEEDS, "--shard-rows", 8)
-    training = ("--source", "tiny", "--model", f"{tmp_path}/net.py:build", "--batch-size", 12)
+    training: tuple[object, ...] = (
+        "--source",
+        "tiny",
+        "--model",
+        f"{tmp_path}/net.py:build",
+        "--batch-size",
+        12,
+    )
     training += ("--epochs", SEEDS, "--eval-every", SEEDS // 2, "--save-minutes", 0)
     for name, limits in (
         ("free", {}),
