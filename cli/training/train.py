@@ -30,9 +30,11 @@ from sskt.trainer.config import (
     TYPES,
     TrainConfig,
     help_texts,
+    is_run,
     make_config,
     read_config,
     read_recipe,
+    require_named_code,
 )
 from sskt.trainer.loop.preflight import require_present
 
@@ -190,16 +192,14 @@ def train(
         k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())
     }
     layers = [read_recipe(recipe)] if recipe else []
-    code = str(layers[0].get("model", "")) if recipe and recipe.suffix != ".toml" else ""
-    if ":" in code and "model" not in options:
-        raise InputError(
-            f"the network of {recipe} is code, {code}; if you trust it, name it yourself with "
-            f"--model {code}"
-        )
+    if recipe and is_run(recipe):
+        require_named_code(layers[0], options, recipe)
     if resume:
         if "out" not in options:
             raise InputError("--resume needs --out, the folder of the run")
-        layers.append(read_config(options["out"] / "config.json"))
+        stored = read_config(options["out"] / "config.json")
+        require_named_code(stored, options, options["out"])
+        layers.append(stored)
     config = make_config(*layers, options)
     require_present(config)
     with working("opening target and labels"):
