@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.sources.names import TIMM
 from sskt.trainer.models.base import KNOWN_TAPS, TargetNetwork
 
 SMALL = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -57,7 +58,7 @@ def build_network(
     # torchvision takes a second to import: not for networks that do without.
     from sskt.trainer.models import tapped
 
-    if name.startswith(tapped.TIMM):
+    if name.startswith(TIMM):
         return tapped.timm_network(name, classes, stem, taps, size)
     if ":" in name:
         return tapped.user_network(name, classes, stem, taps, size)
