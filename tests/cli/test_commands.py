@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,3 +354,32 @@ def test_own_weights_are_labelled_with_a_word_on_their_preprocessing(
     assert status == 0, err
     assert "imagenet saw its images as 64x64 rgb, scale 1, mean 0.485 0.456 0.406" in out
     assert "label anew with --preprocessing (channels=bgr" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "terminal", "expected"),
+    [
+        ((), False, "json"),
+        ((), True, "text"),
+        (("--log-format", "json"), True, "json"),
+        (("--log", "text"), False, "text"),
+    ],
+)
+def test_the_log_of_a_server_is_text_on_a_terminal(
+    given: tuple[str, ...],
+    terminal: bool,
+    expected: str,
+    sskt: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sskt.cli.serving import serve
+    from sskt.server import run as serving
+
+    served: list[str] = []
+    monkeypatch.setattr(serving, "serve", lambda settings, ready: served.append(settings.log))
+    monkeypatch.setattr(
+        serve, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal))
+    )
+    assert sskt("serve", "--cache", tmp_path, *given)[0] == 0
+    assert served == [expected]
