@@ -240,7 +240,8 @@ def test_one_changed_image_of_a_batch_is_named(
     memory = 8.0 if where in ("memory", "device", "GPU") else 3e5 / 2**30
 
     def loader() -> SoftLabelLoader:
-        given = {"memory": memory, "workers": 2 if "workers" in where else 0, "batch_size": 60}
+        given: dict[str, Any] = {"memory": memory, "batch_size": 60}
+        given["workers"] = 2 if "workers" in where else 0
         given |= {"device": "cuda"} if where in GPU else {}
         return loader_of(open_target(str(folder)), tmp_path / "cache", **given)
 
