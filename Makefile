@@ -5,6 +5,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
+# Pinned versions. Python 3.12 and later: constraints-3.13.txt.
+CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 READY = $(VENV)/.ready
 RUNS = $(VENV)/.runs
@@ -48,14 +50,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("sskt needs Python 3.11 or newer; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(RUNS): pyproject.toml constraints.txt | $(VENV)/bin/python
+$(RUNS): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "installing sskt with torch into $(VENV): about 6 GB with CUDA, about 1.5 GB with TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
-	$(PIP) $(if $(TORCH_INDEX),,-c constraints.txt) -e '.[lite]'
+	$(PIP) $(if $(TORCH_INDEX),,-c $(CONSTRAINTS)) -e '.[lite]'
 	touch $@
 
-$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt -e '.[dev]'
+$(READY): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@ $(RUNS)
 
 clean:

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -588,6 +589,17 @@ def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> Trai
     return dataclasses.replace(config, **found)
 
 
+def _longer(run: Path, epochs: int, wanted: int) -> InputError:
+    longer = run.with_name(f"{run.name}-longer")
+    command = ["sskt", "train", "--recipe", str(run), "--init", str(run / "last.pt")]
+    command += ["--epochs", str(wanted - epochs), "--out", str(longer)]
+    return InputError(
+        f"{run} holds a run of {epochs} epochs, whose learning rate followed that number, so it "
+        f"cannot be resumed to {wanted}; a new training goes on from its weights with: "
+        f"{shlex.join(command)}"
+    )
+
+
 def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
     """Raises ``InputError`` naming the first field in which a resumed run would differ."""
     config = adopted(stored, config, where)
@@ -598,6 +610,8 @@ def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) ->
             continue
         now = getattr(config, name)
         if stored[name] != now and not (name == "policy" and _same_policy(stored[name], now)):
+            if name == "epochs" and now > stored[name]:
+                raise _longer(where if where.suffix != ".pt" else where.parent, stored[name], now)
             raise InputError(
                 f"{where} holds a run with {name} = {stored[name]!r}, not {now!r}; "
                 "resume it as it was, or choose another --out"

@@ -118,12 +118,12 @@ def _data() -> Iterator[Check]:
 
 def _cache(given: str | None) -> Iterator[Check]:
     from sskt.teacher_cache.label_sets.find import choose_all
-    from sskt.teacher_cache.locations import label_location
+    from sskt.teacher_cache.locations import is_zip, label_location
 
     try:
         where = label_location(given)
         name = where.value
-        if "://" not in name:
+        if "://" not in name and not is_zip(name):
             yield from _folder(Path(name), str(where))
             if not Path(name).is_dir():
                 return

@@ -16,10 +16,8 @@ from sskt.teacher_cache.locations import is_zip
     "copy",
     cls=GroupedCommand,
     examples=(
-        "sskt copy labels /fast/labels",
         "sskt copy http://labels:8080 labels stl10",
         "sskt copy labels public stl10 --publish",
-        "sskt copy labels stl10.zip stl10",
     ),
 )
 @click.argument("source", metavar="SRC")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,18 @@ def provenance(
         **target,
         "batch_size": batch_size,
         "device": f"{device.type} ({where})",
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": _versions(),
         **more,
     }
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the libraries that are installed; PyAV is an extra."""
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def open_job_views(job: Job, progress: Progress = lambda done, total: None) -> Views:

@@ -324,3 +324,17 @@ def test_an_unexpected_failure_says_what_to_send_to_whom(
         "sskt: unexpected ZeroDivisionError: by zero (SSKT_DEBUG=1 shows where; please report "
         f"that, with the command and what sskt doctor prints, {where})\n"
     )
+
+
+def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
+    sskt: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ask = ["--target", "shapes", "--limit", 40, "--batch-size", 20, "--epochs", 1, "--out", run]
+    assert sskt("train", *ask)[0] == 0
+    status, _, err = sskt("train", "--resume", "--out", run, "--epochs", 3)
+    assert status == 2 and "holds a run of 1 epochs, whose learning rate followed" in err
+    command = shlex.split(err.rpartition(" with: ")[2])
+    assert command[:2] == ["sskt", "train"] and command[-3:-1] == ["2", "--out"]
+    status, out, err = sskt(*command[1:])
+    assert status == 0 and f"after 2 epochs; written to {run}-longer" in out, err

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.helpers import TINY
 
 from sskt.teacher_cache.extras import EXTRAS, MissingExtra, install_command, missing_extra
 
@@ -21,14 +22,23 @@ class Blocked:
         if name.partition(".")[0] in {packages}:
             raise ModuleNotFoundError("No module named " + repr(name), name=name)
 sys.meta_path.insert(0, Blocked())
+from importlib import metadata
+installed = metadata.Distribution.from_name
+def from_name(name):
+    if name in {packages}:
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+metadata.Distribution.from_name = from_name
 from sskt.cli.main import main
 main(sys.argv[1:])
 """
 
 
-def sskt(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command in a Python that has none of the packages of the extras."""
-    code = BLOCKED.format(packages=set(EXTRAS))
+def sskt(
+    *arguments: str, cwd: Path, extras: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A command in a Python that has the packages of these extras only."""
+    code = BLOCKED.format(packages={name for name, extra in EXTRAS.items() if extra not in extras})
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True
     )
@@ -60,6 +70,17 @@ def cache(tmp_path: Path) -> Path:
 def test_the_core_needs_no_extra(command: str, cache: Path) -> None:
     done = sskt(*command.split(), cwd=cache.parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_images_are_labelled_with_the_extra_train_alone(tmp_path: Path) -> None:
+    """As ``make demo`` installs it: PyAV, whose version a label set records, is not there."""
+    given = ("--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", "20")
+    more = ("--seeds", "1", "--workers", "0", "--cache", "labels")
+    done = sskt("cache-teachers", *given, *more, cwd=tmp_path, extras=("train",))
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "labels").glob("*/zarr.json")
+    versions = json.loads(found.read_text())["attributes"]["sskt"]["made"]["versions"]
+    assert "torch" in versions and "av" not in versions
 
 
 @pytest.mark.parametrize(

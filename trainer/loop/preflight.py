@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sskt.teacher_cache.errors import raise_missing
-from sskt.teacher_cache.locations import label_location
+from sskt.teacher_cache.locations import is_zip, label_location
 from sskt.teacher_cache.sources.names import parse_source
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
@@ -32,7 +32,7 @@ def require_present(config: TrainConfig) -> None:
 
 def _is_empty(cache: str) -> bool:
     """Whether a local cache holds no folder; others are not looked at."""
-    if "://" in cache:
+    if "://" in cache or is_zip(cache):
         return False
     path = Path(cache)
     return not path.is_dir() or not any(p.is_dir() for p in path.iterdir() if p.name[:1] != ".")

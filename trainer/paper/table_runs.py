@@ -65,10 +65,11 @@ def cache_labels(
     """
     from sskt.teacher_cache.labeling import run as stage
     from sskt.teacher_cache.labeling.job import open_job_sources, open_job_views
+    from sskt.teacher_cache.locations import is_zip
     from sskt.teacher_cache.storage.open import is_served, open_cache
 
     job = replace(_job(wanted, cache), encoding=encoding)
-    open_cache(cache, make=not is_served(cache))
+    open_cache(cache, make=not (is_served(cache) or is_zip(cache)))
     views = open_job_views(job, bar("reading files"))
     given = {*weights, *preprocessing}
     there = {t: _found(t, cache, views) for t in wanted.sources if t not in given}

@@ -27,6 +27,7 @@ from sskt.teacher_cache.tools.remove import remove_label_set
 from sskt.teacher_cache.tools.verify import bind, verify
 
 Sskt = Callable[..., tuple[int, str, str]]
+ENCODINGS = ("f32", "f16", "u8", "root4", "topk-3")
 NAMED = "4/18.jpg"
 """Sample 18 of ``make_labels``."""
 
@@ -41,10 +42,10 @@ def opened(store: Any) -> Any:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LabelSet]:
     """A label set of each encoding, with the names of its samples."""
     folder = tmp_path_factory.mktemp("made")
-    return {e: make_labels(folder / e, e) for e in ("f32", "f16", "u8", "topk-3")}
+    return {e: make_labels(folder / e, e) for e in ENCODINGS}
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16", "u8", "topk-3"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_xarray_opens_labels_by_name(made: dict[str, LabelSet], encoding: str) -> None:
     label_set = made[encoding]
     dataset = opened(label_set.path)
@@ -59,6 +60,9 @@ def test_xarray_opens_labels_by_name(made: dict[str, LabelSet], encoding: str) -
         assert dataset.labels.attrs["long_name"] == "log-probability of the class"
         assert np.allclose(np.exp(row.labels.values.astype(float)), p, atol=2e-3)
         assert np.isclose(float(row.labels.sel({"class": "class 3"})), own["labels"][0, 3])
+    elif encoding == "root4":
+        code = np.maximum(row.labels.values, 0.25) ** 4
+        assert row.labels.dtype == np.uint16 and np.allclose(code / code.sum(), p)
     elif encoding == "u8":
         code = (row.labels.values / 255.0) ** 6
         assert row.labels.dtype == np.uint8 and np.allclose(code / code.sum(), p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -18,13 +19,15 @@ import pytest
 from support.fronts import NGINX, await_port, free_ports
 from support.helpers import tree
 from support.random_labels import make_labels, replace_shard
-from support.servers import serving
+from support.servers import serving, without_times
 
 import sskt as public
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.label_sets.create import list_label_sets, open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.http.published import ALLOWED, INDEX, is_published, may_lead_to
+from sskt.trainer.config import TrainConfig
+from sskt.trainer.loop.runs import run_training
 
 Sskt = Callable[..., tuple[int, str, str]]
 CONFIGURATION = """
@@ -158,6 +161,21 @@ def test_every_command_reads_a_set_from_nginx(
         assert np.array_equal(row, made.read(1, 18, 19)["labels"][0])
     copied = {k: v for k, v in tree(tmp_path / "to").items() if not k.startswith(".locks")}
     assert copied == {k: v for k, v in tree(made.path.parent).items() if not k.startswith(".locks")}
+
+
+def test_a_training_gives_the_same_numbers(
+    config: TrainConfig, label_cache: Path, tmp_path: Path, sskt: Sskt
+) -> None:
+    """From a published set, and from a zip file."""
+    (name,) = (s.name for s in list_label_sets(label_cache))
+    assert sskt("copy", label_cache, tmp_path / "site", "--publish")[0] == 0
+    assert sskt("copy", label_cache, tmp_path / "set.zip")[0] == 0
+    run_training(dataclasses.replace(config, epochs=2, out=tmp_path / "local"))
+    with host(static(tmp_path / "site")) as plain:
+        for labels in (f"{plain.url}/{name}", str(tmp_path / "set.zip")):
+            out = tmp_path / f"run {labels[-4:]}"
+            run_training(dataclasses.replace(config, epochs=2, cache=None, labels=labels, out=out))
+            assert without_times(out) == without_times(tmp_path / "local")
 
 
 def test_a_host_without_ranges_will_do(made: LabelSet, site: Path) -> None:
