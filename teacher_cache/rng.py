@@ -40,6 +40,23 @@ def philox4x32(counter: ArrayLike, key: tuple[int, int]) -> UInt32:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
+def words_of(
+    sample: int, seed: int, key: int = 0, *, block: int = 0, stream: int = VIEWS
+) -> tuple[int, int, int, int]:
+    """The four random words of one sample, as ``draw`` gives them.
+
+    In plain integers this takes a tenth of the time that numpy takes for an array of one.
+    """
+    m0, m1 = int(_M0), int(_M1)
+    c0, c1, c2, c3 = sample & _MASK, sample >> 32 & _MASK, block, stream
+    k0, k1 = seed & _MASK, key & _MASK
+    for _ in range(10):
+        p0, p1 = m0 * c0, m1 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & _MASK, p0 >> 32 ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
+    return c0, c1, c2, c3
+
+
 def draw(
     samples: ArrayLike, seed: int, key: int = 0, *, block: int = 0, stream: int = VIEWS
 ) -> UInt32:

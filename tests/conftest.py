@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.helpers import TINY, write_images
 
 from sskt.cli.main import run
@@ -25,6 +26,14 @@ from sskt.trainer.config import TrainConfig
 TRAIN_EACH, TEST_EACH = 200, 50
 # Python has the filter since 3.11.4, and asks for it since 3.12.
 SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -163,3 +163,23 @@ def test_troubleshooting_has_every_error() -> None:
     api = (ROOT / "docs/reference/api.md").read_text("utf-8")
     missing = [n for n in sskt.__all__ if n != "__version__" and f"sskt.{n}\n" not in api]
     assert missing == []
+
+
+def test_the_http_reference_is_that_of_the_server() -> None:
+    import http_reference
+
+    assert http_reference.PAGE.read_text("utf-8") == http_reference.page(), (
+        "run: python docs/http_reference.py"
+    )
+
+
+def test_every_environment_variable_is_documented() -> None:
+    """Those of nginx and compose are in the files that set them."""
+    page = (ROOT / "docs/reference/environment.md").read_text("utf-8")
+    code = [p for folder in FOLDERS[:4] for p in (ROOT / folder).rglob("*.py")]
+    named = {v for path in code for v in re.findall(r"\bSSKT_[A-Z_]+\b", path.read_text("utf-8"))}
+    assert {"SSKT_CACHE", "SSKT_TOKEN", "SSKT_HOME"} < named
+    documented = set(re.findall(r"^\| (`.*?`) \|", page, re.M))
+    assert {f"`{name}`" for name in named} <= documented
+    own = {name for name in documented if name.startswith("`SSKT_")}
+    assert own == {f"`{name}`" for name in named}

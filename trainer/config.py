@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -289,6 +290,53 @@ INDIFFERENT = frozenset(
 """Fields that may change between a run and its resumption."""
 
 
+def code_of(fields: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Finds what a configuration runs as code.
+
+    Args:
+        fields: Values by field.
+
+    Returns:
+        The values by field: the network, and with ``live`` the sources and the frame sampling, if
+        one of them is a file or a module of the user. A torch.export file is a program too.
+    """
+    found = {"model": [str(fields.get("model", ""))]} if ":" in str(fields.get("model", "")) else {}
+    if not fields.get("live"):
+        return found
+    sources = [str(text) for text in fields.get("source") or []]
+    if any("=" in text for text in sources):
+        found["source"] = sources
+    if ":" in str(fields.get("frame_sampling") or ""):
+        found["frame_sampling"] = [str(fields["frame_sampling"])]
+    return found
+
+
+def require_named_code(
+    stored: Mapping[str, Any], named: Collection[str], where: str | Path
+) -> None:
+    """Checks that what a run has recorded chooses no code.
+
+    A run's folder may come from another person, so its configuration only says what it was. What
+    is run as code is what the person at the keyboard has named.
+
+    Args:
+        stored: The configuration of the run.
+        named: The fields that the person has given.
+        where: The run, for the message.
+
+    Raises:
+        InputError: If the configuration names code in another field.
+    """
+    kinds = {"model": "network", "source": "source", "frame_sampling": "frame sampling"}
+    for name, values in code_of(stored).items():
+        if name not in named:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"the {kinds[name]} of {where} is code, {', '.join(values)}; if you trust it, name "
+                f"it yourself with {' '.join(f'{option} {value}' for value in values)}"
+            )
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Fields from a recipe that ships, by its name, from a TOML file, or of a run.
 
@@ -297,11 +345,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises ``MissingData``, ``InputError`` (no TOML, wrong type), ``UnknownName`` with the keys.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        path = path / "config.json"
-    if path.suffix == ".json":
+    if is_run(path):
+        path = path if path.suffix == ".json" else path / "config.json"
         return {name: value for name, value in read_config(path).items() if name != "out"}
     return read_fields(load_recipe(path, "training"), f"recipe {path}")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a recipe is a run: its folder, or its ``config.json``."""
+    return path.suffix == ".json" or (path / "config.json").is_file()
 
 
 def read_fields(
@@ -523,19 +575,34 @@ def _same_policy(one: str, other: str) -> bool:
     return AUTO not in (one, other) and parse_policy(one) == parse_policy(other)
 
 
-def adopted(stored: Mapping[str, Any], config: TrainConfig) -> TrainConfig:
-    """The configuration with what an earlier part of its run found out: see ``FOLLOWED``."""
+def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> TrainConfig:
+    """The configuration with what an earlier part of its run found out: see ``FOLLOWED``.
+
+    Raises ``InputError`` if that would be code.
+    """
     found = {
         name: stored[name]
         for name, open_value in FOLLOWED.items()
         if getattr(config, name) == open_value and stored.get(name) not in (None, open_value)
     }
+    require_named_code(found, (), where)
     return dataclasses.replace(config, **found)
+
+
+def _longer(run: Path, epochs: int, wanted: int) -> InputError:
+    longer = run.with_name(f"{run.name}-longer")
+    command = ["sskt", "train", "--recipe", str(run), "--init", str(run / "last.pt")]
+    command += ["--epochs", str(wanted - epochs), "--out", str(longer)]
+    return InputError(
+        f"{run} holds a run of {epochs} epochs, whose learning rate followed that number, so it "
+        f"cannot be resumed to {wanted}; a new training goes on from its weights with: "
+        f"{shlex.join(command)}"
+    )
 
 
 def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
     """Raises ``InputError`` naming the first field in which a resumed run would differ."""
-    config = adopted(stored, config)
+    config = adopted(stored, config, where)
     for name in FIELDS:
         if name in INDIFFERENT or name not in stored:
             continue
@@ -543,6 +610,8 @@ def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) ->
             continue
         now = getattr(config, name)
         if stored[name] != now and not (name == "policy" and _same_policy(stored[name], now)):
+            if name == "epochs" and now > stored[name]:
+                raise _longer(where if where.suffix != ".pt" else where.parent, stored[name], now)
             raise InputError(
                 f"{where} holds a run with {name} = {stored[name]!r}, not {now!r}; "
                 "resume it as it was, or choose another --out"

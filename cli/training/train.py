@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from sskt.cli.output import (
     show,
     working,
 )
-from sskt.cli.training.training_output import first_line, hooks_of
+from sskt.cli.training.training_output import first_line, hooks_of, logging_to
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import (
     CHOICES,
@@ -29,9 +30,11 @@ from sskt.trainer.config import (
     TYPES,
     TrainConfig,
     help_texts,
+    is_run,
     make_config,
     read_config,
     read_recipe,
+    require_named_code,
 )
 from sskt.trainer.loop.preflight import require_present
 
@@ -102,6 +105,7 @@ GROUPS = {
         "recipe",
         "out",
         "resume",
+        "logger",
         "dry_run",
         "seed",
         "eval_every",
@@ -164,9 +168,22 @@ def all_options(command: Command) -> Command:
     **completing(recipes),
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last epoch.")
+@click.option(
+    "--logger",
+    metavar="NAME",
+    help="Where each epoch is also logged: mlflow, wandb, trackio, FILE.py:function or "
+    "module:attribute. It is not stored with the run: name it again with --resume.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and stop.")
 @as_json
-def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+def train(
+    recipe: Path | None,
+    resume: bool,
+    logger: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Train a target network: from scratch, or (with --source) from stored soft labels.
 
     Options win over the recipe, the recipe over the defaults.
@@ -175,24 +192,24 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
         k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())
     }
     layers = [read_recipe(recipe)] if recipe else []
-    code = str(layers[0].get("model", "")) if recipe and recipe.suffix != ".toml" else ""
-    if ":" in code and "model" not in options:
-        raise InputError(
-            f"the network of {recipe} is code, {code}; if you trust it, name it yourself with "
-            f"--model {code}"
-        )
+    if recipe and is_run(recipe):
+        require_named_code(layers[0], options, recipe)
     if resume:
         if "out" not in options:
             raise InputError("--resume needs --out, the folder of the run")
-        layers.append(read_config(options["out"] / "config.json"))
+        stored = read_config(options["out"] / "config.json")
+        require_named_code(stored, options, options["out"])
+        layers.append(stored)
     config = make_config(*layers, options)
     require_present(config)
     with working("opening target and labels"):
         from sskt.trainer.distributed import leave
+        from sskt.trainer.loop.loggers import find_logger
         from sskt.trainer.loop.runs import open_live_sources
         from sskt.trainer.loop.setup import make_plan
         from sskt.trainer.loop.trainer import Trainer
 
+        opener = find_logger(logger) if logger else None
         plan = make_plan(config, open_live_sources(config), ask=not dry_run)
     if dry_run:
         described = plan.describe()
@@ -209,7 +226,12 @@ def train(recipe: Path | None, resume: bool, dry_run: bool, as_json: bool, **giv
     try:
         with progress() as bar:
             mine = hooks_of(plan.config, bar) if plan.ranks.first else None
-            records = Trainer(plan, mine, out if resume else None).run(out, resume=resume)
+            with contextlib.ExitStack() as stack:
+                if mine and logger and opener:
+                    mine = stack.enter_context(
+                        logging_to(logger, opener, plan, out, mine, resume=resume)
+                    )
+                records = Trainer(plan, mine, out if resume else None).run(out, resume=resume)
     except KeyboardInterrupt:
         kept = "finished epochs are kept"
         if config.save_minutes:

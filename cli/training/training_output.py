@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from sskt.cli.output import say
 
 if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig
+    from sskt.trainer.loop.loggers import Opener
     from sskt.trainer.loop.progress import Hooks
     from sskt.trainer.loop.setup import Plan
 
@@ -47,6 +49,45 @@ def hooks_of(
 
     hooks = Hooks(step=step, load=bars("reading images"), test=bars("testing"))
     return replace(hooks, epoch=EpochLines(config), note=say) if lines else hooks
+
+
+@contextmanager
+def logging_to(
+    text: str, opener: Opener, plan: Plan, out: Path, hooks: Hooks, *, resume: bool
+) -> Iterator[Hooks]:
+    """Hooks that also log each epoch; a resumed run is logged from its first epoch on.
+
+    Args:
+        text: The value of ``--logger``.
+        opener: What it names.
+        plan: The plan of the run.
+        out: The folder of the run.
+        hooks: What follows the run beside it.
+        resume: Whether the run is continued.
+
+    Yields:
+        The hooks.
+
+    Raises:
+        InputError: If the logger cannot be opened.
+    """
+    from sskt.trainer.loop.loggers import open_logger
+    from sskt.trainer.results.records import METRICS as FILE
+    from sskt.trainer.results.records import read_metrics
+
+    log = open_logger(opener, text, plan.config.as_dict(), out, say)
+
+    def epoch(record: dict[str, Any]) -> None:
+        hooks.epoch(record)
+        log(record)
+
+    try:
+        if resume and (out / FILE).exists():
+            for record in read_metrics(out):
+                log(record)
+        yield replace(hooks, epoch=epoch)
+    finally:
+        log.close()
 
 
 class EpochLines:

@@ -124,7 +124,7 @@ class ComputeWorker:
         begin = time.monotonic()
         try:
             worked = self._compute(group)
-        except Exception as error:
+        except Exception as error:  # the user's network may raise anything; the worker goes on
             self._fail(group, error, time.monotonic() - begin)
             return True
         if worked:
@@ -146,7 +146,7 @@ class ComputeWorker:
             return 0
         try:
             opened = self._open(label_set)
-        except Exception:
+        except Exception:  # raised again: whatever it is, it concerns all shards of the set
             group += self.queue.take(lambda e: e.set == first.set, self.queue.limit)
             raise
         made = label_set.attributes["made"].get("batch_size")

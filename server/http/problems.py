@@ -25,6 +25,7 @@ from sskt.teacher_cache.errors import (
     InputError,
     MissingData,
     SsktError,
+    maintainers,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -78,7 +79,8 @@ def problem_of(error: Exception) -> Problem:
         return error
     if not isinstance(error, SsktError):
         detail = "unexpected error; the server's log has the cause under this request_id"
-        return Problem(500, "internal server error", detail)
+        report = f"report it, with the lines of the log about it, {maintainers()}"
+        return Problem(500, "internal server error", detail, report=report)
     if type(error) is InputError:
         return Problem(503, UNREACHABLE, str(error), {"Retry-After": "5"})
     status = _status(error)

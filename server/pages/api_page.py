@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sskt.server.http.openapi import ALWAYS
+from sskt.server.http.openapi import ALWAYS, phrase_of
 from sskt.server.pages.pages import page
 
 LONGEST = 1200
@@ -88,7 +87,7 @@ def _operations(described: Mapping[str, Any]) -> Iterator[Operation]:
                 parameters=tuple(map(_parameter, about.get("parameters", []))),
                 body=_example(about.get("requestBody", {})),
                 answers=tuple(
-                    (status, answer.get("description") or HTTPStatus(int(status)).phrase)
+                    (status, answer.get("description") or phrase_of(int(status)))
                     for status, answer in answers.items()
                     if int(status) not in ALWAYS
                 ),
@@ -115,7 +114,9 @@ def _example(about: Mapping[str, Any]) -> str:
         if given is None and content.get("examples"):
             given = next(iter(content["examples"].values())).get("value")
         if given is not None:
-            text = given if isinstance(given, str) else json.dumps(given, indent=2)
+            text = (
+                given if isinstance(given, str) else json.dumps(given, indent=2, ensure_ascii=False)
+            )
             return text if len(text) <= LONGEST else f"{text[:LONGEST]}\n..."
     return ""
 
@@ -129,5 +130,5 @@ def api_page(request: Request) -> Response:
         "api.html",
         operations=operations(described),
         about=described["info"]["description"],
-        always=[(status, HTTPStatus(status).phrase) for status in ALWAYS],
+        always=[(status, phrase_of(status)) for status in ALWAYS],
     )

@@ -138,7 +138,7 @@ class CoverageCache:
             found = coverage_of(label_set)
         except (SsktError, OSError) as error:
             found = str(error)
-        except Exception:
+        except Exception:  # nothing takes it from the thread: it is logged, and the page shows it
             _log.exception("coverage of %s", label_set.name)
         with self._guard:
             kept.found, kept.running = found, None

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import metadata, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +23,7 @@ from starlette.types import Scope
 
 from sskt.server.http.problems import Problem, json_answer
 from sskt.server.pages.drawing import percent
-from sskt.teacher_cache.errors import printable
+from sskt.teacher_cache.errors import maintainers, printable
 
 FOLDER = Path(__file__).parent
 POLICY = (
@@ -35,7 +35,6 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-TRACKERS = ("issues", "issue tracker", "bug tracker", "tracker")
 FOREVER = "public, max-age=31536000, immutable"
 
 static = APIRouter(include_in_schema=False)
@@ -178,11 +177,11 @@ def page(
 
 @functools.cache
 def how_to_report() -> str:
-    """Where to report a failure of the server itself: the issue tracker that the package names."""
-    urls = dict(entry.split(", ", 1) for entry in metadata("sskt").get_all("Project-URL") or [])
-    tracker = next((url for name, url in urls.items() if name.lower() in TRACKERS), None)
-    where = f"at {tracker}" if tracker else "to the maintainers of sskt"
-    return f"Please report this {where}, with the request id below and the log's lines about it."
+    """Where to report a failure of the server itself, and what to send."""
+    return (
+        f"Please report this {maintainers()}, with the request id below and the lines of the "
+        "server's log about it."
+    )
 
 
 def answer_problem(problem: Problem, scope: Scope) -> Response:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.coordinates import (
     CLASS,
     CONSOLIDATED,
@@ -27,6 +28,9 @@ from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"
+MOST_SHARDS, MOST_SHARD_BYTES = 2**22, 2**32
+"""Limits of a label set: shards, and bytes of the rows of one array in a shard. Without them, a few
+bytes of metadata could ask for any amount of time and memory."""
 BOUND = "bound"
 """Attribute of a label set in which a shard is stored only with its record."""
 
@@ -74,6 +78,9 @@ def new_documents(
         "made": provenance,
         BOUND: True,
     }
+    require_size(seeds, size, rows)
+    for dtype, width, _ in encoding.arrays(len(classes)).values():
+        require_size(seeds, size, rows, width * dtype.itemsize)
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes={"sskt": attributes})
     for key, (dtype, width, fill) in encoding.arrays(len(classes)).items():
@@ -112,6 +119,36 @@ def new_documents(
     document["attributes"]["sskt"][LISTED] = listed
     found[GROUP] = to_json(document | {CONSOLIDATED: consolidated(arrays)})
     return found
+
+
+def require_size(seeds: int, samples: int, rows: int, row_bytes: int = 4) -> None:
+    """Checks the size of a label set.
+
+    Args:
+        seeds: Number of view seeds.
+        samples: Number of samples.
+        rows: Samples in a shard.
+        row_bytes: Bytes of a row of an array.
+
+    Raises:
+        InputError: If a number is none or not positive, or a limit is exceeded.
+    """
+    if not all(type(number) is int and number > 0 for number in (seeds, samples, rows)):
+        raise InputError(
+            f"a label set has at least one seed, sample and row in a shard, found {seeds} seeds, "
+            f"{samples} samples and {rows} rows"
+        )
+    shards = seeds * -(-samples // rows)
+    if shards > MOST_SHARDS:
+        raise InputError(
+            f"a label set has at most {MOST_SHARDS:,} shards, found {shards:,}: {seeds} seeds of "
+            f"{samples} samples, {rows} in a shard; use fewer seeds or larger --shard-rows"
+        )
+    if min(rows, samples) * row_bytes > MOST_SHARD_BYTES:
+        raise InputError(
+            f"the rows of a shard have at most {MOST_SHARD_BYTES:,} bytes, found {rows} rows of "
+            f"{row_bytes}; use smaller --shard-rows"
+        )
 
 
 def _codecs(dtype: np.dtype[Any], level: int = 5, shuffle: Shuffle = "shuffle") -> list[Any]:

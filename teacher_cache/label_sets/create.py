@@ -6,15 +6,22 @@ into place, in a bucket the group's metadata is written last.
 
 from __future__ import annotations
 
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import CorruptStore, MissingData
+from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
 from sskt.teacher_cache.format.encodings import encoding_of
-from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP, new_documents, shard_rows_of
+from sskt.teacher_cache.format.metadata import (
+    CHUNK_ROWS,
+    GROUP,
+    new_documents,
+    require_size,
+    shard_rows_of,
+)
 from sskt.teacher_cache.format.shards import layout_of
 from sskt.teacher_cache.format.spec import Spec, name_of
 from sskt.teacher_cache.label_sets.documents import array_document, lacks_group, read_attributes
@@ -75,8 +82,15 @@ def open_label_set(storage: CacheName) -> LabelSet:
             have = (found["shape"][1:], shard, found["data_type"])
             if have != ([samples, width], [1, rows, width], dtype.name):
                 raise ValueError(f"{key} is {found['data_type']} {found['shape']}")
+        require_size(seeds, samples, rows)
         for found in documents.values():
-            layout_of(found)
+            layout = layout_of(found)
+            row_bytes = math.prod(layout.shape) * layout.dtype.itemsize
+            require_size(seeds, samples, layout.rows, row_bytes)
+            if not 0 < layout.chunk_rows <= layout.rows:
+                raise ValueError(f"chunks of {layout.chunk_rows} rows")
+    except InputError as error:
+        raise CorruptStore(f"label set {storage.name}: unusable metadata ({error})") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CorruptStore(f"label set {storage.name}: unreadable metadata ({error})") from error
     return LabelSet(storage, attributes, seeds, samples, rows, documents)
@@ -147,6 +161,7 @@ def open_for_writing(
             home.sweep()
         label_set = WritableLabelSet.of(open_label_set(storage), claims)
         if label_set.seeds < seeds:
+            require_size(seeds, label_set.samples, label_set.shard_rows)
             label_set.grow(seeds)
     except BaseException:
         claims.close()

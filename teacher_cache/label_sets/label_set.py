@@ -7,6 +7,7 @@ resuming is listing names.
 
 from __future__ import annotations
 
+import errno
 import functools
 import queue
 import threading
@@ -55,6 +56,9 @@ if TYPE_CHECKING:  # the label server's workers do without torch
 
 AT_ONCE = 4
 """Shards that a process reads at once: of a bucket or server, it waits for each."""
+
+_NO_FILE = (None, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""Errors that mean that something else is in the place of a file."""
 
 KEPT_RECORDS = 4096
 """Records of shards that a label set keeps in memory."""
@@ -285,11 +289,21 @@ class LabelSet:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
+            self._require_readable(shard, key, error)
             raise self._damage(shard, f"its record {key} cannot be read ({error})") from error
         other = record.difference(self.digest, shard.seed, shard.block)
         if other or set(record.checksums) != set(self.arrays):
             raise self._damage(shard, f"its record {key} is that of {other or 'other arrays'}")
         return record
+
+    def _require_readable(self, shard: Shard, key: str, error: Exception) -> None:
+        """Raises ``InputError`` for an error of the system that says nothing about the file."""
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            raise InputError(
+                f"label set {self.name}: seed {shard.seed}, samples {shard.start} to "
+                f"{shard.stop - 1}: {key} cannot be read ({error.strerror}); give this user the "
+                "right to read it, or look after its disk, and run the same command again"
+            ) from error
 
     def _damage(self, shard: Shard, what: str) -> CorruptStore:
         return CorruptStore(
@@ -424,6 +438,7 @@ class LabelSet:
                 self._require_folder()
                 raise self._damage(shard, f"{key} is gone or empty") from error
             except (OSError, ValueError) as error:
+                self._require_readable(shard, key, error)
                 damage = error
                 if self.storage.is_local and not isinstance(error, NotAsRecorded):
                     break

@@ -217,7 +217,7 @@ def _refuse_what_runs(path: Path, archive: zipfile.ZipFile) -> None:
     for name in pickled:
         try:
             torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
-        except Exception:
+        except Exception:  # whatever torch cannot read without running code is refused
             _unsafe(path, f"pickled objects ({name})")
 
 
@@ -238,7 +238,7 @@ def _opened(path: Path, device: torch.device, size: int) -> ExportedNetwork:
             from torch.export.passes import move_to_device_pass
 
             program = move_to_device_pass(program, device)
-    except Exception as error:
+    except Exception as error:  # a damaged program makes torch raise a dozen kinds
         what = first_line(error)[:200]
         what = "a part is missing or damaged" if "warnings above" in what else what
         raise BadCheckpoint(

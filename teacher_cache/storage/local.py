@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sskt.teacher_cache.errors import MissingData
+from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.names import is_set_name, set_name, set_names
 from sskt.teacher_cache.locations import require_folder
@@ -76,6 +76,11 @@ class LocalStorage:
             found = _status(self.path / key)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except PermissionError as error:
+            raise InputError(
+                f"cannot look at {self.path / key}: {error.strerror}; give this user the right to "
+                "read the cache"
+            ) from error
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else 0
 
     def refresh(self) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, MissingData
+from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
 from sskt.teacher_cache.format.encodings import Encoded, decoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
@@ -142,6 +142,10 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
         encoded = label_set.read(shard.seed, shard.start, shard.stop)
         checks = label_set.read_checks(shard.seed, shard.start, shard.stop)
     except (CorruptStore, IncompleteLabels) as error:  # it may have gone since it was listed
+        return str(error)
+    except InputError as error:
+        if not label_set.storage.is_local:
+            raise
         return str(error)
     report.shards += 1
     report.rows += shard.stop - shard.start

@@ -7,9 +7,11 @@ rules for an independent reader.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, require_pixels
-from sskt.teacher_cache.rng import below, draw, unit
+from sskt.teacher_cache.rng import below, draw, unit, words_of
 
 Int64 = NDArray[np.int64]
 
@@ -39,7 +41,7 @@ class Policy:
         """The part of a label set's spec that names these views."""
         return {"policy": self.name, "version": self.version, "parameters": self.parameters}
 
-    @property
+    @functools.cached_property
     def key(self) -> int:
         """Second word of the Philox key: CRC-32 of the canonical JSON of ``identity()``."""
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
@@ -58,8 +60,12 @@ def crop_words(policy: Policy, samples: Int64, seed: int) -> tuple[Int64, Int64,
 
 
 def _pad_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    top, left, flip = (x[0] for x in crop_words(policy, np.array([sample]), seed))
     padding = int(policy.parameters["padding"])
+    words = words_of(sample, seed, policy.key)
+    top, left, flip = (
+        word * n >> 32
+        for word, n in zip(words[:3], (2 * padding + 1, 2 * padding + 1, 2), strict=True)
+    )
     height, width = image.shape[:2]
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     view = padded[top : top + height, left : left + width]
@@ -113,6 +119,25 @@ def crop_boxes(
     return boxes, flips
 
 
+def crop_box(
+    policy: Policy, sample: int, seed: int, height: int, width: int
+) -> tuple[tuple[int, int, int, int], bool]:
+    """The box and the flip of one sample, as ``crop_boxes`` gives them, in a tenth of the time."""
+    p = policy.parameters
+    flip = words_of(sample, seed, policy.key)[2] * 2 >> 32 == 1
+    log_low, log_high = np.log(p["ratio_min"]), np.log(p["ratio_max"])
+    for attempt in range(1, TRIES + 1):
+        w0, w1, w2, w3 = words_of(sample, seed, policy.key, block=attempt)
+        share = p["scale_min"] + w0 / 2.0**32 * (p["scale_max"] - p["scale_min"])
+        area = height * width * share
+        # numpy's exponential, as for many: that of the C library may differ in the last bit.
+        ratio = float(np.exp(log_low + w1 / 2.0**32 * (log_high - log_low)))
+        w, h = (int(math.sqrt(side) + 0.5) for side in (area * ratio, area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return (w2 * (height - h + 1) >> 32, w3 * (width - w + 1) >> 32, h, w), flip
+    return _centre_box(height, width, p["ratio_min"], p["ratio_max"]), flip
+
+
 def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, int, int, int]:
     h, w = height, width
     if width / height < low:
@@ -129,17 +154,16 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return wide.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _resized_crop(image: UInt8, box: NDArray[np.int64], flip: bool, size: int) -> UInt8:
-    top, left, height, width = (int(x) for x in box)
+def _resized_crop(image: UInt8, box: Iterable[int], flip: bool, size: int) -> UInt8:
+    top, left, height, width = box
     crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
     view = np.asarray(_resize(crop, size, size))
     return view[:, ::-1] if flip else view
 
 
 def _random_resized_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    height, width = (np.array([x]) for x in image.shape[:2])
-    boxes, flips = crop_boxes(policy, np.array([sample]), seed, height, width)
-    return _resized_crop(image, boxes[0], bool(flips[0]), int(policy.parameters["size"]))
+    box, flip = crop_box(policy, sample, seed, *image.shape[:2])
+    return _resized_crop(image, box, flip, int(policy.parameters["size"]))
 
 
 def _random_resized_crop_flip_batch(
@@ -149,7 +173,8 @@ def _random_resized_crop_flip_batch(
     boxes, flips = crop_boxes(policy, samples, seed, np.full(n, height), np.full(n, width))
     size = int(policy.parameters["size"])
     crops = [
-        _resized_crop(im, b, bool(f), size) for im, b, f in zip(images, boxes, flips, strict=True)
+        _resized_crop(im, b.tolist(), bool(f), size)
+        for im, b, f in zip(images, boxes, flips, strict=True)
     ]
     return np.stack(crops)
 
@@ -184,8 +209,8 @@ def clip_frames(policy: Policy, sample: int, seed: int, start: int | None, count
     """
     frames = int(policy.parameters["frames"])
     if start is None:
-        word = draw(sample, seed, policy.key)[0, 0]
-        start = int(below(word, max(1, count - frames + 1)))
+        word = words_of(sample, seed, policy.key)[0]
+        start = word * max(1, count - frames + 1) >> 32
     return start + np.arange(frames, dtype=np.int64) % min(frames, count - start)
 
 
@@ -193,13 +218,13 @@ def _clip_corner_crop_flip(
     policy: Policy, frames: Sequence[UInt8], sample: int, seed: int
 ) -> UInt8:
     p = policy.parameters
-    words = draw(sample, seed, policy.key)[0]
-    scale, place = int(below(words[1], int(p["scales"]))), int(below(words[2], 5))
+    words = words_of(sample, seed, policy.key)
+    scale, place = words[1] * int(p["scales"]) >> 32, words[2] * 5 >> 32
     height, width = frames[0].shape[:2]
     side = max(1, int(min(height, width) * 2.0 ** (-scale / 4)))
     down, right = height - side, width - side
     top, left = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))[place]
-    box, flip = np.array([top, left, side, side]), bool(below(words[3], 2))
+    box, flip = (top, left, side, side), words[3] * 2 >> 32 == 1
     return np.stack([_resized_crop(frame, box, flip, int(p["size"])) for frame in frames])
 
 

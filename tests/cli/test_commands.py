@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.message
 import json
 import re
 import shlex
@@ -14,8 +15,9 @@ from PIL import Image
 from support.helpers import TINY
 from support.independent_reader import open_set
 
-from sskt.cli.main import COMMANDS
+from sskt.cli.main import COMMANDS, cli
 from sskt.cli.training.demo import paid_from, paid_text
+from sskt.teacher_cache.errors import maintainers
 from sskt.teacher_cache.targets.registry import TARGETS
 
 Call = Callable[..., tuple[int, str, str]]
@@ -290,3 +292,49 @@ def test_the_demo_does_not_claim_more_than_was_measured(
     result = {"seconds_per_epoch": seconds, "speedup": 2.0, "epochs": 4}
     said = paid_text(result | {"labels_written": written, "paid_from_epoch": epoch})
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("urls", "where"),
+    [
+        ([], "to the maintainers of this copy of sskt"),
+        (["Paper, https://x.org/paper"], "to the maintainers of this copy of sskt"),
+        (["Paper, https://x.org/p", "Repository, https://x.org/r"], "at https://x.org/r"),
+        (["Source, https://x.org/s", "Issues, https://x.org/i"], "at https://x.org/i"),
+    ],
+)
+def test_an_unexpected_failure_says_what_to_send_to_whom(
+    sskt: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    urls: list[str],
+    where: str,
+) -> None:
+    about = email.message.Message()
+    for url in urls:
+        about["Project-URL"] = url
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: about)
+
+    def fails(*given: object, **named: object) -> None:
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr(cli, "main", fails)
+    status, _, err = sskt("ls")
+    assert maintainers() == where and status == 1
+    assert err == (
+        "sskt: unexpected ZeroDivisionError: by zero (SSKT_DEBUG=1 shows where; please report "
+        f"that, with the command and what sskt doctor prints, {where})\n"
+    )
+
+
+def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
+    sskt: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ask = ["--target", "shapes", "--limit", 40, "--batch-size", 20, "--epochs", 1, "--out", run]
+    assert sskt("train", *ask)[0] == 0
+    status, _, err = sskt("train", "--resume", "--out", run, "--epochs", 3)
+    assert status == 2 and "holds a run of 1 epochs, whose learning rate followed" in err
+    command = shlex.split(err.rpartition(" with: ")[2])
+    assert command[:2] == ["sskt", "train"] and command[-3:-1] == ["2", "--out"]
+    status, out, err = sskt(*command[1:])
+    assert status == 0 and f"after 2 epochs; written to {run}-longer" in out, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -37,6 +38,24 @@ def test_an_example_trains(path: Path, tmp_path: Path) -> None:
     assert losses and all(map(math.isfinite, losses))
     assert losses[-1] <= losses[0]
     assert not any(tmp_path.glob("labels")), "only a temporary folder is written to"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    """Its cells, as one program: they have no magic commands."""
+    notebook = json.loads((EXAMPLES / "first_training.ipynb").read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert len(cells) >= 5
+    assert all(c["outputs"] == [] for c in notebook["cells"] if c["cell_type"] == "code")
+    program = tmp_path / "notebook.py"
+    program.write_text("\n".join(cells), "utf-8")
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(found) for found in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert re.search(r"test accuracy: \d+\.\d %", done.stdout)
 
 
 def test_examples_are_short() -> None:

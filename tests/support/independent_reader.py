@@ -348,7 +348,9 @@ def frames_of(file: Path) -> list[Any]:
         first = 1 - (file / "image_00000.jpg").exists()
         images = (file / f"image_{number:05d}.jpg" for number in itertools.count(first))
         return list(itertools.takewhile(Path.exists, images))
-    with av.open(str(file)) as container:
+    older = int(av.__version__.partition(".")[0]) < 19  # later versions never decode strictly
+    options: dict[str, Any] = {"metadata_errors": "ignore"} if older else {}
+    with av.open(str(file), **options) as container:
         stream = container.streams.best("video")
         assert isinstance(stream, av.VideoStream)
         return list(container.decode(stream))

@@ -34,7 +34,7 @@ def run_training(
         stored = read_config(out / records.CONFIG)
         require_same(stored, config, out)
         # More seeds may have been cached since; the run continues with those that it began with.
-        config = adopted(stored, config)
+        config = adopted(stored, config, out)
         done = records.read_metrics(out) if (out / records.METRICS).exists() else []
         if records.is_finished(done, config.epochs):
             return done

@@ -21,7 +21,7 @@ from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import Policy, evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import open_views
-from sskt.trainer.config import TrainConfig, make_config, read_config
+from sskt.trainer.config import TrainConfig, make_config, read_config, require_named_code
 from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.loop.checkpoint import TrainedOn
 from sskt.trainer.loop.evaluate import CLIP_BATCH, VIEW_SEED, Evaluation
@@ -326,11 +326,7 @@ def open_run(
         raise MissingData(f"no {name} in {folder}{then}")
     if isinstance(state.get("config"), dict):
         config = make_config(state["config"])
-    if ":" in config.model and not model:
-        raise InputError(
-            f"the network of {folder} is code, {config.model}; if you trust it, name it yourself "
-            f"with --model {config.model}"
-        )
+    require_named_code({"model": config.model}, ["model"] if model else [], folder)
     config = replace(config, model=model or config.model)
     weights = state.get("average") or state.get("model")
     own = {

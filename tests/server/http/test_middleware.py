@@ -22,6 +22,7 @@ from sskt.server.http.logs import JsonLines, TextLines
 from sskt.server.http.middleware import LINGER_SECONDS, route_of
 from sskt.server.http.protocol import MAX_HEAD, MAX_HEADERS, MAX_PIPELINED, many_files
 from sskt.server.http.tokens import new_token, revoke
+from sskt.teacher_cache.errors import maintainers
 
 SHORT = 0.3
 
@@ -122,8 +123,12 @@ def test_an_unexpected_error_is_in_the_log_and_nowhere_else(
 ) -> None:
     before = served.metrics.totals()["errors"].get("ValueError", 0)
     with caplog.at_level(logging.INFO, "sskt"):
-        shown = served.get("/boom").headers["x-request-id"]
+        answer = served.get("/boom")
+        shown = answer.headers["x-request-id"]
         until(lambda: bool(lines_of(caplog)))
+    told = json.loads(answer.body)
+    assert told["request_id"] == shown and "hunter2" not in str(told)
+    assert told["report"] == f"report it, with the lines of the log about it, {maintainers()}"
     (record,) = [r for r in caplog.records if r.name == "sskt.middleware"]
     line = json.loads(JsonLines().format(record))
     assert line["level"] == "error" and "hunter2" in line["traceback"]

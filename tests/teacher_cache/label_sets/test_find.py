@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from typing import Any
 import pytest
 from support.helpers import TINY
 
+from sskt.server.http.problems import problem_of
+from sskt.server.state import Sets
 from sskt.teacher_cache.api import open_target
-from sskt.teacher_cache.errors import CorruptStore
+from sskt.teacher_cache.errors import CorruptStore, InputError
+from sskt.teacher_cache.format import metadata
 from sskt.teacher_cache.format.encodings import parse_encoding
-from sskt.teacher_cache.label_sets.create import list_label_sets
+from sskt.teacher_cache.format.spec import digest_of
+from sskt.teacher_cache.label_sets.create import (
+    create_label_set,
+    list_label_sets,
+    open_label_set,
+)
 from sskt.teacher_cache.label_sets.find import choose_sets, find_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.registry import parse_source
@@ -38,6 +47,90 @@ def healthy(label_cache: Path, tmp_path: Path) -> LabelSet:
     """A set in a cache of its own."""
     (label_set,) = list_label_sets(shutil.copytree(label_cache, tmp_path / "labels"))
     return label_set
+
+
+def resized(path: Path, seeds: Any, samples: int, rows: int) -> None:
+    """Writes another size into the metadata of a label set, with the digest that belongs to it."""
+    group = path / "zarr.json"
+    document = json.loads(group.read_text())
+    about = document["attributes"]["sskt"]
+    about["spec"]["target"]["size"] = samples
+    about["digest"] = digest_of(about["spec"])
+    group.write_text(json.dumps(document))
+    for array in (path / name / "zarr.json" for name in ("labels", "view_check")):
+        document = json.loads(array.read_text())
+        document["shape"][:2] = [seeds, samples]
+        document["chunk_grid"]["configuration"]["chunk_shape"][1] = rows
+        document["codecs"][0]["configuration"]["chunk_shape"][1] = rows
+        array.write_text(json.dumps(document))
+
+
+HOSTILE: dict[str, tuple[Any, int, int, str]] = {
+    "seeds": (10**12, 60, 16, "at most 4,194,304 shards"),
+    "samples": (3, 10**15, 16, "at most 4,194,304 shards"),
+    "both": (10**12, 10**9, 1000, "at most 4,194,304 shards"),
+    "rows": (1, 10**12, 10**12, "at most 4,294,967,296 bytes"),
+    "rows beyond numpy": (1, 2**63, 2**63, "at most 4,294,967,296 bytes"),
+    "no seeds": (0, 60, 16, "at least one seed"),
+    "negative": (-5, 60, 16, "at least one seed"),
+    "a fraction": (2.5, 60, 16, "at least one seed"),
+    "true": (True, 60, 16, "at least one seed"),
+    "a text": ("9", 60, 16, "at least one seed"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_size_without_bounds_is_refused_at_once(sskt: Call, healthy: LabelSet, kind: str) -> None:
+    """By everything that opens a set, and the sets beside it are not affected."""
+    cache = healthy.path.parent
+    made = cache / export_label_set(healthy, parse_encoding("u8"), cache).name
+    *size, said = HOSTILE[kind]
+    resized(made, *size)
+    began = time.monotonic()
+    with pytest.raises(CorruptStore, match=f"label set {made.name}: unusable metadata .*{said}"):
+        open_label_set(made)
+    for command in ("ls", "verify"):
+        status, out, _ = sskt(command, "--cache", cache)
+        assert status == 1 and said in out and healthy.digest[:12] in out
+    state = Sets(LocalStorage(cache))
+    assert [s.name for s in state.all()] == [healthy.name] and said in state.damaged[made.name]
+    assert time.monotonic() - began < 20
+
+
+def test_no_label_set_is_made_or_grown_beyond_the_limits(
+    healthy: LabelSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It could not be opened any more."""
+    monkeypatch.setattr(metadata, "MOST_SHARDS", 4 * 5)
+    for cache in (tmp_path / "new", healthy.path.parent):
+        with pytest.raises(InputError, match=r"at most 20 shards, found 24: 6 seeds of 60 samples"):
+            create_label_set(cache, healthy.spec, healthy.classes, 6, shard_rows=16)
+    assert open_label_set(healthy.path).seeds == healthy.seeds
+    create_label_set(healthy.path.parent, healthy.spec, healthy.classes, 5).close()
+    assert open_label_set(healthy.path).seeds == 5
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("file", ["labels/c/1/0/0", "view_check/c/1/0.json"])
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(
+    sskt: Call, healthy: LabelSet, monkeypatch: pytest.MonkeyPatch, file: str, code: int
+) -> None:
+    """Deleting it would be the wrong advice. The server answers 503: ask again later."""
+    opened = os.open
+
+    def refusing(path: Any, *arguments: Any, **named: Any) -> int:
+        if str(path).endswith(file):
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    label_set = open_label_set(healthy.path)
+    with pytest.raises(InputError, match=f"{file} cannot be read .*give this user the right") as e:
+        label_set.read(1, 0, 16)
+    assert problem_of(e.value).status == 503
+    assert len(label_set.read(0, 0, 16)["labels"]) == 16
+    status, out, _ = sskt("verify", "--cache", healthy.path.parent)
+    assert status == 1 and f"{file} cannot be read" in out and "delete" not in out
 
 
 def damage(healthy: LabelSet, name: str = "") -> str:

@@ -136,7 +136,7 @@ def test_constants_of_the_preprocessing_can_be_used_after_inference(tiny: Source
     assert network.weight.grad is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_forward_does_not_wait_for_the_accelerator(tiny: Source) -> None:
     source = freeze("t", "t", tiny.network, tiny.preprocessing, tiny.classes, device="cuda")
     views = clips(8, 2).pin_memory()

@@ -25,11 +25,12 @@ from torchvision.transforms import RandomResizedCrop, v2
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, read_image
-from sskt.teacher_cache.rng import draw
+from sskt.teacher_cache.rng import draw, words_of
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import (
     POLICIES,
     Policy,
+    crop_box,
     crop_boxes,
     evaluation_policy,
     parse_policy,
@@ -199,6 +200,26 @@ def test_pad_crop_flip_parameters_are_pinned() -> None:
         (4, 4, False),
         (5, 0, True),
     ]
+
+
+@given(
+    st.integers(0, 2**40),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.sampled_from(["", ":scale_min=0.3", ":scale_min=0.9,ratio_min=0.2,ratio_max=0.3"]),
+)
+@settings(deadline=None, max_examples=300)
+def test_a_box_alone_is_that_of_many(
+    sample: int, seed: int, height: int, width: int, more: str
+) -> None:
+    policy = parse_policy(f"random-resized-crop-flip{more}")
+    boxes, flips = crop_boxes(policy, numbers(sample), seed, numbers(height), numbers(width))
+    box, flip = crop_box(policy, sample, seed, height, width)
+    assert (list(box), flip) == (boxes[0].tolist(), bool(flips[0]))
+    assert list(words_of(sample, seed, policy.key, block=3, stream=2)) == (
+        draw(sample, seed, policy.key, block=3, stream=2)[0].tolist()
+    )
 
 
 def test_crop_boxes_are_pinned() -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support.helpers import write_images
 
 import sskt
 from sskt.cli.main import run
 from sskt.trainer.config import config_json, make_config, read_config
+from sskt.trainer.loop.runs import run_training
 from sskt.trainer.loop.setup import build_target
 from sskt.trainer.loop.trained import TrainedNetwork, open_run
 from sskt.trainer.models.normalization import NORMALISATIONS
@@ -181,11 +183,69 @@ def test_a_checkpoint_of_an_older_version(trained: Trained, tmp_path: Path) -> N
 
 def test_a_run_never_chooses_code(trained: Trained, tmp_path: Path) -> None:
     code = tmp_path / "own.py"
-    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     changed = changed_copy(trained, tmp_path, model=f"{code}:build")
     with pytest.raises(sskt.InputError, match="if you trust it, name it yourself with --model"):
         open_run(changed, "last", device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+CODE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "network": ({"model": "CODE.py:build"}, ["--model", "CODE.py:build"]),
+    "source": (
+        {"source": ["a=CODE.py:build", "imagenet"], "live": True},
+        ["--source", "a=CODE.py:build", "--source", "imagenet"],
+    ),
+    "program": ({"source": ["a=CODE.pt2"], "live": True}, ["--source", "a=CODE.pt2"]),
+    "frame sampling": (
+        {"source": ["imagenet"], "live": True, "frame_sampling": "CODE.py:build"},
+        ["--frame-sampling", "CODE.py:build"],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["resume", "recipe", "config.json as recipe"])
+@pytest.mark.parametrize("what", CODE)
+def test_nothing_that_a_run_records_is_run_as_code(
+    what: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the person has named the same on the command line: then this check says nothing."""
+    code = tmp_path / "code.py"
+    code.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    (tmp_path / "code.pt2").write_bytes(b"PK")
+    place = str(code.with_suffix(""))
+    fields = json.loads(json.dumps(CODE[what][0]).replace("CODE", place))
+    named = [text.replace("CODE", place) for text in CODE[what][1]]
+    images = tmp_path / "images" / "train"
+    for name in ("a", "b"):
+        write_images(images / name, np.zeros((2, 8, 8, 3), np.uint8))
+    config = sskt.TrainConfig(str(images.parent), out=tmp_path / "run", **fields)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes(config_json(config))
+    asked = {
+        "resume": ["train", "--resume", "--out", str(tmp_path / "run"), "--dry-run"],
+        "recipe": ["train", "--recipe", str(tmp_path / "run"), "--dry-run"],
+        "config.json as recipe": [
+            *("train", "--recipe", str(tmp_path / "run" / "config.json"), "--dry-run")
+        ],
+    }[how]
+    assert run(asked) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"is code, {named[1]}" in said and said.rstrip().endswith(" ".join(named))
+    assert not (tmp_path / "ran").exists()
+    if what != "frame sampling":  # which would download weights first
+        assert run([*asked, *named]) == 2  # there is no such network
+        assert "is code" not in capsys.readouterr().err
+
+
+def test_a_run_of_the_same_configuration_chooses_no_code(tmp_path: Path) -> None:
+    """What is left open is taken from the run, but not code."""
+    (tmp_path / "run").mkdir()
+    config = sskt.TrainConfig("shapes", out=tmp_path / "run", model="own.py:build", limit=40)
+    (tmp_path / "run" / "config.json").write_bytes(config_json(config))
+    with pytest.raises(sskt.InputError, match=r"name it yourself with --model own\.py:build"):
+        run_training(dataclasses.replace(config, model="auto"))
 
 
 @pytest.mark.parametrize("value", [3, {"classes": "abc"}, {"classes": [1]}])
