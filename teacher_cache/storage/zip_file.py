@@ -135,7 +135,7 @@ class ZipStorage:
         """Raises ``InputError``."""
         raise InputError(f"{self.path} is read-only; sskt copy it to a folder, and change the copy")
 
-    claims = put = create = update = delete = refuse_writing
+    locks = put = create = update = delete = refuse_writing
 
 
 def open_zip(path: Path) -> ZipStorage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -76,7 +77,8 @@ def predicted_and_stored(sskt: Sskt, cache: Path, ask: list[object]) -> dict[str
         status, out, err = sskt("cache-teachers", *ask, *more)
         assert status == 0, err
         assert json.loads(out)["written"] == predicted["labels"]
-        found = sum(f.stat().st_size for f in folder.glob("*/*/c/**/*") if f.is_file())
+        arrays = [folder.glob(f"*/{array}/c/**/*") for array in ("labels", "view_check")]
+        found = sum(f.stat().st_size for f in itertools.chain(*arrays) if f.is_file())
         ratio[encoding] = found / predicted["bytes"][encoding]
     return ratio
 
