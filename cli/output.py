@@ -179,6 +179,13 @@ def error_text(error: dict[str, Any] | None) -> str:
     return ", ".join(f"{error[t]['gradient']:.2g} at {t}" for t in ("T=1", "T=3"))
 
 
+def input_line(how: dict[str, Any]) -> str:
+    """How a source's images are prepared: ``96x96 rgb, scale 1, mean ..., std ...``."""
+    size = f"{how['size']}x{how['size']} {how['channels']}"
+    mean, std = (" ".join(f"{x:.4g}" for x in how[key]) for key in ("mean", "std"))
+    return f"{size}, scale {how['scale']:g}, mean {mean}, std {std}"
+
+
 def partly(coverage: list[float]) -> str:
     """How many seeds of a copied or exported label set are not whole; empty if all are."""
     lacking = sum(c < 1.0 for c in coverage)

@@ -89,7 +89,7 @@ class TrainConfig:
         frame_sampling: With --live: f_s, which picks the stills of a clip that sources see.
         model: Target network. auto: resnet20 for images up to 96 pixels, resnet18 above,
             resnet3d18 for clips. Also resnet20-110, resnet18-152, mobilenet_v2, densenet121,
-            vgg16, resnet3d10-50, others of torchvision, FILE.py:factory.
+            vgg16, resnet3d10-50, others of torchvision, timm/ARCH, FILE.py:factory.
         stem: First layers of the network; cifar is for 32-pixel images.
         shortcut: Shortcuts of 3-D ResNets: a pads with zeros, b is a 1x1x1 convolution.
         taps: Module whose output ends a stage, for transfer modules. Repeat, in order.

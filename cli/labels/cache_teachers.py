@@ -19,6 +19,7 @@ from sskt.cli.output import (
     as_json,
     error_text,
     human_bytes,
+    input_line,
     print_json,
     print_table,
     progress,
@@ -97,6 +98,18 @@ def cache_teachers(
             "finished shards are stored; run the same command again to label the rest"
         ) from None
     _report(report, part, as_json)
+    if given["weights"] and not as_json:
+        _show_preprocessing(report)
+
+
+def _show_preprocessing(report: StageReport) -> None:
+    """Says how images were prepared for weights of the user: wrong values go unnoticed."""
+    for label_set in report.label_sets:
+        spec = label_set.spec["source"]
+        show(
+            f"{spec['name']} saw its images as {input_line(spec['preprocessing'])}; if its weights "
+            "expect others, label anew with --preprocessing (channels=bgr, scale=255, ...)"
+        )
 
 
 def _here(

@@ -16,7 +16,7 @@ from sskt.cli.labels.label_set_options import (
     reopen_options,
     sets_argument,
 )
-from sskt.cli.output import as_json, print_json, print_table, show, working
+from sskt.cli.output import as_json, input_line, print_json, print_table, show, working
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
 
 if TYPE_CHECKING:
@@ -266,8 +266,6 @@ def _print_inspected(shown: dict[str, Any]) -> None:
 
 
 def _print_source(spec: dict[str, Any]) -> None:
-    how, weights = spec["preprocessing"], spec["weights"][:19]
-    size = f"{how['size']}x{how['size']} {how['channels']}"
-    numbers = [" ".join(f"{x:.4g}" for x in how[key]) for key in ("mean", "std")]
+    weights = spec["weights"][:19]
     show(f"  weights {weights}..., {spec['precision']}, BatchNorm {spec['batchnorm']}")
-    show(f"  input {size}, scale {how['scale']:g}, mean {numbers[0]}, std {numbers[1]}")
+    show(f"  input {input_line(spec['preprocessing'])}")

@@ -57,10 +57,14 @@ MARKER = ".sskt-demo"
     help="Number of view seeds to cache.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), help="Number of training samples. Default: all 2,000."
+    "--limit",
+    type=click.IntRange(1),
+    default=1500,
+    show_default=True,
+    help="Number of training samples, of 2,000.",
 )
 @as_json
-def demo(out: Path, epochs: int, seeds: int, limit: int | None, as_json: bool) -> None:
+def demo(out: Path, epochs: int, seeds: int, limit: int, as_json: bool) -> None:
     """Cache a real ImageNet source over `shapes`, train with and without it, compare.
 
     ResNet-20 from scratch and with SSKT + TM from the cache; the paper's way (source in every

@@ -110,7 +110,7 @@ class Tokens:
 
     def require_usable(self) -> None:
         """Raises ``MissingData`` without the file, ``InputError`` if it cannot be used."""
-        self._now()
+        _read(self._path)
 
     def _now(self, at_once: bool = False) -> list[Token]:
         with self._guard:

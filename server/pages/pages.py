@@ -112,6 +112,15 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def coded(text: str) -> Markup:
+    """Text whose parts in backticks are shown as code."""
+    parts = printable(text).split("`")
+    if len(parts) % 2 == 0:
+        return Markup.escape(text)
+    shown = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
+    return Markup("").join(shown)
+
+
 def _printable(value: Any) -> Any:
     """What is shown of a value: control characters of metadata are escaped, lines are kept."""
     if not isinstance(value, str) or isinstance(value, Markup):
@@ -132,6 +141,7 @@ def _environment() -> jinja2.Environment:
         "number": number,
         "size": size,
         "duration": duration,
+        "coded": coded,
         "moment": moment,
         "percent": percent,
         "part": part,

@@ -177,7 +177,8 @@ def parse_encoding(text: str) -> Encoding:
     if text in STEPS:
         return Encoding("root4", step=STEPS[text])
     if text not in ("f16", "u8", "f32"):
-        raise UnknownName("encoding", text, NAMES)
+        hint = "K is a number: topk-32 keeps the 32 most probable classes"
+        raise UnknownName("encoding", text, NAMES, hint)
     return Encoding(text)
 
 

@@ -113,6 +113,10 @@ def network_file(
         raise MissingData(f"source {wanted.name}: no file {path}")
     found = f"sha256:{file_sha256(path)}"
     require_code(wanted, path, found, code)
+    try:
+        _check_archive(path)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"source {wanted.name}: {error}") from error
     sidecar = _read_sidecar(wanted, path.with_name(f"{path.name}.json"))
     missing = undeclared(sidecar.fields, wanted, preprocessing)
     if missing:
@@ -124,7 +128,6 @@ def network_file(
     how = override_preprocessing(Preprocessing(**sidecar.fields), preprocessing)
     how = how if wanted.size is None else replace(how, size=wanted.size)
     try:
-        _check_archive(path)
         network = _opened(path, device, how.size)
     except (BadCheckpoint, InputError) as error:
         raise type(error)(f"source {wanted.name}: {error}") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +57,9 @@ def own_network(wanted: SourceName, preprocessing: str, code: str = "") -> tuple
             if not hasattr(module, wanted.factory):
                 place = wanted.file or wanted.module
                 raise InputError(f"source {wanted.name}: {place} has no '{wanted.factory}'")
-            network = getattr(module, wanted.factory)()
+            factory = getattr(module, wanted.factory)
+            require_no_arguments(factory, f"source {wanted.name}: {wanted.factory}")
+            network = factory()
     except SsktError:
         raise
     except Exception as error:
@@ -183,6 +188,21 @@ def _declared(wanted: SourceName, module: ModuleType, preprocessing: str) -> Pre
     except (TypeError, ValueError, InputError) as error:
         names = "SIZE (one number), MEAN and STD (three each), CHANNELS ('rgb', 'bgr'), SCALE"
         raise InputError(f"source {wanted.name}: {place}: check {names}: {error}") from error
+
+
+def require_no_arguments(factory: Any, what: str) -> None:
+    """Raises ``InputError`` if a factory cannot be called without arguments."""
+    with contextlib.suppress(TypeError, ValueError):  # no function, or one of C
+        needed = [
+            p.name
+            for p in inspect.signature(factory).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if needed:
+            raise InputError(
+                f"{what} needs the arguments {', '.join(needed)}, and a factory is called without "
+                "any; give them defaults, or write a function around it"
+            )
 
 
 def _failed(wanted: SourceName, error: Exception) -> InputError:

@@ -346,7 +346,13 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name} cannot be used: {first_line(error)}") from error
+        why = first_line(error)
+        if "type at start of device string" in why:  # lists twenty kinds of hardware
+            why = "there is no such kind of device"
+        raise InputError(
+            f"device {name} cannot be used: {why}; give cpu, cuda, cuda:1 (the second GPU), mps "
+            "or auto"
+        ) from error
     return device
 
 

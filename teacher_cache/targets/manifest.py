@@ -438,10 +438,10 @@ def _ours(path: Path, header: list[str], named: Mapping[str, str]) -> list[str]:
     found = [renamed.get(name, "" if name in hidden else name) for name in header]
     twice = len(set(header)) < len(header)
     if "path" not in found or ("label" in found and "labels" in found) or twice:
-        raise InputError(
-            f"{path} has the columns {header}; expected {MANIFEST_LAYOUT}; say which is which with "
-            "--columns path=COLUMN,label=COLUMN"
-        )
+        step = "say which is which with --columns path=COLUMN,label=COLUMN"
+        if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), "")):
+            step = f"its columns seem to be separated by {mark!r}; a manifest has commas"
+        raise InputError(f"{path} has the columns {header}; expected {MANIFEST_LAYOUT}; {step}")
     if "label" not in found and "labels" not in found:
         _log.warning(
             "%s has no column label or labels, so its samples have no labels; it has %s: name one "

@@ -90,6 +90,8 @@ def evaluation_split(spec: DatasetSpec) -> str:
         found += [s for s in ("test", "val") if find_split(Path(name), s)]
     if found:
         return found[0]
+    lacking = "rows of a split test or val" if is_manifest(name) else "test or val folder"
     raise MissingData(
-        f"no test or val folder in {name}; add one, or train without evaluation: --test-split none"
+        f"no {lacking} in {name}; add {'some' if is_manifest(name) else 'one'}, or train without "
+        "evaluation: --test-split none"
     )

@@ -338,3 +338,18 @@ def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
     assert command[:2] == ["sskt", "train"] and command[-3:-1] == ["2", "--out"]
     status, out, err = sskt(*command[1:])
     assert status == 0 and f"after 2 epochs; written to {run}-longer" in out, err
+
+
+def test_own_weights_are_labelled_with_a_word_on_their_preprocessing(
+    sskt: Call, tmp_path: Path
+) -> None:
+    import torch
+    from torchvision.models import squeezenet1_0
+
+    torch.save(squeezenet1_0().state_dict(), tmp_path / "weights.pth")
+    source = ("--source", "imagenet:squeezenet1_0@64", "--weights", tmp_path / "weights.pth")
+    where = ("--target", "shapes", "--limit", 10, "--seeds", 1, "--cache", tmp_path / "labels")
+    status, out, err = sskt("cache-teachers", *source, *where)
+    assert status == 0, err
+    assert "imagenet saw its images as 64x64 rgb, scale 1, mean 0.485 0.456 0.406" in out
+    assert "label anew with --preprocessing (channels=bgr" in out

@@ -8,21 +8,25 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from sskt.server.metrics.metrics import Metrics
+from sskt.server.app import create_app
+from sskt.server.settings import Settings
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "cache"
 PROMTOOL = shutil.which("promtool")
 
 
 def exposed(folder: Path) -> dict[str, set[str]]:
     """Names of all samples that the server exposes, with their labels' names."""
-    metrics = Metrics(folder, CollectorRegistry())
+    app: Any = create_app(Settings(cache=str(GOLDEN), run=str(folder)))
+    metrics = app.state.metrics
     metrics.request("/zarr", "GET", 200, 0.1, 10)
     metrics.labels("set", 5)
     metrics.slab(True)
@@ -31,7 +35,9 @@ def exposed(folder: Path) -> dict[str, set[str]]:
     metrics.waiting(1)
     metrics.token_used("lab")
     metrics.error("kind", "detail", "id")
-    families = text_string_to_metric_families(metrics.text().decode())
+    client = TestClient(app, base_url="http://localhost")
+    assert client.get("/v1/label-sets").status_code == 200
+    families = text_string_to_metric_families(client.get("/metrics").text)
     samples = (sample for family in families for sample in family.samples)
     return {sample.name: set(sample.labels) | {"instance", "job"} for sample in samples}
 
@@ -53,13 +59,14 @@ def test_every_metric_in_use_exists(tmp_path: Path) -> None:
     known = exposed(tmp_path)
     used = set()
     for expression in expressions():
-        for name, matchers in re.findall(r"\b(sskt_\w+)(?:\{([^}]*)\})?", expression):
+        for name, matchers in re.findall(r"\b((?:sskt|process)_\w+)(?:\{([^}]*)\})?", expression):
             assert name in known, expression
             assert set(re.findall(r"(\w+)(?:=~|!~|=|!=)\"", matchers)) <= known[name], expression
             used.add(name)
     summed = {name for name in known if name.endswith("_sum")}
     histograms = {name.removesuffix("_sum") for name in summed}
     unused = known.keys() - used - summed
+    unused -= {"process_virtual_memory_bytes", "process_start_time_seconds"}
     assert unused == {f"{name}_count" for name in histograms}  # the dashboard shows all there is
 
 

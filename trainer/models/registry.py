@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.sources.names import TIMM
 from sskt.trainer.models.base import KNOWN_TAPS, TargetNetwork
 
 SMALL = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -35,7 +36,7 @@ def build_network(
 ) -> TargetNetwork:
     """A target network by name, with fresh parameters drawn from torch's global generator.
 
-    ``name`` is one of ``NETWORKS``, another classifier of torchvision's, or
+    ``name`` is one of ``NETWORKS``, another classifier of torchvision's, ``timm/ARCH``, or
     ``FILE.py:factory``. ``stem``: ``cifar`` keeps the resolution of small images, ``imagenet``
     is torchvision's; ``auto`` goes by ``size``, the pixels of a view. ``shortcut`` is that of
     3-D ResNets. ``taps`` name the modules whose outputs are the stages, in order; known
@@ -57,10 +58,12 @@ def build_network(
     # torchvision takes a second to import: not for networks that do without.
     from sskt.trainer.models import tapped
 
+    if name.startswith(TIMM):
+        return tapped.timm_network(name, classes, stem, taps, size)
     if ":" in name:
         return tapped.user_network(name, classes, stem, taps, size)
     if name not in NETWORKS and name not in tapped.torchvision_names():
-        hint = "or another classifier of torchvision's, or FILE.py:factory"
+        hint = "or another classifier of torchvision's, timm/ARCH, or FILE.py:factory"
         raise UnknownName("model", name, NETWORKS, hint)
     small = stem == "cifar" or (stem == "auto" and size is not None and size <= SMALL_IMAGE)
     return tapped.torchvision_network(name, classes, small, stem, taps, size)

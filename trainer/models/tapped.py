@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, SsktError, first_line
+from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, first_line
+from sskt.teacher_cache.sources.names import TIMM
 from sskt.teacher_cache.sources.python_code import load_module
 from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
 
@@ -193,17 +194,22 @@ def _look(
 
 
 def _check_tap(name: str, tap: str, runs: int, output: Any, version: int) -> None:
-    found = ""
+    found = hint = ""
     if runs != 1:
         found = f"runs {runs} times in one forward"
     elif not isinstance(output, Tensor) or output.ndim != 4:
-        shape = f"of shape {list(output.shape)}" if isinstance(output, Tensor) else "no tensor"
-        found = f"gives {shape}"
+        found = f"returns {type(output).__name__}"
+        if isinstance(output, Tensor):
+            found = f"returns a tensor of shape {list(output.shape)}"
+            hint = (
+                ", so tap a module that returns one, or add a module that reshapes: tokens "
+                "[n, h*w, channels] of a transformer by x.transpose(1, 2).unflatten(2, (h, w))"
+            )
     elif output._version != version:
         found = "gives a tensor that the next module changes in place: tap that one"
     if found:
         raise InputError(
-            f"{name}: module '{tap}' {found}; a stage is one output [n, channels, h, w]"
+            f"{name}: module '{tap}' {found}; a stage is one tensor [n, channels, h, w]{hint}"
         )
 
 
@@ -253,6 +259,27 @@ def torchvision_network(
     probe = PROBE if name in KNOWN_TAPS else size or USUAL
     begin = FIRST_STAGE.get(name, "") if taps == known else ""
     return TappedNetwork(name, network, classes, taps, probe, begin)
+
+
+def timm_network(
+    name: str, classes: int, stem: str, taps: Sequence[str], size: int | None
+) -> TappedNetwork:
+    """A network of timm's registry with fresh parameters, ``timm/ARCH``.
+
+    Raises ``UnknownName``, and ``InputError`` if it cannot be built or has no such taps.
+    """
+    import timm
+
+    if stem != "auto":
+        raise InputError(f"{name} has timm's stem; leave --stem out")
+    arch = name.removeprefix(TIMM)
+    if not timm.is_model(arch):
+        raise UnknownName("network of timm", arch, timm.list_models())
+    try:
+        network = timm.create_model(arch, pretrained=False, num_classes=classes)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{name} cannot be built: {first_line(error)}") from error
+    return TappedNetwork(name, network, classes, taps, size or USUAL)
 
 
 def _shrink(name: str, network: nn.Module) -> None:

@@ -423,3 +423,9 @@ def test_the_grace_never_makes_a_secret_live_longer(path: Path) -> None:
         rotate(path, "nobody", 1)
     with pytest.raises(InputError, match="--grace"):
         rotate(path, "lab", -1)
+
+
+def test_a_missing_file_is_named_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(MissingData, match="no token file"):
+        Tokens(path).require_usable()
+    assert caplog.records == []

@@ -30,7 +30,7 @@ from sskt.server.app import create_app
 from sskt.server.http.tokens import new_token
 from sskt.server.pages.coverage import Coverage, CoverageCache, coverage_of
 from sskt.server.pages.drawing import drawn, percent
-from sskt.server.pages.pages import duration, number, size
+from sskt.server.pages.pages import coded, duration, number, size
 from sskt.server.pages.samples import OPEN, Opened
 from sskt.server.pages.status import RECENT_SECONDS, Recent
 from sskt.server.settings import Settings
@@ -403,6 +403,7 @@ def test_the_api_page_has_every_route(cache: Path, client: Callable[..., TestCli
     page.one("a", href="/v1/openapi.json")
     batch = next(a for a in page.all("article") if "labels:batch" in a.text)
     assert '"ids"' in batch.text
+    assert "`" not in page.text
 
 
 def test_samples_are_shown_without_torch(stock: Path, tmp_path: Path) -> None:
@@ -735,3 +736,9 @@ def test_durations(seconds: float | None, text: str) -> None:
 )
 def test_only_what_is_whole_is_a_hundred_percent(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+def test_text_in_backticks_is_code_and_never_markup() -> None:
+    assert coded("a `b` <i>") == "a <code>b</code> &lt;i&gt;"
+    assert coded("`<b>`") == "<code>&lt;b&gt;</code>"
+    assert coded("a ` <b>") == "a ` &lt;b&gt;"

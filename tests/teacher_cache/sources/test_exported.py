@@ -174,6 +174,12 @@ def sidecar(net: Path, content: Any) -> None:
     net.with_name("net.pt2.json").write_text(text)
 
 
+def test_pickled_weights_are_refused_before_a_declaration_is_wanted(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "net.pth")
+    with pytest.raises(BadCheckpoint, match=r"source own: .*net.pth is no torch.export program"):
+        open_source(parse_source(f"own={tmp_path / 'net.pth'}"))
+
+
 def test_without_a_declaration_the_message_shows_what_to_write(net: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_source(parse_source(f"own={net}"))

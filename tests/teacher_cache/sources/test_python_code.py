@@ -113,6 +113,7 @@ def test_a_package_is_identified_by_its_init(lab: Path) -> None:
         ("own=lab_of_tests.lacking:f", InputError, "failed: ModuleNotFoundError: No module named"),
         ("own=lab_of_tests.net:f", InputError, "lab_of_tests.net has no 'f'"),
         ("own=lab_of_tests.net:SIZE", InputError, "failed: TypeError: 'int' object is not call"),
+        ("own=lab_of_tests.net:sized", InputError, "sized needs the arguments size, and a factory"),
         ("own=lab_of_tests.net:dict", InputError, "dict() gave dict, not a torch Module"),
         ("own=time:time", InputError, "time is no module with a file of its own"),
     ],
@@ -120,7 +121,7 @@ def test_a_package_is_identified_by_its_init(lab: Path) -> None:
 def test_modules_that_cannot_be_used_are_named(
     text: str, kind: type[InputError], message: str, lab: Path
 ) -> None:
-    (lab / "net.py").write_text(DECLARED + LINEAR + "dict = dict\n")
+    (lab / "net.py").write_text(DECLARED + LINEAR + "dict = dict\ndef sized(size): pass\n")
     (lab / "lacking.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(kind, match=f"source own: .*{re.escape(message)}") as caught:
         open_source(parse_source(text))

@@ -512,7 +512,7 @@ def test_a_name_that_is_no_utf8_is_kept_in_csv(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", r"has the columns \[\]; expected a column path, if labels"),
-        ("path;label\n0.jpg;a\n", r"has the columns \['path;label'\]; expected"),
+        ("path;label\n0.jpg;a\n", r"has the columns \['path;label'\]; .* separated by ';'"),
         ("label\n0.jpg\n", r"has the columns \['label'\]; expected .*--columns path=COLUMN"),
         ("path,label,labels\n0.jpg,a,a\n", r"has the columns \['path', 'label', 'labels'\]"),
         ("path,label,label\n0.jpg,a,b\n", r"has the columns \['path', 'label', 'label'\]"),

@@ -726,6 +726,9 @@ def test_a_slow_file_system_gives_the_same_sizes(
 def test_the_evaluation_split_of_a_folder_is_the_one_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"no test or val folder in .*--test-split none"):
         evaluation_split(DatasetSpec(str(tmp_path)))
+    (tmp_path / "rows.csv").write_text("path,label,split\n0.jpg,a,train\n")
+    with pytest.raises(MissingData, match=r"no rows of a split test or val in .*rows.csv; add"):
+        evaluation_split(DatasetSpec(str(tmp_path / "rows.csv")))
     (tmp_path / "val").mkdir()
     assert evaluation_split(DatasetSpec(str(tmp_path))) == "val"
     (tmp_path / "test").mkdir()

@@ -363,7 +363,10 @@ def test_labels_that_are_missing_or_of_something_else(
         ({"memory": 0.0}, "memory of the loader must be above 0"),
         ({"on_error": "ignore"}, "on_error of the loader must be 'fail' or 'skip'"),
         ({"normalise": "cifar"}, "unknown normalisation 'cifar'; known: imagenet, kinetics"),
-        ({"device": "toaster"}, "device toaster cannot be used"),
+        (
+            {"device": "toaster"},
+            "device toaster cannot be used: there is no such kind of device; give cpu, cuda,",
+        ),
         ({"workers": -1}, "workers of the loader must be at least 0"),
     ],
 )

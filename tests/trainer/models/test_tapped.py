@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
 from sskt.trainer.models.heads import SSKTNetwork
 from sskt.trainer.models.registry import build_network
 
@@ -149,8 +149,12 @@ REFUSED = [
     ("shufflenet_v2_x0_5", {"taps": ["stage3", "stage2"]}, "name them as stage2, stage3"),
     ("vit_b_32", {"size": 33}, "vit_b_32 cannot be built for images of 33 pixels"),
     ("FILE:net", {"stem": "cifar"}, "has the stem that it was written with; leave --stem out"),
-    ("FILE:net", {"taps": ["first.1"]}, "changes in place: tap that one; a stage is one output"),
-    ("FILE:net", {"taps": ["drop"]}, r"'drop' gives of shape \[1, 8\]; a stage is one output"),
+    ("FILE:net", {"taps": ["first.1"]}, "changes in place: tap that one; a stage is one tensor"),
+    (
+        "FILE:net",
+        {"taps": ["drop"]},
+        r"'drop' returns a tensor of shape \[1, 8\]; a stage is one",
+    ),
     ("FILE:net", {"taps": ["unused"]}, "'unused' runs 0 times in one forward"),
     ("FILE:soft", {}, "its last linear layer, last, must be its last step"),
     ("FILE:convolutional", {}, "has no linear classifier"),
@@ -179,3 +183,14 @@ def test_own_files_are_read_anew(tmp_path: Path) -> None:
             f" nn.Flatten(), nn.Linear({width}, classes))\n"
         )
         assert build_network(f"{path}:build", 2, taps=("0",), size=8).stage_widths == (width,)
+
+
+def test_a_network_of_timm_is_a_target_with_taps() -> None:
+    pytest.importorskip("timm")
+    taps = ("layer1", "layer2", "layer3", "layer4")
+    target = build_network("timm/resnet18", 10, taps=taps, size=64)
+    assert target.stage_widths == (64, 128, 256, 512)
+    with pytest.raises(UnknownName, match=r"unknown network of timm 'resnet81'; did you mean"):
+        build_network("timm/resnet81", 10)
+    with pytest.raises(InputError, match="leave --stem out"):
+        build_network("timm/resnet18", 10, stem="cifar")
