@@ -488,7 +488,8 @@ def test_a_kill_before_every_put(
         status, _, err = sskt(*command(images, small, to))
         assert status == 0, f"step {step}: {err}"
         assert objects(to) == expected, f"step {step}"
-    assert step == 1 + 4 + 8 + (what != "copy"), step  # metadata, shards, the error
+    # The group, two arrays, three coordinates of two files each; two shards of four; the error.
+    assert step == 1 + 4 + 6 + 8 + (what != "copy"), step
 
 
 @pytest.mark.slow
