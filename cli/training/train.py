@@ -167,7 +167,12 @@ def all_options(command: Command) -> Command:
     help="Recipe by name (sskt recipes), TOML file, or a run's folder: its configuration.",
     **completing(recipes),
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out from its last epoch.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out from its last epoch. Code of your own, such as --model "
+    "FILE.py:factory, has to be named again.",
+)
 @click.option(
     "--logger",
     metavar="NAME",

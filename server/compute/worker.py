@@ -72,7 +72,7 @@ def run_compute_worker(settings: Settings) -> None:
         _log.error("nothing can be computed: %s", error)
         sys.exit(1)
     with closing(Locks(worker.queue.folder / "worker")) as only:
-        only.claim(0, wait=True)  # a former one may still be dying
+        only.acquire(0, wait=True)  # a former one may still be dying
         worker.recover()
         while parent_is_alive():
             if not worker.step():
@@ -236,9 +236,9 @@ class ComputeWorker:
 
 
 def _any_free(label_set: WritableLabelSet, shards: list[Shard]) -> bool:
-    """Whether a shard is neither stored nor claimed by another process."""
+    """Whether a shard is neither stored nor locked by another process."""
     for shard in shards:
-        if label_set.claim(shard):
+        if label_set.acquire(shard):
             label_set.release(shard)
             return True
     return False

@@ -23,7 +23,11 @@ ALWAYS = (400, 401, 403, 408, 413, 422, 429, 500, 503)
 """What the middleware may answer to any request."""
 
 
-_RFC_9110 = {413: "Content Too Large", 422: "Unprocessable Content"}
+_RFC_9110 = {
+    413: "Content Too Large",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 """Phrases that Python names otherwise before 3.13."""
 
 

@@ -148,39 +148,39 @@ def open_for_writing(
     )
     if lost and storage.size(GROUP) is None:
         raise CorruptStore(f"{storage} exists but is no label set; remove or rename it")
-    claims = home.claims(name)
+    locks = home.locks(name)
     try:
-        with claims.held(METADATA):
-            if isinstance(storage, LocalStorage) and isinstance(claims, Locks):
+        with locks.held(METADATA):
+            if isinstance(storage, LocalStorage) and isinstance(locks, Locks):
                 if storage.size(GROUP) is None:
-                    _create_folder(storage.path, documents, claims)
-                _sweep(storage.path, claims)
+                    _create_folder(storage.path, documents, locks)
+                _sweep(storage.path, locks)
             elif storage.size(GROUP) is None:
                 _create_objects(storage, documents)
         if isinstance(home, LocalStorage):
             home.sweep()
-        label_set = WritableLabelSet.of(open_label_set(storage), claims)
+        label_set = WritableLabelSet.of(open_label_set(storage), locks)
         if label_set.seeds < seeds:
             require_size(seeds, label_set.samples, label_set.shard_rows)
             label_set.grow(seeds)
     except BaseException:
-        claims.close()
+        locks.close()
         raise
     return label_set
 
 
-def _sweep(path: Path, claims: Locks) -> None:
+def _sweep(path: Path, locks: Locks) -> None:
     """Removes files of killed writers, and takes the lock that keeps the set from being removed."""
-    if claims.claim(SWEEP):
-        for leftover in filter(claims.abandoned, path.rglob("*.partial")):
+    if locks.acquire(SWEEP):
+        for leftover in filter(locks.abandoned, path.rglob("*.partial")):
             leftover.unlink(missing_ok=True)
-        claims.release(SWEEP)
-    claims.claim(SWEEP, shared=True, wait=True)
+        locks.release(SWEEP)
+    locks.acquire(SWEEP, shared=True, wait=True)
 
 
-def _create_folder(path: Path, documents: Documents, claims: Locks) -> None:
+def _create_folder(path: Path, documents: Documents, locks: Locks) -> None:
     """Beside its place, then renamed."""
-    for leftover in filter(claims.abandoned, path.parent.glob(f".{path.name}.*.partial")):
+    for leftover in filter(locks.abandoned, path.parent.glob(f".{path.name}.*.partial")):
         shutil.rmtree(leftover)
     building = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -298,7 +298,8 @@ class LabelSet:
 
     def _require_readable(self, shard: Shard, key: str, error: Exception) -> None:
         """Raises ``InputError`` for an error of the system that says nothing about the file."""
-        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+        in_folder = isinstance(self.storage, LocalStorage)
+        if in_folder and isinstance(error, OSError) and error.errno not in _NO_FILE:
             raise InputError(
                 f"label set {self.name}: seed {shard.seed}, samples {shard.start} to "
                 f"{shard.stop - 1}: {key} cannot be read ({error.strerror}); give this user the "

@@ -1,4 +1,4 @@
-"""A label set that is open for writing: claims, shards and their records, attributes, seeds."""
+"""A label set that is open for writing: locks, shards and their records, attributes, seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sskt.teacher_cache.format.shards import ShardRecord, file_checksums
 from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.documents import consolidate, parse_attributes
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
-from sskt.teacher_cache.storage.base import METADATA, SHARDS, Claims
+from sskt.teacher_cache.storage.base import METADATA, SHARDS, StorageLocks
 from sskt.teacher_cache.storage.local import LocalStorage
 
 ALIKE_INDICES = 0.9
@@ -35,20 +35,20 @@ ALIKE_INDICES = 0.9
 class WritableLabelSet(LabelSet):
     """A label set that this process may add shards to; close it.
 
-    ``create_label_set`` opens one. Claims hold between the processes that share a folder.
+    ``create_label_set`` opens one. Locks hold between the processes that share a folder.
 
     Attributes:
-        claims: Locks on the set.
+        locks: Locks on the set.
     """
 
-    claims: Claims = field(repr=False)
-    _claimed: set[Shard] = field(default_factory=set, repr=False)
+    locks: StorageLocks = field(repr=False)
+    _locked: set[Shard] = field(default_factory=set, repr=False)
 
     @classmethod
-    def of(cls, label_set: LabelSet, claims: Claims) -> WritableLabelSet:
+    def of(cls, label_set: LabelSet, locks: StorageLocks) -> WritableLabelSet:
         """The same label set, open for writing."""
         found = {f.name: getattr(label_set, f.name) for f in fields(LabelSet)}
-        return cls(**found, claims=claims)
+        return cls(**found, locks=locks)
 
     def write(self, shard: Shard, encoded: Encoded, checks: NDArray[np.uint32]) -> None:
         """Stores a whole shard: view checks, labels, and the record, which commits it.
@@ -56,7 +56,7 @@ class WritableLabelSet(LabelSet):
         In a bucket, what another writer has stored meanwhile stays.
 
         Args:
-            shard: The shard, which this process has claimed.
+            shard: The shard, which this process has locked.
             encoded: Its rows as the encoding stores them: ``[n, width]`` each.
             checks: View checks of its samples: uint32 ``[n]``.
         """
@@ -119,30 +119,30 @@ class WritableLabelSet(LabelSet):
             self.storage.put(key, data)
         self._records.pop(shard, None)
 
-    def claim(self, shard: Shard) -> bool:
+    def acquire(self, shard: Shard) -> bool:
         """Reserves a shard for this process.
 
-        In a bucket no process sees the claims of another one: two may label the same shard.
+        In a bucket no process sees the locks of another one: two may label the same shard.
 
         Args:
             shard: The shard.
 
         Returns:
-            False if it is stored, or if this or another process has claimed it.
+            False if it is stored, or if this or another process has locked it.
         """
         byte = SHARDS + shard.seed * self.blocks + shard.block
-        if shard in self._claimed or not self.claims.claim(byte):
+        if shard in self._locked or not self.locks.acquire(byte):
             return False
         if self.has(shard, fresh=True):
-            self.claims.release(byte)
+            self.locks.release(byte)
             return False
-        self._claimed.add(shard)
+        self._locked.add(shard)
         return True
 
     def release(self, shard: Shard) -> None:
-        """Ends a claim."""
-        self._claimed.discard(shard)
-        self.claims.release(SHARDS + shard.seed * self.blocks + shard.block)
+        """Releases a shard."""
+        self._locked.discard(shard)
+        self.locks.release(SHARDS + shard.seed * self.blocks + shard.block)
 
     def discard_unsound(self, shards: Iterable[Shard]) -> list[str]:
         """Makes stored shards missing whose record or files cannot be theirs.
@@ -165,7 +165,7 @@ class WritableLabelSet(LabelSet):
         if not self._unsound(shard):
             return ""
         byte = SHARDS + shard.seed * self.blocks + shard.block
-        if not self.claims.claim(byte):  # another process is labelling it
+        if not self.locks.acquire(byte):  # another process is labelling it
             return ""
         try:
             what = self._unsound(shard)
@@ -174,7 +174,7 @@ class WritableLabelSet(LabelSet):
                 self._records.pop(shard, None)
             return what
         finally:
-            self.claims.release(byte)
+            self.locks.release(byte)
 
     def _unsound(self, shard: Shard) -> str:
         """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
@@ -198,9 +198,9 @@ class WritableLabelSet(LabelSet):
         return ""
 
     def close(self) -> None:
-        """Ends writing and gives back all claims; the set stays readable."""
-        self.claims.close()
-        self._claimed.clear()
+        """Ends writing and gives back all locks; the set stays readable."""
+        self.locks.close()
+        self._locked.clear()
 
     def add_attribute(self, key: str, value: Any, *, replace: bool = False) -> None:
         """Adds an attribute to the group. One that exists stays as it is, without ``replace``."""
@@ -212,7 +212,7 @@ class WritableLabelSet(LabelSet):
             attributes[key] = value
             return to_json(json.loads(data) | {"attributes": {"sskt": attributes}})
 
-        with self.claims.held(METADATA):
+        with self.locks.held(METADATA):
             self.storage.update(GROUP, add)
 
     def grow(self, seeds: int) -> None:
@@ -225,7 +225,7 @@ class WritableLabelSet(LabelSet):
                 return None
             return to_json(resized(document, self.seeds))
 
-        with self.claims.held(METADATA):
+        with self.locks.held(METADATA):
             if SEED in self.coordinates:
                 for key in coordinate_keys(SEED, seeds)[1:]:
                     self.storage.create(key, seed_chunk(key))

@@ -279,7 +279,7 @@ class _Counter:
 
 
 class _Pending:
-    """A claimed shard of one source that is being filled, by the writer thread only."""
+    """A locked shard of one source that is being filled, by the writer thread only."""
 
     def __init__(self, pair: SourceLabels, shard: Shard) -> None:
         self.source, self.label_set, self.shard = pair.source, pair.label_set, shard
@@ -311,7 +311,7 @@ class _Pending:
 
 @dataclass
 class _Run:
-    """One run over units: claims shards, reads, runs the sources, hands over to the writer."""
+    """One run over units: locks shards, reads, runs the sources, hands over to the writer."""
 
     views: Views
     pairs: Sequence[SourceLabels]
@@ -351,21 +351,21 @@ class _Run:
         return count_labels(sets, self.todo)[1] > 0
 
     def _requests(self) -> Iterator[ReadRequest]:
-        """The forward batches of the units, whose missing shards are claimed when it is their turn.
+        """The forward batches of the units, whose missing shards are locked when it is their turn.
 
         The reader draws them, in this process, when it has nothing else to read.
         """
         for number, unit in enumerate(self.todo):
-            claimed = [
+            locked = [
                 _Pending(pair, shard)
                 for shard in unit.shards
                 for pair in self.pairs
-                if unit.holds(pair.label_set) and pair.label_set.claim(shard)
+                if unit.holds(pair.label_set) and pair.label_set.acquire(shard)
             ]
-            if not claimed:
+            if not locked:
                 continue
-            self.pending[number] = claimed
-            seeds = tuple(sorted({work.shard.seed for work in claimed}))
+            self.pending[number] = locked
+            seeds = tuple(sorted({work.shard.seed for work in locked}))
             first, size = unit.shards[0], self.options.batch_size
             for start in range(first.start, first.stop, size):
                 stop = min(start + size, first.stop)

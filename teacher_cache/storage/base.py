@@ -17,10 +17,10 @@ SWEEP, METADATA, SHARDS = range(3)
 """Bytes of a set's lock file: sweeping, metadata, and from ``SHARDS`` on one for each shard."""
 
 
-class Claims(Protocol):
+class StorageLocks(Protocol):
     """The locks of a label set, each of which has a number. See ``locks.Locks``."""
 
-    def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
+    def acquire(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Takes a lock; returns False if another process holds it."""
 
     def release(self, byte: int) -> None:
@@ -121,7 +121,7 @@ class Storage(Protocol):
     def delete(self, keys: Iterable[str]) -> None:
         """Removes those of the keys that exist, durably."""
 
-    def claims(self, name: str) -> Claims:
+    def locks(self, name: str) -> StorageLocks:
         """The locks of the label set ``name`` of this cache. The caller closes them."""
 
     def close(self) -> None:

@@ -136,7 +136,7 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError):
                 sync_folder(folder)
 
-    def claims(self, name: str) -> Locks:
+    def locks(self, name: str) -> Locks:
         return Locks(self.path / LOCKS / f"{name}.lock")
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class LocalStorage:
             lock = self.path / LOCKS / f"{found[1]}.lock"
             if not Locks.open_here(lock):
                 with contextlib.closing(Locks(lock)) as locks:
-                    if locks.claim(METADATA) and locks.abandoned(leftover):
+                    if locks.acquire(METADATA) and locks.abandoned(leftover):
                         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -165,7 +165,7 @@ class Locks:
         with cls._guard:
             return cls._open[path.resolve()] > 0
 
-    def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
+    def acquire(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         """Locks a byte.
 
         Args:
@@ -220,7 +220,7 @@ class Locks:
     @contextlib.contextmanager
     def held(self, byte: int) -> Iterator[None]:
         """Waits for the lock of a byte and holds it until the context ends."""
-        self.claim(byte, wait=True)
+        self.acquire(byte, wait=True)
         try:
             yield
         finally:

@@ -31,10 +31,10 @@ _CONFLICTS = 100
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
-class NoClaims:
+class NoLocks:
     """The locks of a storage that has none: all are granted."""
 
-    def claim(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
+    def acquire(self, byte: int, *, shared: bool = False, wait: bool = False) -> bool:
         return True
 
     def release(self, byte: int) -> None:
@@ -247,8 +247,8 @@ class BucketStorage:
             self._stored.pop(key, None)
         self.refresh()
 
-    def claims(self, name: str) -> NoClaims:
-        return NoClaims()
+    def locks(self, name: str) -> NoLocks:
+        return NoLocks()
 
     def close(self) -> None:
         """Does nothing: obstore's requests end by themselves."""

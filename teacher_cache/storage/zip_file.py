@@ -93,7 +93,7 @@ class ZipStorage:
         """See ``Storage``. Raises ``OSError`` if the checksum of the zip file fails."""
         data = self.read_part(key, None, None)
         if zlib.crc32(data) != self.members[key].crc:
-            raise OSError(errno.EIO, "its checksum in the zip file fails", self.where(key))
+            raise OSError(errno.EINVAL, "its checksum in the zip file fails", self.where(key))
         return data
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
@@ -104,19 +104,19 @@ class ZipStorage:
         handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _version(os.fstat(handle)) != self.version:
-                raise OSError(errno.EIO, "the zip file was changed while it was read", key)
+                raise OSError(errno.EINVAL, "the zip file was changed while it was read", key)
             head = os.pread(handle, _HEADER.size, member.offset).ljust(_HEADER.size, b"\0")
             mark, name_size, extra_size = _HEADER.unpack(head)
             at = member.offset + _HEADER.size
             if mark != b"PK\3\4" or os.pread(handle, name_size, at) != key.encode():
-                raise OSError(errno.EIO, "its place in the zip file is damaged", self.where(key))
+                raise OSError(errno.EINVAL, "its place in the zip file is damaged", self.where(key))
             begin, end, _ = slice(start, stop).indices(member.size)
             at += name_size + extra_size
             parts = []
             while begin < end:
                 parts.append(os.pread(handle, end - begin, at + begin))
                 if not parts[-1]:
-                    raise OSError(errno.EIO, "the zip file is cut", self.where(key))
+                    raise OSError(errno.EINVAL, "the zip file is cut", self.where(key))
                 begin += len(parts[-1])
             return b"".join(parts)
         finally:
@@ -135,7 +135,7 @@ class ZipStorage:
         """Raises ``InputError``."""
         raise InputError(f"{self.path} is read-only; sskt copy it to a folder, and change the copy")
 
-    claims = put = create = update = delete = refuse_writing
+    locks = put = create = update = delete = refuse_writing
 
 
 def open_zip(path: Path) -> ZipStorage:

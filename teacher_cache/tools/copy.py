@@ -149,7 +149,7 @@ def _copy_shards(source: LabelSet, target: WritableLabelSet, progress: Progress)
     for key in ("error", LICENSE, BOUND):
         if key in source.attributes:
             target.add_attribute(key, source.attributes[key])
-    with target.claims.held(METADATA):
+    with target.locks.held(METADATA):
         consolidate(target)
     if target.storage.size(INDEX) is not None:
         write_index(target)
@@ -191,7 +191,7 @@ def _pack(source: LabelSet, path: Path, progress: Progress) -> Copied:
 def _copy_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> int | None:
     """Copies a shard: bytes written, 0 if it exists, None if another process is writing it."""
     if not target.has(shard):
-        if target.claim(shard):
+        if target.acquire(shard):
             try:
                 return _write_shard(source, target, shard)
             finally:

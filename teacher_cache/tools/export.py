@@ -112,7 +112,7 @@ def export_label_set(
         while left:
             progress(len(wanted) - len(left), len(wanted))
             for shard in left:
-                if target.claim(shard):
+                if target.acquire(shard):
                     _export_shard(source, target, shard)
                     target.release(shard)
                     written += 1

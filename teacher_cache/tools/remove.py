@@ -80,8 +80,8 @@ def remove_label_set(cache: CacheName, name: str, seeds: Sequence[int] | None = 
     """
     home = open_cache(cache)
     storage = home.below(name)
-    with closing(home.claims(name)) as claims:
-        if not (claims.claim(METADATA) and claims.claim(SWEEP)):
+    with closing(home.locks(name)) as locks:
+        if not (locks.acquire(METADATA) and locks.acquire(SWEEP)):
             raise InputError(
                 f"label set {name} is in use by another process (sskt cache-teachers, copy or "
                 "export); let it end or stop it first"

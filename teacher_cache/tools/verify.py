@@ -113,7 +113,7 @@ def bind(
 
     target = open_for_writing(cache, label_set.name, documents, label_set.seeds)
     with closing(target):
-        with target.claims.held(METADATA):
+        with target.locks.held(METADATA):
             consolidate(target)
         unbound = {key: value for key, value in target.attributes.items() if key != BOUND}
         report = verify(replace(target, attributes=unbound), progress, binder=target)
@@ -130,7 +130,7 @@ def _verify_shard(
         report.problems.append(f"{shard_name(shard)}: {problem}")
     elif label_set.shard_record(shard) is not None:
         return
-    elif binder is not None and (not binder.bound or binder.claim(shard)):
+    elif binder is not None and (not binder.bound or binder.acquire(shard)):
         binder.bind(shard)
         return
     report.unbound += not label_set.storage.size(label_set.record_key(shard))

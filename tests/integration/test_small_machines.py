@@ -58,15 +58,8 @@ def test_forty_seeds_with_few_open_files_and_little_shared_memory(tmp_path: Path
     (tmp_path / "net.py").write_text(NETWORK)
     policy = ("--target", tmp_path / "images", "--policy", "random-resized-crop-flip:size=224")
     labelling = ("--source", f"tiny={TINY}:build", "--seeds", SEEDS, "--shard-rows", 8)
-    training: tuple[object, ...] = (
-        "--source",
-        "tiny",
-        "--model",
-        f"{tmp_path}/net.py:build",
-        "--batch-size",
-        12,
-    )
-    training += ("--epochs", SEEDS, "--eval-every", SEEDS // 2, "--save-minutes", 0)
+    network = ("--source", "tiny", "--model", f"{tmp_path}/net.py:build", "--batch-size", 12)
+    length = ("--epochs", SEEDS, "--eval-every", SEEDS // 2, "--save-minutes", 0)
     for name, limits in (
         ("free", {}),
         ("small", {"before": tuple(OWN_MOUNTS), "files": FILES}),
@@ -74,6 +67,6 @@ def test_forty_seeds_with_few_open_files_and_little_shared_memory(tmp_path: Path
         workers = 2 if limits else 0
         fixed = (*policy, "--workers", workers, "--device", "cpu", "--cache", tmp_path / name)
         sskt("cache-teachers", *fixed, *labelling, **limits)  # type: ignore[arg-type]
-        sskt("train", *fixed, *training, "--out", tmp_path / f"{name}-run", **limits)  # type: ignore[arg-type]
+        sskt("train", *fixed, *network, *length, "--out", tmp_path / f"{name}-run", **limits)  # type: ignore[arg-type]
     found = without_times(tmp_path / "small-run")
     assert len(found) == SEEDS and found == without_times(tmp_path / "free-run")

@@ -12,7 +12,7 @@ from sskt.teacher_cache.label_sets.create import create_label_set, open_label_se
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
-from sskt.teacher_cache.storage.object_store import NoClaims
+from sskt.teacher_cache.storage.object_store import NoLocks
 
 SAMPLES, ROWS, CLASSES, SEEDS = 1300, 512, 12, 3
 """Three shards a seed, the last one not full."""
@@ -72,4 +72,4 @@ def replace_shard(label_set: LabelSet, seed: int, block: int, salt: int) -> None
 
 def writer_of(label_set: LabelSet) -> WritableLabelSet:
     """The label set, open for writing without locks."""
-    return WritableLabelSet.of(open_label_set(label_set.storage), NoClaims())
+    return WritableLabelSet.of(open_label_set(label_set.storage), NoLocks())

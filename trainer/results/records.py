@@ -47,7 +47,7 @@ def held_folder(folder: Path, *, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot use {folder} for the run: {error.strerror}") from error
     with closing(Locks(folder / LOCK, "start no second training into this folder")) as lock:
-        if not lock.claim(0):
+        if not lock.acquire(0):
             raise InputError(
                 f"another process is training into {folder}; let it end or stop it, or choose "
                 "another --out"

@@ -111,7 +111,7 @@ def find_missing(work: Work, views: Views) -> Missing | Failure:
 def label(
     work: Work, views: Views, number: int, unit: Unit, owed: int, actor: Any
 ) -> Labelled | Failure:
-    """Labels what is missing of a unit and not claimed by another process.
+    """Labels what is missing of a unit and not locked by another process.
 
     Args:
         work: Arguments of the run.

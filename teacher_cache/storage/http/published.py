@@ -221,7 +221,7 @@ class PublishedStorage(HttpStorage):
         """Raises ``InputError``."""
         raise InputError(f"{self} is published read-only; sskt copy it, and change the copy")
 
-    claims = put = create = update = delete = refuse_writing
+    locks = put = create = update = delete = refuse_writing
 
 
 def parse_index(data: bytes) -> dict[str, int]:

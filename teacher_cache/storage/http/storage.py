@@ -225,7 +225,7 @@ class HttpStorage:
             "or s3://... URL)"
         )
 
-    claims = put = create = update = delete = refuse_writing
+    locks = put = create = update = delete = refuse_writing
 
 
 class _Progress(NamedTuple):

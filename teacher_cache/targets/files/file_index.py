@@ -289,7 +289,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         # some network file systems have no locks: the rename still keeps the file whole
         with contextlib.suppress(OSError):
-            locks.claim(0, wait=True)
+            locks.acquire(0, wait=True)
         yield
     finally:
         locks.close()

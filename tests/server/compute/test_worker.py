@@ -529,7 +529,7 @@ def test_another_process_at_the_same_shard(
         ) as writing,
     ):
         theirs, given_up = writing.shard(1, 0), writing.shard(1, 1)
-        assert writing.claim(theirs) and writing.claim(given_up)
+        assert writing.acquire(theirs) and writing.acquire(given_up)
         hasty = replace(state, settings=replace(settings, wait_seconds=0))
         until(lambda: "another process is labelling it" in refused(hasty, 1, 0).detail)
         wait(state, 1, 2)  # goes before

@@ -210,7 +210,8 @@ def bucket(made: dict[str, LabelSet]) -> Iterator[str]:
         server.use(patch)
         server.new_bucket("published")
         try:
-            assert run(["copy", str(made["f16"].path.parent), "s3://published/labels"]) == 0
+            copy = ["copy", str(made["f16"].path.parent), "s3://published/labels", "--publish"]
+            assert run(copy) == 0
             yield f"s3://published/labels/{made['f16'].name}"
         finally:
             server.stop()
@@ -229,6 +230,9 @@ def test_xarray_from_a_bucket(made: dict[str, LabelSet], bucket: str) -> None:
     assert np.array_equal(row.values, made["f16"].read(1, 18, 19)["labels"][0])
     found = open_label_set(bucket)
     assert found.sample_names() == made["f16"].sample_names() and verify(found).problems == []
+    listed = json.loads(found.storage.read("files.json"))["files"]
+    assert listed == {key: size for key, size in found.storage.sizes().items() if key in listed}
+    assert {*found.coordinate_keys(), *found.shard_keys(found.shard(2, 1))} < set(listed)
 
 
 def test_zarr_opens_the_group(made: dict[str, LabelSet], url: str) -> None:

@@ -119,7 +119,7 @@ def test_labels_without_a_record_are_not_stored_yet(tmp_path: Path) -> None:
     problems = verify(fresh).problems
     assert len(problems) == 1 and "1 have labels but no record: add it with --bind" in problems[0]
     writer = create_label_set(tmp_path / "cache", fresh.spec, fresh.classes, 3)
-    assert writer.claim(shard)
+    assert writer.acquire(shard)
     write_shard(writer, shard)
     writer.close()
     assert {p: p.read_bytes() for p in label_set.path.rglob("*") if p.is_file()} == whole

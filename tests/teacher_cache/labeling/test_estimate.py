@@ -76,7 +76,8 @@ def predicted_and_stored(sskt: Sskt, cache: Path, ask: list[object]) -> dict[str
         status, out, err = sskt("cache-teachers", *ask, *more)
         assert status == 0, err
         assert json.loads(out)["written"] == predicted["labels"]
-        found = sum(f.stat().st_size for f in folder.glob("*/*/c/**/*") if f.is_file())
+        files = [f for a in ("labels", "view_check") for f in folder.glob(f"*/{a}/c/**/*")]
+        found = sum(f.stat().st_size for f in files if f.is_file())
         ratio[encoding] = found / predicted["bytes"][encoding]
     return ratio
 

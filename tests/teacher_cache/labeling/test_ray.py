@@ -345,7 +345,7 @@ def test_a_shard_that_another_process_is_at(cluster: Cluster, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "ray" / there.name / array / "c" / "1")
     (mine,) = list_label_sets(tmp_path / "ray")
     other = create_label_set(tmp_path / "ray", mine.spec, mine.classes, 3)
-    assert other.claim(other.shard(1, 4))
+    assert other.acquire(other.shard(1, 4))
     try:
         run = Running(job)
         run.wait_for("the other shards", lambda: len(other.missing(range(3))) == 1)

@@ -562,7 +562,7 @@ def test_a_reader_may_be_asked_again(jpegs: Path) -> None:
 
 
 def test_orders_are_asked_for_as_the_loader_comes_to_them(jpegs: Path) -> None:
-    """A claim is taken when a block is read, not when the run starts."""
+    """A lock is taken when a block is read, not when the run starts."""
     views = open_views(open_target(str(jpegs)), parse_policy("random-resized-crop-flip:size=20"))
     asked: list[ReadRequest] = []
 

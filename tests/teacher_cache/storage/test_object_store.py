@@ -351,19 +351,19 @@ def test_one_of_many_creations_wins(cache: str) -> None:
 
 
 def test_the_second_writer_of_a_shard_finds_the_first(cache: str, local: Path) -> None:
-    """Both claim it (no locks between machines), both write; what was there first stays."""
+    """Both lock it (no locks between machines), both write; what was there first stays."""
     model = of(local, "topk-5")
     writers = [
         create_label_set(cache, model.spec, model.classes, 2, shard_rows=16) for _ in range(2)
     ]
     shard = model.shard(1, 2)
-    assert all(w.claim(shard) for w in writers)
+    assert all(w.acquire(shard) for w in writers)
     rows, checks = model.read(1, 32, 48), model.read_checks(1, 32, 48)
     other = {"index": rows["index"], "value": rows["value"] - np.float16(1)}
     writers[0].write(shard, rows, checks)
     writers[1].write(shard, other, checks)
     for writer in writers:
-        assert writer.has(shard) and not writer.claim(shard)
+        assert writer.has(shard) and not writer.acquire(shard)
         writer.release(shard)
         writer.close()
     found = of(cache, "topk-5")
@@ -488,7 +488,8 @@ def test_a_kill_before_every_put(
         status, _, err = sskt(*command(images, small, to))
         assert status == 0, f"step {step}: {err}"
         assert objects(to) == expected, f"step {step}"
-    assert step == 1 + 4 + 8 + (what != "copy"), step  # metadata, shards, the error
+    # The group, two arrays, three coordinates of two files each; two shards of four; the error.
+    assert step == 1 + 4 + 6 + 8 + (what != "copy"), step
 
 
 @pytest.mark.slow
@@ -633,7 +634,7 @@ def test_a_server_that_is_gone(
         server.stop()
     for call in (
         lambda: label_set.read(0, 0, 16),
-        lambda: writer.claim(label_set.shard(0, 0)),
+        lambda: writer.acquire(label_set.shard(0, 0)),
         lambda: label_set.missing([0]),
     ):
         with pytest.raises(InputError, match=r"cannot reach s3://there/labels"):
@@ -768,7 +769,7 @@ def test_a_folder_of_something_else(filled: str, sskt: Sskt) -> None:
 
 
 def test_a_slow_neighbour(cache: str, local: Path) -> None:
-    """What another process stored since the last look is found when asked anew, or claimed."""
+    """What another process stored since the last look is found when asked anew, or locked."""
     model = of(local, "f16")
     one, other = (
         create_label_set(cache, model.spec, model.classes, 2, shard_rows=16) for _ in range(2)
@@ -777,7 +778,7 @@ def test_a_slow_neighbour(cache: str, local: Path) -> None:
     assert len(one.missing(range(2))) == 8
     other.write(shard, model.read(0, 48, 60), model.read_checks(0, 48, 60))
     assert not one.has(shard)
-    assert not one.claim(shard)
+    assert not one.acquire(shard)
     assert len(one.missing(range(2))) == 7 and one.has(shard)
     for writer in (one, other):
         writer.close()

@@ -417,14 +417,14 @@ def test_a_creation_in_this_process_keeps_its_locks(
     """Closing any handle of a lock file drops this process's locks: the sweep must not."""
     source = only(made / "u8")
     fresh = create_label_set(tmp_path / "new", source.spec, source.classes, 2, shard_rows=16)
-    assert fresh.claim(fresh.shard(0, 0))
+    assert fresh.acquire(fresh.shard(0, 0))
     shutil.copytree(fresh.path, tmp_path / "new" / f".{fresh.name}.{'0' * 32}.partial")
     other = only(made / "f16")
     create_label_set(tmp_path / "new", other.spec, other.classes, 2).close()
     code = f"""
 from sskt.teacher_cache.storage.locks import Locks
 from pathlib import Path
-print(Locks(Path({str(tmp_path / "new" / ".locks" / f"{fresh.name}.lock")!r})).claim(2))
+print(Locks(Path({str(tmp_path / "new" / ".locks" / f"{fresh.name}.lock")!r})).acquire(2))
 """
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert asked.stdout == "False\n", asked.stderr
