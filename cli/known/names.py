@@ -44,26 +44,31 @@ def models(as_json: bool) -> None:
 )
 @as_json
 def encodings(as_json: bool) -> None:
-    """List the encodings of soft labels, with the size of a label of 1,000 classes."""
+    """List the encodings of soft labels, with the size of a label of 1,000 classes.
+
+    Bytes on disk are those of real labels (docs/explanation/encodings.md has errors and speeds);
+    sskt plan measures them for your source and target.
+    """
     from sskt.teacher_cache.format.encodings import parse_encoding
 
     about = {
-        "f16": "float16 log-probabilities (default)",
-        "root4": "fourth roots of the probabilities on a fine grid",
-        "u8": "8 bits for each class",
-        "root4-coarse": "fourth roots on a coarse grid",
-        "topk-16": "the K largest probabilities, here K = 16; for T = 1 only",
-        "f32": "float32 log-probabilities",
+        "f16": ("float16 log-probabilities (default)", 1370),
+        "root4": ("fourth roots of the probabilities, in 16 bits", 920),
+        "u8": ("sixth roots of the probabilities, in 8 bits", 680),
+        "root4-coarse": ("fourth roots on a coarser grid", 550),
+        "topk-100": ("the K largest probabilities, here K = 100; for T = 1 only", 240),
+        "f32": ("float32 log-probabilities", 3020),
     }
     _show(
-        ("name", "stores", "bytes a label, before compression"),
+        ("name", "stores", "bytes in memory", "on disk, about"),
         [
             [
-                name.replace("topk-16", "topk-K"),
+                name.replace("topk-100", "topk-K"),
                 text,
                 str(parse_encoding(name).bytes_per_label(1000)),
+                str(on_disk),
             ]
-            for name, text in about.items()
+            for name, (text, on_disk) in about.items()
         ],
         as_json,
     )
