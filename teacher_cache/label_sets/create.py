@@ -24,7 +24,12 @@ from sskt.teacher_cache.format.metadata import (
 )
 from sskt.teacher_cache.format.shards import layout_of
 from sskt.teacher_cache.format.spec import Spec, name_of
-from sskt.teacher_cache.label_sets.documents import array_document, lacks_group, read_attributes
+from sskt.teacher_cache.label_sets.documents import (
+    array_document,
+    consolidate,
+    lacks_group,
+    read_attributes,
+)
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
@@ -163,6 +168,9 @@ def open_for_writing(
         if label_set.seeds < seeds:
             require_size(seeds, label_set.samples, label_set.shard_rows)
             label_set.grow(seeds)
+        elif label_set.coordinates:
+            with locks.held(METADATA):  # a process may have been killed while it added seeds
+                consolidate(label_set)
     except BaseException:
         locks.close()
         raise

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from support.helpers import TINY, tree
+from support.ports import free_port
 from support.processes import Launcher, launched
-from support.servers import free_port, without_times
+from support.servers import without_times
 
 from sskt.cli.main import run
 from sskt.teacher_cache.label_sets.create import list_label_sets

@@ -17,7 +17,8 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
-from support.fronts import NGINX, OPENSSL, Front, free_ports, front
+from support.fronts import NGINX, OPENSSL, Front, front
+from support.ports import free_ports
 
 from sskt.server.http.tokens import new_token, revoke
 from sskt.teacher_cache.label_sets.create import list_label_sets

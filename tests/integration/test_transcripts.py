@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 import pytest
-from support.transcripts import BLOCK, ROOT, Shell, agrees, free_port, pages, prepare, steps_of
+from support.ports import free_port
+from support.transcripts import BLOCK, ROOT, Shell, agrees, pages, prepare, steps_of
 
 from sskt.cli.main import cli
 

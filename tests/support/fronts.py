@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.ports import free_ports
+
 FOLDER = Path(__file__).resolve().parents[2] / "docker" / "nginx"
 TEMPLATE = FOLDER / "nginx.conf.template"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -49,15 +51,6 @@ def filled_in(**given: str) -> str:
     assert not unknown, unknown
     values |= given
     return re.sub(r"\$\{(SSKT_\w+)\}", lambda match: values[match[1]], TEMPLATE.read_text())
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:

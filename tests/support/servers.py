@@ -20,6 +20,7 @@ import uvicorn
 from sskt.server.app import create_app
 from sskt.server.http.protocol import LimitedProtocol
 from sskt.server.settings import Settings
+from support.ports import free_port
 
 
 @dataclass
@@ -35,13 +36,6 @@ class Served:
             for r in self.requests
             if r[0] == method and part in r[1] and (not statuses or r[3] in statuses)
         ]
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

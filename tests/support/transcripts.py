@@ -2,8 +2,8 @@
 
 A fenced block ``console`` holds commands after ``$ `` and what they print. All blocks of a page
 run in one shell, in order. Numbers, digests, sizes and times may differ; a line ``...`` stands
-for any lines. ``python tests/support/transcripts.py PAGE...`` writes what the commands print now
-into the pages (from the repository's root, with the real data at hand).
+for any lines. ``PYTHONPATH=tests python tests/support/transcripts.py PAGE...`` writes what the
+commands print now into the pages (from the repository's root, with the real data at hand).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
@@ -138,13 +139,6 @@ class Shell:
             self._bash.stdout.close()
         if self._bash.stdin:
             self._bash.stdin.close()
-
-
-def free_port() -> int:
-    """A port of this machine that is free now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def prepare(folder: Path, data: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import TINY, batch_of, write_frames
+from support.ports import free_port
 
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.errors import InputError
@@ -128,9 +128,7 @@ leave()
 @pytest.mark.slow
 def test_a_process_without_a_batch_of_its_own_takes_part_in_what_all_do() -> None:
     """As one that was resumed after the epoch's last batch, or could read none of its images."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     setting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     children = [
         subprocess.Popen(
@@ -155,9 +153,7 @@ def test_a_process_that_can_read_nothing_of_its_first_batch(images: Path, tmp_pa
     target, first = open_target(str(folder)), permutation(np.arange(60), 0, 0)[:20]
     for sample in Ranks(1, 2).part(first):
         (folder / "train" / target.ids[sample]).write_bytes(b"no image")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-c", "from sskt.cli.main import main; main()", "train"]
     command += ["--target", str(folder), "--policy", "pad-crop-flip", "--on-error", "skip"]
     command += ["--epochs", "1", "--batch-size", "20", "--device", "cpu", "--workers", "0"]

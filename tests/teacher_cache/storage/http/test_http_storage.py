@@ -30,13 +30,13 @@ import numpy as np
 import pytest
 from support.damage import FAULTS, in_time
 from support.helpers import TINY, tree
+from support.ports import free_port
 from support.processes import launched
 from support.servers import (
     Answered,
     Proxy,
     Served,
     answered,
-    free_port,
     misserving,
     serving,
     without_times,

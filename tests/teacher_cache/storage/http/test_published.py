@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fronts import NGINX, await_port, free_ports
+from support.fronts import NGINX, await_port
 from support.helpers import tree
+from support.ports import free_ports
 from support.random_labels import make_labels, replace_shard
 from support.servers import serving, without_times
 
