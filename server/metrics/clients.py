@@ -107,8 +107,9 @@ class Clients:
         with self._guard:
             self._timer = None
         # A server that has stopped has removed the folder, which must not come again.
-        if self._run.is_dir():
-            self._flush()
+        with contextlib.suppress(OSError):
+            if self._run.is_dir():
+                self._flush()
 
     def _flush(self) -> None:
         with self._guard:
@@ -118,12 +119,8 @@ class Clients:
         try:
             with self._open(change=True) as db:
                 self._write(db, pending)
-        except (
-            sqlite3.Error,
-            OSError,
-            SsktError,
-        ):  # it is shown only; a full disk may lose it
-            return
+        except (sqlite3.Error, OSError, SsktError):
+            return  # the counts are shown only, and a full disk may lose them
 
     def _write(
         self, db: sqlite3.Connection, pending: dict[tuple[Key, int], tuple[int, int, float]]

@@ -72,3 +72,17 @@ def test_a_folder_that_is_gone_is_not_made_again(
     Clients(run).answered("lab", "10.0.0.1", 1)
     time.sleep(0.3)
     assert not run.exists()
+
+
+def test_a_folder_that_cannot_be_read_any_more_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = Clients(tmp_path)
+    clients.answered("lab", "127.0.0.1", 10)
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    clients._flush_later()
+    assert not (tmp_path / "clients.sqlite3").exists()
