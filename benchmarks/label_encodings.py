@@ -58,18 +58,12 @@ def log_probabilities(source: str, rows: int) -> NDArray[np.float32]:
     return np.concatenate(parts)
 
 
-def codec_of(encoding: Encoding, dtype: np.dtype[Any]) -> Blosc:
-    level, shuffle = encoding.codec(dtype)
-    return Blosc("zstd", clevel=level, shuffle=getattr(Blosc, shuffle.upper()))
-
-
 def written(encoding: Encoding, log_p: NDArray[np.float32]) -> dict[str, list[bytes]]:
     """The compressed chunks of each array."""
     chunks: dict[str, list[bytes]] = {}
     for start in range(0, len(log_p), CHUNK):
         for key, rows in encoding.encode(log_p[start : start + CHUNK]).items():
-            codec = codec_of(encoding, rows.dtype)
-            chunks.setdefault(key, []).append(codec.encode(np.ascontiguousarray(rows)))
+            chunks.setdefault(key, []).append(encoding.compressed(rows))
     return chunks
 
 

@@ -77,9 +77,16 @@ class Encoding:
         """Level and shuffle of Blosc's zstd for a stored array, by what ``benchmarks`` measured."""
         if self.name == "f16":
             return 5, "bitshuffle"
-        if self.name in POWER:
-            return 1, "shuffle" if dtype.itemsize > 1 else "noshuffle"
-        return 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+        return 1 if self.name in POWER else 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+
+    def compressed(self, rows: NDArray[Any]) -> bytes:
+        """Rows of a stored array as its codec compresses them, without checksum."""
+        from numcodecs import Blosc
+
+        level, shuffle = self.codec(rows.dtype)
+        codec = Blosc("zstd", clevel=level, shuffle=getattr(Blosc, shuffle.upper()))
+        data: bytes = codec.encode(np.ascontiguousarray(rows))
+        return data
 
     def grid(self, classes: int) -> tuple[float, np.dtype[Any]]:
         """Of ``root4``: the step of the grid, of a root of probability, and its integers' dtype.
@@ -123,12 +130,11 @@ class Encoding:
             return {"labels": log_p.astype("<f4")}
         if self.name == "f16":
             return {"labels": np.maximum(log_p, LOWEST).astype("<f2")}
-        if self.name == "u8":
+        if self.name in POWER:
             relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
-            return {"labels": np.rint(255 * np.exp(relative / POWER["u8"])).astype("u1")}
-        if self.name == "root4":
-            relative = (log_p - log_p.max(axis=1, keepdims=True)).astype(np.float32)
-            root = np.exp(relative / POWER["root4"])
+            root = np.exp(relative / POWER[self.name])
+            if self.name == "u8":
+                return {"labels": np.rint(255 * root).astype("u1")}
             step, dtype = self.grid(log_p.shape[1])
             total = root.sum(axis=1, keepdims=True, dtype=np.float64)
             return {"labels": np.rint(root / (total * step)).astype(dtype)}

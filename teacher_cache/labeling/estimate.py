@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numcodecs import Blosc
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -250,9 +249,5 @@ def _probe_source(
 
 def _compressed(encoding: Encoding, log_p: NDArray[np.float32]) -> float:
     """Bytes of a label as the store's codec leaves them."""
-    total = 0
-    for array in encoding.encode(log_p).values():
-        level, shuffle = encoding.codec(array.dtype)
-        codec = Blosc("zstd", clevel=level, shuffle=getattr(Blosc, shuffle.upper()))
-        total += len(codec.encode(np.ascontiguousarray(array)))
-    return total / len(log_p)
+    arrays = encoding.encode(log_p).values()
+    return sum(len(encoding.compressed(array)) for array in arrays) / len(log_p)

@@ -214,11 +214,11 @@ class LoaderWatch(threading.Thread):
             self.start()
 
     def restart(self, start: Callable[[], Iterator[Any]]) -> None:
-        """Goes on with other items of the same processes."""
+        """Continues with other items of the same processes."""
         self._items = start()
 
     def next(self) -> Any:
-        """Returns the next item; None if there is none.
+        """Returns the next item; None after the last one.
 
         Raises:
             LoaderFailure: If a loader process was killed, or is silent.
