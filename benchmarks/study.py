@@ -64,13 +64,13 @@ def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
 
 ROWS: dict[str, dict[str, Any]] = {
     "scratch": {},
+    LONG: {},
     "P": sskt(PL),
     "I": sskt(IN),
     "P+I": sskt(PL, IN),
     "P, TM": sskt(PL, tm=True),
     "I, TM": sskt(IN, tm=True),
     "P+I, TM": sskt(PL, IN, tm=True),
-    LONG: {},
     "P+I, T 3, alpha 0.1": sskt(PL, IN, alpha=0.1, temperature=3.0),
     "P+I, TM, T 3, alpha 0.1": sskt(PL, IN, tm=True, alpha=0.1, temperature=3.0),
 }
@@ -80,9 +80,9 @@ TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0,
 
 STUDIES = {
     "cifar1k": Study(
-        "CIFAR-10, 1,000 images (100 a class), 120 epochs",
+        "CIFAR-10, 1,000 images (100 a class), 240 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 120, **TRAINING},
+        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 240, **TRAINING},
     ),
     "places": Study(
         "MiniPlaces, 2,000 images (20 a class, 100 classes), views of 32 pixels, 60 epochs",
