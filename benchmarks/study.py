@@ -122,7 +122,7 @@ def main() -> None:
         label(study, target, asked.data, cache, asked.device)
         runs = [(seed, row) for seed in range(RUNS) for row in ROWS if row != LONG or seed == 0]
         for seed, row in runs[part::parts]:
-            config = config_of(study, row, seed, target, cache, asked.out / name)
+            config = config_of(study, row, seed, target, cache, asked.out / name, asked.data)
             if not finished(asked.kept / name / place_of(row, seed)):
                 last = run_training(replace(config, device=asked.device))[-1]
                 keep(asked.out, asked.kept, config)
@@ -188,12 +188,17 @@ def manifest(data: Path, path: Path) -> Path:
     return path
 
 
+def root_of(study: Study, data: Path) -> Path | None:
+    """The folder of the images of a manifest, which lie outside of the manifest's own folder."""
+    return data / study.target if study.target == "miniplaces" else None
+
+
 def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> None:
     known = {
         IN: f"{IN}:efficientnet_lite0@{study.size}",
         PL: f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
     }
-    dataset = DatasetSpec(str(target), limit=study.base.get("limit"))
+    dataset = DatasetSpec(str(target), root=root_of(study, data), limit=study.base.get("limit"))
     job = Job(tuple(known.values()), dataset, str(cache), policy=study.base["policy"],
               device=device)  # fmt: skip
     opened = open_job_sources(job)
@@ -204,12 +209,13 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
 
 
 def config_of(
-    study: Study, row: str, seed: int, target: Path, cache: Path, out: Path
+    study: Study, row: str, seed: int, target: Path, cache: Path, out: Path, data: Path
 ) -> TrainConfig:
     epochs = study.base["epochs"] * (2 if row == LONG else 1)
     fields = study.base | ROWS[row] | {"epochs": epochs}
     return TrainConfig(
         target=str(target),
+        root=root_of(study, data),
         seed=seed,
         out=out / place_of(row, seed),
         cache=cache if fields.get("source") else None,
