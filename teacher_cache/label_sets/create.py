@@ -239,7 +239,7 @@ def look_over(
 
     Raises:
         MissingData: If the cache is a folder that does not exist.
-        InputError: If the cache cannot be reached.
+        InputError: If the cache cannot be reached, or is itself a label set.
     """
     home = open_cache(cache)
     found: list[LabelSet] = []
@@ -257,6 +257,12 @@ def look_over(
             continue
         if label_set is not None:
             found.append(label_set)
+    if not found and home.is_local and home.size(GROUP) is not None:
+        inside = open_label_set(home).name
+        raise InputError(
+            f"{cache} is a label set, not a cache: give the folder that holds it, and its name "
+            f"({inside}) where the command takes one"
+        )
     sets, copies = without_copies(found)
     return sets, damaged | copies
 

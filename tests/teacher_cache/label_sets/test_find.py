@@ -274,3 +274,20 @@ def test_an_unreadable_set_stops_no_other(
         assert sskt("rm", "--cache", cache, name, "--yes")[0] == 0
         assert find_label_set(cache, source, views) and not path.exists()
         assert sskt("ls", "--cache", cache)[0] == 0
+
+
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["copy", "SET", "copied"], ["rm"]])
+def test_a_label_set_is_no_cache(
+    sskt: Call, healthy: LabelSet, tmp_path: Path, command: list[str]
+) -> None:
+    """The folder of a set, where the folder that holds sets is wanted."""
+    path = tmp_path / "labels" / healthy.name
+    place = {"ls": [], "verify": [], "rm": ["--yes"], "copy": ["SET", tmp_path / "copied"]}
+    name = command[0]
+    arguments: list[object] = [path if a == "SET" else a for a in place[name]]
+    if name != "copy":
+        arguments = [path, *arguments] if name == "ls" else ["--cache", path, *arguments]
+    status, _, err = sskt(name, *arguments)
+    assert status == 2 and f"{path} is a label set, not a cache: give the folder" in err
+    assert healthy.name in err.partition("give the folder")[2]
+    assert path.is_dir() and not (tmp_path / "copied").exists()
