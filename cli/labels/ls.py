@@ -90,11 +90,11 @@ def ls(
     if cache is None and sets and "://" in sets[0]:
         cache, sets = sets[0], sets[1:]
     cache = located_cache(cache)
-    from sskt.teacher_cache.label_sets.create import summary
+    from sskt.teacher_cache.label_sets.create import summaries
     from sskt.teacher_cache.label_sets.find import choose_all
 
     chosen, damaged = choose_all(cache, sets)
-    found = [summary(s) for s in chosen]
+    found = summaries(chosen)
     if audited:
         from sskt.teacher_cache.tools.reopen import Reopen
 
