@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from google_crc32c import value as crc32c
 
+from sskt.teacher_cache.format.shards import without_checksum
+
 if TYPE_CHECKING:
     from zarr import Group
 
@@ -32,7 +34,6 @@ SEED_CHUNK = 2**16
 """Seeds in a chunk. Chunks are stored whole, so that a set grows by its metadata alone."""
 
 _LONGEST_TEXT = 2**16
-_CHECKSUM = 4
 _CODECS = {SEED: ["bytes", "blosc", "crc32c"]}
 _TEXT_CODECS = ["vlen-utf8", "blosc", "crc32c"]
 
@@ -182,9 +183,9 @@ def _payload(data: bytes, most: int) -> bytes:
     """The decompressed content of a chunk. Raises ``ValueError``."""
     from numcodecs import Blosc
 
-    payload = data[:-_CHECKSUM]
-    if len(payload) < 16 or struct.unpack("<I", data[-_CHECKSUM:])[0] != crc32c(payload):
-        raise ValueError("its checksum fails")
+    payload = without_checksum(data, "its chunk")
+    if len(payload) < 16:
+        raise ValueError("it is shorter than a header")
     if struct.unpack("<I", payload[4:8])[0] > most:  # Blosc's header
         raise ValueError("it is larger than it can be")
     try:

@@ -184,7 +184,7 @@ def parse_encoding(text: str) -> Encoding:
         return Encoding("root4", step=STEPS[text])
     if text not in ("f16", "u8", "f32"):
         hint = "K is a number: topk-32 keeps the 32 most probable classes"
-        raise UnknownName("encoding", text, NAMES, hint)
+        raise UnknownName("encoding", text, NAMES, hint if text.startswith("top") else "")
     return Encoding(text)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.coordinates import (
@@ -152,6 +151,8 @@ def require_size(seeds: int, samples: int, rows: int, row_bytes: int = 4) -> Non
 
 
 def _codecs(dtype: np.dtype[Any], level: int = 5, shuffle: Shuffle = "shuffle") -> list[Any]:
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
     return [
         BloscCodec(cname="zstd", clevel=level, shuffle=shuffle, typesize=dtype.itemsize),
         Crc32cCodec(),

@@ -142,11 +142,9 @@ def _index(tail: bytes, chunks: int) -> list[tuple[int, int]]:
     index = tail[-size:]
     if not tail:
         raise ValueError("it is empty")
-    if len(index) < size or struct.unpack("<I", index[-_CHECKSUM:])[0] != crc32c(
-        index[:-_CHECKSUM]
-    ):
+    if len(index) < size:
         raise ValueError("the checksum of its index fails")
-    numbers = struct.unpack(f"<{2 * chunks}Q", index[:-_CHECKSUM])
+    numbers = struct.unpack(f"<{2 * chunks}Q", without_checksum(index, "its index"))
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
@@ -154,10 +152,26 @@ def _payload(chunk: bytes, number: int, length: int) -> bytes:
     """A chunk without its checksum. Raises ``ValueError``."""
     if length < _CHECKSUM or len(chunk) < length:
         raise ValueError(f"chunk {number} is cut")
-    payload = chunk[:-_CHECKSUM]
-    if struct.unpack("<I", chunk[-_CHECKSUM:])[0] != crc32c(payload):
-        raise ValueError(f"the checksum of chunk {number} fails")
-    return payload
+    return without_checksum(chunk, f"chunk {number}")
+
+
+def without_checksum(data: bytes, what: str) -> bytes:
+    """Checks the CRC-32C with which a chunk or an index ends, and takes it off.
+
+    Args:
+        data: The bytes, which end with the CRC-32C of the others, little-endian.
+        what: What they are, for the message.
+
+    Returns:
+        The other bytes.
+
+    Raises:
+        ValueError: If the checksum is another one, or missing.
+    """
+    content = data[:-_CHECKSUM]
+    if data[-_CHECKSUM:] != struct.pack("<I", crc32c(content)):
+        raise ValueError(f"the checksum of {what} fails")
+    return content
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
 from sskt.teacher_cache.format.encodings import encoding_of
@@ -30,7 +30,7 @@ from sskt.teacher_cache.label_sets.documents import (
     lacks_group,
     read_attributes,
 )
-from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
+from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, in_threads
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.atomic import durable_rename, durable_write
 from sskt.teacher_cache.storage.base import METADATA, SWEEP, CacheName, Storage
@@ -50,6 +50,7 @@ __all__ = [
     "look_over",
     "open_for_writing",
     "open_label_set",
+    "summaries",
     "summary",
 ]
 
@@ -180,7 +181,8 @@ def open_for_writing(
 def _sweep(path: Path, locks: Locks) -> None:
     """Removes files of killed writers, and takes the lock that keeps the set from being removed."""
     if locks.acquire(SWEEP):
-        for leftover in filter(locks.abandoned, path.rglob("*.partial")):
+        partial = (path / key for key in LocalStorage(path).files() if key.endswith(".partial"))
+        for leftover in filter(locks.abandoned, partial):
             leftover.unlink(missing_ok=True)
         locks.release(SWEEP)
     locks.acquire(SWEEP, shared=True, wait=True)
@@ -220,6 +222,11 @@ def _create_objects(storage: Storage, documents: Documents) -> None:
         storage.create(key, files[key])
 
 
+_T = TypeVar("_T")
+
+REQUESTS_AT_ONCE = 16
+"""Label sets of a bucket or a label server that are opened or listed at once."""
+
 Damaged = dict[str, CorruptStore]
 """Why each label set that cannot be opened cannot, by its name."""
 
@@ -245,7 +252,8 @@ def look_over(
     found: list[LabelSet] = []
     damaged: Damaged = {}
     known = home.damaged() if isinstance(home, HttpStorage) else {}
-    for name in filter(wanted, home.folders()):
+
+    def open_one(name: str) -> None:
         try:
             if name in known:  # asking for it would wait until the server can read it
                 raise CorruptStore(
@@ -254,9 +262,11 @@ def look_over(
             label_set = _opened_if_any(home.below(name))
         except CorruptStore as error:
             damaged[name] = error
-            continue
+            return
         if label_set is not None:
             found.append(label_set)
+
+    _each(open_one, list(filter(wanted, home.folders())), at_once=not home.is_local)
     if not found and home.is_local and home.size(GROUP) is not None:
         inside = open_label_set(home).name
         raise InputError(
@@ -265,6 +275,15 @@ def look_over(
         )
     sets, copies = without_copies(found)
     return sets, damaged | copies
+
+
+def _each(call: Callable[[_T], None], values: Sequence[_T], *, at_once: bool) -> None:
+    """Calls a function for each value: in threads where each call waits for answers."""
+    if at_once:
+        in_threads(lambda i: call(values[i]), range(len(values)), REQUESTS_AT_ONCE)
+    else:
+        for value in values:
+            call(value)
 
 
 def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
@@ -293,8 +312,6 @@ def without_copies(found: Iterable[LabelSet]) -> tuple[list[LabelSet], Damaged]:
 def _opened_if_any(storage: Storage) -> LabelSet | None:
     """Opens a label set; None for a folder that is none. Raises ``CorruptStore``."""
     try:
-        if storage.size(GROUP) is None and not lacks_group(storage):
-            return None
         return open_label_set(storage)
     except MissingData:
         return None
@@ -311,10 +328,21 @@ def list_label_sets(cache: CacheName) -> list[LabelSet]:
     return sets
 
 
+def summaries(label_sets: Sequence[LabelSet]) -> list[dict[str, Any]]:
+    """What ``sskt ls`` shows of the label sets of one cache, in their order."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(label_set: LabelSet) -> None:
+        found[label_set.name] = summary(label_set)
+
+    _each(add, label_sets, at_once=any(not s.storage.is_local for s in label_sets))
+    return [found[label_set.name] for label_set in label_sets]
+
+
 def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) -> dict[str, Any]:
     """What ``sskt ls`` shows of a set. ``stored``: coverage and bytes, where they are known."""
     spec = label_set.spec
-    coverage, size = stored or (label_set.coverage(), label_set.stored_bytes())
+    coverage, size = stored or label_set.stored()
     return {
         "name": label_set.name,
         "digest": label_set.digest,

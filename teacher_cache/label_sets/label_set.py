@@ -129,17 +129,17 @@ class LabelSet:
         """SHA-256 of the spec: 64 hexadecimal digits."""
         return str(self.attributes["digest"])
 
-    @property
+    @functools.cached_property
     def encoding(self) -> Encoding:
         """How its labels are stored."""
         return encoding_of(self.spec["encoding"])
 
-    @property
+    @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """The source's class names."""
         return tuple(self.attributes["classes"])
 
-    @property
+    @functools.cached_property
     def arrays(self) -> list[str]:
         """Names of its arrays, in the order in which a shard is written."""
         return ["view_check", *self.encoding.arrays(len(self.classes))]
@@ -246,6 +246,14 @@ class LabelSet:
         """
         self.refresh()
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
+
+    def stored(self) -> tuple[list[float], int]:
+        """``coverage`` and ``stored_bytes`` of the files that are stored now, by one listing."""
+        sizes = self.storage.sizes()
+        found = [0] * self.seeds
+        for shard in self.shards(range(self.seeds)):
+            found[shard.seed] += (shard.stop - shard.start) * (self.commit_key(shard) in sizes)
+        return [n / self.samples for n in found], sum(sizes.values())
 
     def coverage(self) -> list[float]:
         """Share of each seed's samples that is stored."""
@@ -472,8 +480,8 @@ def seed_ranges(seeds: Iterable[int]) -> str:
     return f"seed{'s' if many else ''} {', '.join(names)}"
 
 
-def in_threads(call: Callable[[int], None], numbers: Iterable[int]) -> None:
-    """Calls a function for each number, up to ``AT_ONCE`` at once. Raises what a call raised.
+def in_threads(call: Callable[[int], None], numbers: Iterable[int], at_once: int = AT_ONCE) -> None:
+    """Calls a function for each number, up to ``at_once`` at once. Raises what a call raised.
 
     The threads are daemons: those of a ``ThreadPoolExecutor`` are waited for when the interpreter
     ends, so that Ctrl-C would hang for as long as a label server is away.
@@ -496,7 +504,7 @@ def in_threads(call: Callable[[int], None], numbers: Iterable[int]) -> None:
 
     threads = [
         threading.Thread(target=work, name="sskt-read", daemon=True)
-        for _ in range(min(AT_ONCE, left.qsize()) if left.qsize() > 1 else 0)
+        for _ in range(min(at_once, left.qsize()) if left.qsize() > 1 else 0)
     ]
     for thread in threads:
         thread.start()

@@ -180,15 +180,16 @@ class WritableLabelSet(LabelSet):
         """Why a stored shard cannot be right, without reading its labels; "" if it may be."""
         if not self.has(shard):
             return ""
-        gone = [key for key in self.shard_keys(shard)[:-1] if not self.storage.size(key)]
+        empty = [key for key in self.shard_keys(shard) if not self.storage.size(key)]
         if isinstance(self.storage, LocalStorage):
-            for key in self.shard_keys(shard):
+            for key in empty:
                 if (self.storage.path / key).is_dir():
                     raise InputError(
                         f"{self.storage.where(key)} is a folder in the place of a shard's file; "
                         "move it away and run the same command again"
                     )
-        if gone:
+        record = self.record_key(shard)
+        if gone := [key for key in empty if key != record]:
             return str(self._damage(shard, f"{gone[0]} is gone or empty"))
         try:
             if self.storage.is_local:

@@ -338,6 +338,13 @@ def test_unknown_encodings_are_refused(text: str) -> None:
         parse_encoding(text)
 
 
+def test_the_hint_is_that_of_the_encoding_that_was_meant() -> None:
+    for text, hinted in (("topk", True), ("top-32", True), ("f64", False), ("root4-fine", False)):
+        with pytest.raises(UnknownName) as caught:
+            parse_encoding(text)
+        assert ("topk-32 keeps" in str(caught.value)) == hinted
+
+
 def test_more_entries_than_classes_are_refused() -> None:
     with pytest.raises(InputError, match="topk-11: the source has only 10 classes"):
         parse_encoding("topk-11").arrays(10)
