@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 ORDER = (
     "teacher_cache.errors",
     "teacher_cache.extras",
+    "teacher_cache.own_code",
     "teacher_cache.rng",
     "teacher_cache.locations",
     "teacher_cache.format",

@@ -34,18 +34,24 @@ AUTO = "auto"
 UNSTATED = {"input_scale": "imagenet"}
 """Fields that a stored configuration may lack, if their value is then not the default."""
 
+OWN = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
+"""A function of the user: ``FILE.py:function`` or ``module:attribute``."""
 DIGEST = "digest"
 """The key of ``config.json`` that is no field."""
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """The values that a field may have."""
+    """The values that a field may have; with ``own`` also a function of the user."""
 
     names: tuple[str, ...]
+    own: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.literal_schema(list(self.names))
+        names = core_schema.literal_schema(list(self.names))
+        if not self.own:
+            return names
+        return core_schema.union_schema([names, core_schema.str_schema(pattern=OWN)])
 
 
 def _listed(value: Any) -> Any:
@@ -68,8 +74,8 @@ class TrainConfig:
     """What a run is. The fields are the options of ``sskt train``, with their defaults.
 
     Args:
-        target: Target: a known one (sskt datasets lists them), a folder of class folders, or a
-            manifest.
+        target: Target: a known one (sskt datasets lists them), a folder of class folders, a
+            manifest, or FILE.py:function, which returns what sskt.open_target returns.
         root: Folder of the target's data. Default: $SSKT_DATA, else ./data.
         split: Split to train on.
         test_split: Split to measure accuracy on; 'none' for no evaluation.
@@ -105,8 +111,9 @@ class TrainConfig:
             is assumed with --tm or another option of the auxiliary task. Default: training from
             scratch.
         tm: Use transfer modules on every stage as auxiliary heads.
-        loss: PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal.
-            auto: ce+ce, or bce+ce if a sample may have several classes.
+        loss: PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal;
+            either may be FILE.py:function. auto: ce+ce, or bce+ce if a sample may have several
+            classes.
         focal_gamma: gamma of the focal losses.
         source_weight: NAME=W, factor of one source's loss. Repeat.
         alpha: Weight of the auxiliary losses (alpha of equation 1).
@@ -120,12 +127,13 @@ class TrainConfig:
         seed: Seed of initialisation and order.
         batch_size: Images of a step, of all processes together.
         accumulate: Forward a batch in this many parts, then step once.
-        optimizer: Optimizer.
+        optimizer: Optimizer: sgd, adamw, FILE.py:function or torch.optim:NAME.
         lr: Learning rate.
         momentum: Momentum of SGD.
         dampening: Dampening of SGD: the momentum takes in 1 - dampening of each gradient.
         weight_decay: L2 penalty of SGD; decoupled weight decay of AdamW.
-        schedule: Schedule of the learning rate.
+        schedule: Schedule of the learning rate: multistep, cosine, plateau, constant, or
+            FILE.py:function, which returns the factor of --lr at an epoch.
         warmup: Epochs over which the learning rate rises from 0.
         milestones: Epoch where the learning rate is multiplied by --gamma. Repeat. Default: 30,
             60 and 80 % of the epochs.
@@ -136,6 +144,8 @@ class TrainConfig:
         clip_grad: Largest norm of the gradient. Default: no limit.
         ema: Decay of averaged weights, which are then evaluated. 0: no averaging.
         early_stop: Stop after this many epochs without a better result. Default: never.
+        callback: FILE.py:function, which gets the training and returns what is called after each
+            step and epoch, and at the end. Repeat.
         cache: Folder or URL (s3://...) of the label sets. Default: $SSKT_CACHE or $SSKT_LABELS,
             else ./labels.
         labels: What to read labels from instead of a --cache: a label server, http://HOST:PORT, a
@@ -198,12 +208,14 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     batch_size: Count = 128
     accumulate: Count = 1
-    optimizer: Annotated[str, OneOf(("sgd", "adamw"))] = "sgd"
+    optimizer: Annotated[str, OneOf(("sgd", "adamw"), own=True)] = "sgd"
     lr: Above0 = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: AtLeast0 = 5e-4
-    schedule: Annotated[str, OneOf(("multistep", "cosine", "plateau", "constant"))] = "multistep"
+    schedule: Annotated[str, OneOf(("multistep", "cosine", "plateau", "constant"), own=True)] = (
+        "multistep"
+    )
     warmup: AtLeast0 = 0.0
     milestones: Annotated[list[Count], BeforeValidator(_listed)] = field(default_factory=list)
     gamma: Above0 = 0.2
@@ -212,6 +224,7 @@ class TrainConfig:
     clip_grad: Above0 | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     early_stop: Count | None = None
+    callback: Texts = field(default_factory=list)
     cache: str | Path | None = None
     labels: str | None = None
     label_cache: Folder | None = None
@@ -268,6 +281,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     if isinstance(choice, OneOf)
 }
 """The values of fields that take one of a few."""
+WITH_OWN = frozenset(
+    name
+    for name, hint in _HINTS.items()
+    for choice in getattr(hint, "__metadata__", ())
+    if isinstance(choice, OneOf) and choice.own
+)
+"""The fields of these that also take a function of the user."""
 AUXILIARY = frozenset(
     ("tm", "alpha", "temperature", "source_weight", "force_topk", "cache", "labels", "label_cache")
 )
@@ -297,10 +317,19 @@ def code_of(fields: Mapping[str, Any]) -> dict[str, list[str]]:
         fields: Values by field.
 
     Returns:
-        The values by field: the network, and with ``live`` the sources and the frame sampling, if
-        one of them is a file or a module of the user. A torch.export file is a program too.
+        The values by field: those that are a file or a module of the user. Sources and frame
+        sampling only with ``live``; a torch.export file is a program, too.
     """
-    found = {"model": [str(fields.get("model", ""))]} if ":" in str(fields.get("model", "")) else {}
+    found = {}
+    for name in ("model", "optimizer", "schedule"):
+        if ":" in str(fields.get(name, "")):
+            found[name] = [str(fields[name])]
+    if own := [part for part in str(fields.get("loss", "")).split("+") if ":" in part]:
+        found["loss"] = own
+    if re.fullmatch(OWN, str(fields.get("target", ""))):
+        found["target"] = [str(fields["target"])]
+    if fields.get("callback"):
+        found["callback"] = [str(text) for text in fields["callback"]]
     if not fields.get("live"):
         return found
     sources = [str(text) for text in fields.get("source") or []]
@@ -327,13 +356,14 @@ def require_named_code(
     Raises:
         InputError: If the configuration names code in another field.
     """
-    kinds = {"model": "network", "source": "source", "frame_sampling": "frame sampling"}
+    kinds = {"model": "network", "frame_sampling": "frame sampling"}
     for name, values in code_of(stored).items():
         if name not in named:
             option = f"--{name.replace('_', '-')}"
+            given = [str(stored["loss"])] if name == "loss" else values
             raise InputError(
-                f"the {kinds[name]} of {where} is code, {', '.join(values)}; if you trust it, name "
-                f"it yourself with {' '.join(f'{option} {value}' for value in values)}"
+                f"the {kinds.get(name, name)} of {where} is code, {', '.join(values)}; if you "
+                f"trust it, name it yourself with {' '.join(f'{option} {one}' for one in given)}"
             )
 
 
@@ -395,7 +425,8 @@ def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         ((name, problem),) = list(first.items())[:1]
         if len(first) == 1 and problem["type"] == "literal_error":
             kind = f"{name} in {where}" if where else name
-            raise UnknownName(kind, str(values[name]), CHOICES[name]) from None
+            known = [*CHOICES[name], *(["FILE.py:function"] if name in WITH_OWN else [])]
+            raise UnknownName(kind, str(values[name]), known) from None
         ordered = [name for name in FIELDS if name in first]
         said = [f"{n} must be {_wanted(n, first[n])}, found {values[n]!r}" for n in ordered]
         text = said[0]
@@ -427,7 +458,8 @@ def _wanted(name: str, problem: Mapping[str, Any]) -> str:
         limit = next(iter(problem.get("ctx", {}).values()), 0)
         return _RULES[problem["type"]].format(int(limit))
     kinds = [str(kind) if typing.get_args(kind) else kind.__name__ for kind in TYPES[name]]
-    return " or ".join(CHOICES.get(name, kinds))
+    own = ["FILE.py:function"] if name in WITH_OWN else []
+    return " or ".join([*CHOICES.get(name, kinds), *own])
 
 
 def help_texts() -> dict[str, str]:
@@ -602,9 +634,9 @@ def is_extendable(fields: Mapping[str, Any]) -> bool:
     Returns:
         True if no learning rate follows the number of epochs.
     """
-    by_epoch = fields["schedule"] == "multistep" and fields.get("milestones")
+    by_epoch = fields["schedule"] == "multistep" and bool(fields.get("milestones"))
     return fields["method"] == "sskt" and (
-        fields["schedule"] not in ("multistep", "cosine") or by_epoch
+        fields["schedule"] in ("constant", "plateau") or by_epoch
     )
 
 

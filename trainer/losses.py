@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.own_code import called, find_function
 
 Reduction = Literal["mean", "sum"]
 Auxiliary = Callable[[Tensor, Tensor, float, float], Tensor]
@@ -188,14 +189,69 @@ MULTI_LABEL = frozenset(("bce",))
 
 
 def parse_loss(text: str) -> tuple[str, str]:
-    """``PRIMARY+AUXILIARY``, e.g. ``ce+ce``, to its two names. Raises ``UnknownName``."""
+    """``PRIMARY+AUXILIARY``, e.g. ``ce+ce``, to its two names. Raises ``UnknownName``.
+
+    Either may be a function of the user, ``FILE.py:function`` or ``module:attribute``.
+    """
     primary, _, auxiliary = text.partition("+")
     auxiliary = auxiliary or "ce"
-    if primary not in PRIMARY:
-        raise UnknownName("primary loss", primary, PRIMARY)
-    if auxiliary not in AUXILIARY:
-        raise UnknownName("auxiliary loss", auxiliary, AUXILIARY)
+    if primary not in PRIMARY and ":" not in primary:
+        raise UnknownName("primary loss", primary, [*PRIMARY, "FILE.py:function"])
+    if auxiliary not in AUXILIARY and ":" not in auxiliary:
+        raise UnknownName("auxiliary loss", auxiliary, [*AUXILIARY, "FILE.py:function"])
     return primary, auxiliary
+
+
+def primary_loss(name: str) -> Primary:
+    """Finds a primary loss.
+
+    Args:
+        name: A key of ``PRIMARY``, or ``FILE.py:function`` or ``module:attribute`` of the user: a
+            function as ``Primary`` describes it, for one or several classes a sample.
+
+    Returns:
+        The loss.
+
+    Raises:
+        MissingData: If there is no such file or module.
+        InputError: If there is no such function in it; when it is called, also if it fails or
+            returns anything but one number.
+    """
+    if name in PRIMARY:
+        return PRIMARY[name]
+    return _own_loss(name, f"primary loss {name}")
+
+
+def auxiliary_loss(name: str) -> Auxiliary:
+    """Finds an auxiliary loss.
+
+    Args:
+        name: A key of ``AUXILIARY``, or ``FILE.py:function`` or ``module:attribute`` of the user: a
+            function of z_t, p_s, T and gamma.
+
+    Returns:
+        The loss.
+
+    Raises:
+        MissingData: If there is no such file or module.
+        InputError: As of ``primary_loss``.
+    """
+    if name in AUXILIARY:
+        return AUXILIARY[name]
+    return _own_loss(name, f"auxiliary loss {name}")
+
+
+def _own_loss(text: str, what: str) -> Callable[..., Tensor]:
+    function = find_function(text, what)
+
+    def loss(*arguments: Any, **named: Any) -> Tensor:
+        found = called(function, what, *arguments, **named)
+        if not isinstance(found, Tensor) or found.ndim:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"{what} returned {shape}; a loss is a tensor of one number, []")
+        return found
+
+    return loss
 
 
 def resolve_loss(text: str, multi_label: bool) -> str:
@@ -206,7 +262,7 @@ def resolve_loss(text: str, multi_label: bool) -> str:
     if text == "auto":
         return "bce+ce" if multi_label else "ce+ce"
     primary, auxiliary = parse_loss(text)
-    if (primary in MULTI_LABEL) != multi_label:
+    if primary in PRIMARY and (primary in MULTI_LABEL) != multi_label:
         labels = "several classes a sample" if multi_label else "one class a sample"
         fitting = [f"{p}+{auxiliary}" for p in PRIMARY if (p in MULTI_LABEL) == multi_label]
         raise InputError(

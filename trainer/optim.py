@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,17 +16,36 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.own_code import call_function, called, find_function
 from sskt.trainer.config import TrainConfig
 
 
 def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """SGD (momentum, dampening, L2 penalty) or AdamW (decoupled decay) of what trains.
 
-    Raises ``InputError`` if none of them does.
+    Args:
+        config: The training. Its ``optimizer`` may be a function or class of the user, or one of
+            ``torch.optim``. That is called with the parameters, ``lr`` and ``weight_decay``.
+        parameters: Those of the network.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: If no parameter trains, or the user's function fails or makes no optimizer.
     """
     trained = [p for p in parameters if p.requires_grad]
     if not trained:
         raise InputError("no parameter of the network trains; choose an earlier --finetune-from")
+    if ":" in config.optimizer:
+        what = f"--optimizer {config.optimizer}"
+        named = {"lr": config.lr, "weight_decay": config.weight_decay}
+        made = call_function(config.optimizer, "--optimizer", trained, **named)
+        if not isinstance(made, Optimizer):
+            raise InputError(
+                f"{what} returned {type(made).__name__}; return a torch.optim.Optimizer"
+            )
+        return made
     if config.optimizer == "adamw":
         return AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     return SGD(
@@ -43,8 +62,10 @@ class Schedule:
 
     ``multistep``: times gamma at each milestone. ``cosine``: falls to 0 over the epochs, step by
     step. ``plateau``: times gamma after more than ``patience`` epochs without a better test loss
-    (the primary or the total one, ``plateau_on``), as PyTorch's ReduceLROnPlateau. Warm-up
-    multiplies any of them by a factor that reaches 1 with the last step of ``warmup`` epochs.
+    (the primary or the total one, ``plateau_on``), as PyTorch's ReduceLROnPlateau. A function of
+    the user gets the epochs that are done, a fraction included, and their number, and returns the
+    factor. Warm-up multiplies any of them by a factor that reaches 1 with the last step of
+    ``warmup`` epochs.
     """
 
     THRESHOLD = 1e-4  # a test loss is better if it is lower by this fraction: PyTorch's default
@@ -56,6 +77,8 @@ class Schedule:
         if config.schedule == "plateau" and config.test_split == "none":
             raise InputError("--schedule plateau follows the test loss; give a --test-split")
         self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
+        own = ":" in config.schedule
+        self._own = find_function(config.schedule, "--schedule") if own else None
         self.epoch = 0
         self._milestones = Counter(config.resolved_milestones())
         self._best, self._bad, self._reductions = math.inf, 0, 0
@@ -78,6 +101,8 @@ class Schedule:
             group["lr"] = warm * self._scheduled(group["initial_lr"], done)
 
     def _scheduled(self, lr: float, done: float) -> float:
+        if self._own is not None:
+            return lr * self._factor(self._own, done)
         # Factors are multiplied one by one, as PyTorch does, for the same bits.
         if self.config.schedule == "multistep":
             for milestone in sorted(m for m in self._milestones if m <= self.epoch):
@@ -89,6 +114,16 @@ class Schedule:
                 if lr - lr * self.config.gamma > self.SMALLEST:
                     lr = lr * self.config.gamma
         return lr
+
+    def _factor(self, function: Callable[..., Any], done: float) -> float:
+        what = f"--schedule {self.config.schedule}"
+        factor = called(function, what, done, self.config.epochs)
+        if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise InputError(
+                f"{what} returned {factor!r} at epoch {done:g}; return a finite number that is "
+                "not negative"
+            )
+        return float(factor)
 
     def end_epoch(self, test_loss: float | None) -> None:
         """Closes an epoch. Raises ``InputError`` if a plateau is sought without a test loss."""

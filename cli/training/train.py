@@ -28,6 +28,7 @@ from sskt.trainer.config import (
     CHOICES,
     FIELDS,
     TYPES,
+    WITH_OWN,
     TrainConfig,
     extended,
     help_texts,
@@ -101,6 +102,7 @@ GROUPS = {
         "clip_grad",
         "ema",
         "early_stop",
+        "callback",
     ),
     "Run": (
         "recipe",
@@ -135,7 +137,7 @@ def _option(name: str, about: str) -> Callable[[Command], Command]:
         return click.option(
             f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}", name, **settings
         )
-    if name in CHOICES:
+    if name in CHOICES and name not in WITH_OWN:
         settings["type"] = click.Choice(CHOICES[name])
     elif kind is Path:
         settings["type"] = click.Path(path_type=Path)
@@ -205,7 +207,7 @@ def train(
             raise InputError("--resume needs --out, the folder of the run")
         stored = read_config(options["out"] / "config.json")
         require_named_code(stored, options, options["out"])
-        layers.append(extended(stored, options.get("epochs", 0)))
+        layers.append(dict(extended(stored, options.get("epochs", 0))))
     config = make_config(*layers, options)
     require_present(config)
     with working("opening target and labels"):

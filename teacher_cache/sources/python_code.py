@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
 import importlib.util
 import inspect
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +14,11 @@ from torch import nn
 
 from sskt.teacher_cache.errors import (
     InputError,
-    MissingData,
     SpecMismatch,
     SsktError,
     first_line,
 )
+from sskt.teacher_cache.own_code import code_of, load_module, read_code, run_code
 from sskt.teacher_cache.sources.known_networks import Loaded, three
 from sskt.teacher_cache.sources.names import SourceName
 from sskt.teacher_cache.sources.outputs import count_outputs
@@ -84,10 +81,10 @@ def _loaded(wanted: SourceName, code: str) -> tuple[ModuleType, str]:
     """The module, and the SHA-256 of its file; a file is compared before it is run."""
     what = f"source {wanted.name}"
     if wanted.file is not None:
-        content = _content(wanted.file, what)
+        content = read_code(wanted.file, what)
         found = code_of(content)
         require_code(wanted, wanted.file, found, code)
-        return _run(wanted.file, content), found
+        return run_code(wanted.file, content), found
     if code:
         try:
             spec = importlib.util.find_spec(wanted.module)
@@ -108,53 +105,6 @@ def require_code(wanted: SourceName, path: Path, found: str, expected: str) -> N
             f"source {wanted.name}: {path} is not the file that the labels were made with "
             f"(source.code: expected {expected}, found {found}); it was not run; give that file"
         )
-
-
-def code_of(content: bytes) -> str:
-    """What identifies the code of a user: the SHA-256 of its file, as ``sha256:...``."""
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def load_module(place: str, what: str) -> ModuleType:
-    """Imports ``package.module``, or runs ``FILE.py``.
-
-    Args:
-        place: The name of the module, or the path of the file.
-        what: The beginning of each message.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingData: If none exists.
-        Exception: Whatever the code itself raises.
-    """
-    if place.endswith(".py"):
-        return _run(Path(place), _content(Path(place), what))
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if not f"{place}.".startswith(f"{error.name}."):
-            raise
-        raise MissingData(
-            f"{what}: no module {place}; install it or put its folder on PYTHONPATH "
-            "(a file is named with its .py: FILE.py:factory)"
-        ) from error
-
-
-def _content(path: Path, what: str) -> bytes:
-    if not path.is_file():
-        raise MissingData(f"{what}: no file {path}")
-    return path.read_bytes()
-
-
-def _run(path: Path, content: bytes) -> ModuleType:
-    module = ModuleType(f"sskt_own_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
-    # Compiled here: Python's cache of compiled files may hold an older text of the same second.
-    exec(compile(content, str(path), "exec"), module.__dict__)
-    return module
 
 
 def _file_of(wanted: SourceName, known: str | None) -> Path:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, UnknownName
+from sskt.teacher_cache.own_code import called, find_function, hash_of_file
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.folder import find_split, open_folder
 from sskt.teacher_cache.targets.manifest import manifest_splits, open_manifest
-from sskt.teacher_cache.targets.registry import TARGETS, default_policy, is_manifest, is_own
+from sskt.teacher_cache.targets.registry import (
+    TARGETS,
+    default_policy,
+    is_function,
+    is_manifest,
+    is_own,
+)
 from sskt.teacher_cache.targets.spec import DatasetSpec, named_like
 
 Progress = Callable[[int, int], None]
 
 
 def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None) -> Target:
-    """Opens a known target, a folder of class folders, or a CSV or Parquet manifest.
+    """Opens a known target, a folder of class folders, a CSV or Parquet manifest, or an own target.
 
-    The frames of every clip are counted, once (``file_index.py``).
+    The last is what ``FILE.py:function`` returns, called with the name of the split if it takes an
+    argument. A label set does not record that file. The frames of every clip are counted, once
+    (``file_index.py``).
 
     Args:
         spec: The dataset.
@@ -32,8 +44,10 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
     Raises:
         UnknownName: If the target or the split is not known.
         MissingData: If files are missing; the message has the expected layout.
-        InputError: If a file that describes the dataset is wrong.
+        InputError: If a file that describes the dataset is wrong, or the function fails.
     """
+    if is_function(spec.target):
+        return _from_function(spec)
     if is_own(spec.target):
         target = (open_manifest if is_manifest(spec.target) else open_folder)(spec)
     else:
@@ -59,6 +73,35 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
     return target
 
 
+def _from_function(spec: DatasetSpec) -> Target:
+    what = f"--target {spec.target}"
+    target = _opened(spec.target, spec.split, hash_of_file(spec.target, what))
+    if not isinstance(target, Target):
+        raise InputError(
+            f"{what} returned {type(target).__name__}; return what sskt.open_target returns"
+        )
+    if target.split != spec.split:
+        raise InputError(
+            f"{what} opened the split {target.split}, not {spec.split}; let the function take the "
+            "name of a split"
+        )
+    more = {} if spec.limit is None else {"limit": spec.limit}
+    return replace(target.limited(spec.limit), provenance={**target.provenance, **more})
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(text: str, split: str, code: str) -> Any:
+    """What the function of a file returned; a dataset is read through only once a process."""
+    what = f"--target {text}"
+    function = find_function(text, what)
+    return called(function, what, *([split] if takes_split(function) else []))
+
+
+def takes_split(function: Callable[..., Any]) -> bool:
+    """Whether a function that opens a target takes the name of a split."""
+    return bool(inspect.signature(function).parameters)
+
+
 def policy_of(target: Target) -> str:
     """The default view policy of an opened target."""
     return target.policy or default_policy(target.name, clips=target.clips)
@@ -72,6 +115,13 @@ def evaluation_split(spec: DatasetSpec) -> str:
         InputError: If the split that is trained on holds it.
     """
     name, split = spec.target, spec.split
+    if is_function(name):
+        if takes_split(find_function(name, f"--target {name}")):
+            return "test"
+        raise MissingData(
+            f"--target {name} takes no argument, so it opens one split only; let it take the "
+            "name of a split, or train without evaluation: --test-split none"
+        )
     if name in TARGETS:
         evaluation = TARGETS[name].evaluation
         if split == f"train{evaluation}":

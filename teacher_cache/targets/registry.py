@@ -7,6 +7,7 @@ A row names its loader, which is imported when it is used. A conformance test
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +147,25 @@ TARGETS: dict[str, TargetInfo] = {
 }
 
 
+_FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
+
+
 def is_manifest(name: str) -> bool:
     """Whether ``--target`` names a manifest, by its ending."""
     return Path(name).suffix.lower() in MANIFESTS
 
 
+def is_function(name: str) -> bool:
+    """Whether ``--target`` names a user's function that opens the target: ``FILE.py:function``."""
+    return _FUNCTION.fullmatch(name) is not None
+
+
 def is_own(name: str) -> bool:
     """Whether ``--target`` names a user's folder or manifest rather than a known target."""
-    return name not in TARGETS and (
-        os.sep in name or name in (".", "..") or Path(name).is_dir() or is_manifest(name)
+    return (
+        name not in TARGETS
+        and not is_function(name)
+        and (os.sep in name or name in (".", "..") or Path(name).is_dir() or is_manifest(name))
     )
 
 

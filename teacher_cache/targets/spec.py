@@ -12,7 +12,13 @@ from typing import Any
 from sskt.teacher_cache.errors import MissingData, UnknownName, first_line
 from sskt.teacher_cache.locations import data_location
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.targets.registry import FOLDER_LAYOUT, TARGETS, is_manifest, is_own
+from sskt.teacher_cache.targets.registry import (
+    FOLDER_LAYOUT,
+    TARGETS,
+    is_function,
+    is_manifest,
+    is_own,
+)
 
 _RECORDED_IF_SET = ("partial", "strict", "columns", "label_separator", "allow_outside_root")
 
@@ -91,6 +97,9 @@ class DatasetSpec:
             UnknownName: If the target is not known.
         """
         name = self.target
+        if is_function(name):
+            file = Path(name.rpartition(":")[0])
+            return "" if file.is_file() else f"no file {file}, which --target names"
         if is_own(name):
             return ""
         if name not in TARGETS:

@@ -10,15 +10,15 @@ What was opened is then compared with the spec.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sskt.teacher_cache.errors import CorruptStore, InputError, SsktError, first_line
+from sskt.teacher_cache.errors import CorruptStore, InputError
 from sskt.teacher_cache.format.spec import label_set_spec, require
 from sskt.teacher_cache.label_sets.label_set import LabelSet
+from sskt.teacher_cache.own_code import call_function
 from sskt.teacher_cache.sources.names import (
     NETWORK_FILES,
     SourceName,
@@ -27,14 +27,11 @@ from sskt.teacher_cache.sources.names import (
 )
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.open import load_target
-from sskt.teacher_cache.targets.registry import TARGETS
+from sskt.teacher_cache.targets.registry import TARGETS, is_function
 from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import IDENTITY, FrameSampling, parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, Policy
 from sskt.teacher_cache.views.views import Views, open_views
-
-OWN_TARGET = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*)")
-"""``FILE.py:function``, whose function returns a target."""
 
 if TYPE_CHECKING:  # the targets of label sets are opened without torch
     from sskt.teacher_cache.sources.source import Source
@@ -158,7 +155,7 @@ def _frozen_source(wanted: SourceName, spec: dict[str, Any]) -> Source:
     """
     from sskt.teacher_cache.sources.source import Source
 
-    source = call_own(f"{wanted.file}:{wanted.factory}", f"source {wanted.name}")
+    source = call_function(f"{wanted.file}:{wanted.factory}", f"source {wanted.name}")
     if not isinstance(source, Source):
         raise InputError(
             f"source {wanted.name}: {wanted.file}:{wanted.factory} returned "
@@ -166,36 +163,6 @@ def _frozen_source(wanted: SourceName, spec: dict[str, Any]) -> Source:
         )
     class_name = type(source.network).__qualname__
     return replace(source, arch=spec["arch"]) if spec["arch"].endswith(f".{class_name}") else source
-
-
-def call_own(place: str, what: str) -> Any:
-    """Calls a function of a user's file, which that user named.
-
-    Args:
-        place: ``FILE.py:function``.
-        what: The beginning of each message.
-
-    Returns:
-        What the function returned.
-
-    Raises:
-        MissingData: If there is no such file.
-        InputError: If there is no such function, or the file or the function fails.
-    """
-    from sskt.teacher_cache.sources.python_code import load_module
-
-    file, _, function = place.rpartition(":")
-    try:
-        called: Callable[[], Any] | None = getattr(load_module(file, what), function, None)
-        if not callable(called):
-            raise InputError(f"{what}: {file} has no function '{function}'")
-        return called()
-    except SsktError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{what}: {place} failed: {type(error).__name__}: {first_line(error)}"
-        ) from error
 
 
 def _weights(label_set: LabelSet, instead: Reopen) -> Path | None:
@@ -257,17 +224,16 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
         InputError: If the target is an own dataset, and its file was not given.
     """
     spec, provenance = label_set.spec, _provenance(label_set)
-    own = OWN_TARGET.fullmatch(instead.target or "")
-    if own:
-        target = call_own(own[0], "--target")
-        if not isinstance(target, Target):
-            raise InputError(
-                f"--target {own[0]} returned {type(target).__name__}; return what "
-                "sskt.open_target returned when the labels were made"
-            )
+    recorded = _text(label_set, "target")
+    if is_function(recorded):  # code that a label set names is not run
+        recorded = ""
+    if instead.target and is_function(instead.target):
+        target = load_target(
+            DatasetSpec(instead.target, spec["target"]["split"], limit=provenance.get("limit"))
+        )
     else:
         name, root = str(spec["target"]["name"]), _text(label_set, "root")
-        text = instead.target or _text(label_set, "target") or (name if name in TARGETS else "")
+        text = instead.target or recorded or (name if name in TARGETS else "")
         if not text:
             raise InputError(
                 f"label set {label_set.name} does not record how its target ({name}) is opened; "

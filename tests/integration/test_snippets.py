@@ -26,7 +26,7 @@ TESTED = {
     "README.md": 1,
     "docs/format.md": 1,
     "docs/guides/other-tools.md": 3,
-    "docs/guides/training.md": 2,
+    "docs/guides/training.md": 3,
     "docs/paper-settings.md": 1,
     "docs/server.md": 1,
     "docs/tutorials/python.md": 3,
@@ -165,7 +165,7 @@ def test_the_logger_and_the_network_of_a_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    logger, network = blocks("docs/guides/training.md")
+    _, logger, network = blocks("docs/guides/training.md")  # the first: test_own_code.py
     (tmp_path / "mylog.py").write_text(logger)
     log = find_logger("mylog.py:open_log")({}, tmp_path)
     records = run_training(replace(config, epochs=1, out=Path("run")), Hooks(epoch=log))

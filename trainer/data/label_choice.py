@@ -14,12 +14,13 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
-from sskt.teacher_cache.targets.open import policy_of
-from sskt.teacher_cache.targets.registry import default_policy, is_own
+from sskt.teacher_cache.targets.open import load_target, policy_of
+from sskt.teacher_cache.targets.registry import default_policy, is_function, is_own
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
+from sskt.trainer.data.splits import dataset_of
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -209,7 +210,11 @@ def _wanted(config: TrainConfig) -> list[SourceName] | None:
 def _of_target(
     config: TrainConfig, cache: CacheName, wanted: list[SourceName] | None
 ) -> list[LabelSet]:
-    name = Path(config.target).resolve().name if is_own(config.target) else config.target
+    name = config.target
+    if is_function(name):
+        name = load_target(dataset_of(config, config.split)).name
+    elif is_own(name):
+        name = Path(name).resolve().name
     if Path(name).suffix.lower() in (".csv", ".parquet"):
         name = Path(name).stem
     return readable_sets(cache, {"name": name, "split": config.split}, wanted)

@@ -183,6 +183,7 @@ def _require_optimizer(state: Record, own: Optimizer) -> None:
 def identity(plan: Plan) -> Record:
     """What must be the same when a run is resumed, beside its configuration."""
     return {
+        "code": plan.code,
         "digests": {name: s.digest for name, s in plan.label_sets.items()},
         "target": plan.views.target.identity(),
         "seeds": plan.seeds,
@@ -247,7 +248,8 @@ def restore(trainer: Trainer, out: Path) -> None:
             if state.get(key, value) != value:
                 raise InputError(
                     f"{out} was trained with {key} {state.get(key)}, now found {value}; resume it "
-                    "with the same labels, data and --memory, or choose another --out"
+                    f"with the same {'files' if key == 'code' else 'labels, data and --memory'}, "
+                    "or choose another --out"
                 )
         _require_same_network(trainer, state, path)
         require_whole(trainer, state)

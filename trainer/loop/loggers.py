@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, first_line
-from sskt.teacher_cache.extras import missing_extra
+from sskt.teacher_cache.own_code import find_function
 
 Record = Mapping[str, Any]
 Log = Callable[[Record], None]
@@ -86,10 +86,9 @@ def find_logger(text: str) -> Opener:
     if text in ("wandb", "trackio"):
         package = importlib.import_module(text)
         return lambda config, out: _Wandb(package, config, out)
-    match = _OWN.fullmatch(text)
-    if match is None:
+    if not _OWN.fullmatch(text):
         raise UnknownName("logger", text, [*KNOWN, "FILE.py:function", "module:attribute"])
-    return _own(match["place"], match["name"], text)
+    return find_function(text, f"--logger {text}")
 
 
 def open_logger(
@@ -129,26 +128,6 @@ def numbers(record: Record) -> dict[str, float]:
     """The finite numbers of an epoch's record, without the number of the epoch."""
     found = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
     return {k: float(v) for k, v in found.items() if math.isfinite(v)}
-
-
-def _own(place: str, name: str, text: str) -> Opener:
-    from sskt.teacher_cache.sources.python_code import load_module
-
-    what = f"--logger {text}"
-    try:
-        module = load_module(place, what)
-    except SsktError:
-        raise
-    except Exception as error:
-        if isinstance(error, ImportError) and (lacking := missing_extra(error)):
-            raise lacking from error
-        failed = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{what}: {place} cannot be imported: {failed}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise InputError(f"{what}: {place} has no function {name}")
-    opener: Opener = found
-    return opener
 
 
 class _Mlflow:

@@ -15,6 +15,7 @@ from sskt.teacher_cache.format.encodings import gradient_error, require_temperat
 from sskt.teacher_cache.label_sets.find import require_seeds
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.locations import label_location
+from sskt.teacher_cache.own_code import hash_of_file
 from sskt.teacher_cache.sources.registry import parse_source
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import Storage
@@ -24,7 +25,7 @@ from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
-from sskt.trainer.config import AUTO, TrainConfig
+from sskt.trainer.config import AUTO, TrainConfig, code_of
 from sskt.trainer.data.epoch_order import EpochOrder
 from sskt.trainer.data.label_choice import choose_label_sets, require_identity
 from sskt.trainer.data.soft_labels import Window
@@ -66,6 +67,8 @@ class Plan:
     """Labels of the test split, if a plateau follows the total loss."""
     input_scale_reason: str = ""
     """Why ``config.input_scale`` was taken."""
+    code: dict[str, str] = field(default_factory=dict)
+    """The SHA-256 of each file of the user that the training runs, by ``FILE.py:function``."""
 
     @property
     def source_classes(self) -> dict[str, int]:
@@ -262,8 +265,20 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
         test_sets = find_test_sets(cache, config, sets, test, ask=ask)
     seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
     return Plan(
-        config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason
-    )
+        config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason,
+        _hashes(config),
+    )  # fmt: skip
+
+
+def _hashes(config: TrainConfig) -> dict[str, str]:
+    """The hashes of the user's files; the label sets and live sources have those of sources."""
+    found = {
+        text: hash_of_file(text, f"--{name.replace('_', '-')}")
+        for name, texts in code_of(config.as_dict()).items()
+        for text in texts
+        if name != "source"
+    }
+    return {text: digest for text, digest in found.items() if digest}
 
 
 def open_labels(config: TrainConfig) -> Storage:

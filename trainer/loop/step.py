@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sskt.teacher_cache.errors import InputError, first_line
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
-from sskt.trainer.losses import AUXILIARY, PRIMARY, parse_source_weights, total_loss
+from sskt.trainer.losses import (
+    auxiliary_loss,
+    parse_source_weights,
+    primary_loss,
+    total_loss,
+)
 from sskt.trainer.methods.base import Method
 from sskt.trainer.models.heads import SSKTNetwork, to_channels_last
 from sskt.trainer.optim import build_optimizer, moving_average
@@ -50,8 +55,8 @@ class Step:
         self.optimizer = build_optimizer(config, self.network.parameters())
         self.average = moving_average(self.network, config.ema) if config.ema else None
         primary, auxiliary = plan.loss
-        self.primary = partial(PRIMARY[primary], gamma=config.focal_gamma)
-        self._auxiliary = AUXILIARY[auxiliary]
+        self.primary = partial(primary_loss(primary), gamma=config.focal_gamma)
+        self._auxiliary = auxiliary_loss(auxiliary)
         self._weights = parse_source_weights(config.source_weight, list(self.network.sources))
         self._forward: Any = self.network
         if plan.ranks.world > 1:

@@ -21,7 +21,7 @@ from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import Policy, evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import open_views
-from sskt.trainer.config import TrainConfig, make_config, read_config, require_named_code
+from sskt.trainer.config import TrainConfig, code_of, make_config, read_config, require_named_code
 from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.loop.checkpoint import TrainedOn
 from sskt.trainer.loop.evaluate import CLIP_BATCH, VIEW_SEED, Evaluation
@@ -131,7 +131,9 @@ class TrainedNetwork:
             MissingData: If the data is missing.
         """
         config = self.config
-        if target is not None:
+        if target is None:
+            require_named_code({"target": config.target}, (), "this run")
+        else:
             config = replace(config, target=target, root=None, test_split="auto", split="train")
         if root is not None:
             config = replace(config, root=Path(root))
@@ -327,7 +329,16 @@ def open_run(
     if isinstance(state.get("config"), dict):
         config = make_config(state["config"])
     require_named_code({"model": config.model}, ["model"] if model else [], folder)
-    config = replace(config, model=model or config.model)
+    known = code_of(config.as_dict())
+    config = replace(
+        config,
+        model=model or config.model,
+        # What only the training needs is not run, and the test loss is then that of the target.
+        loss="auto" if "loss" in known else config.loss,
+        optimizer="sgd",
+        schedule="constant",
+        callback=[],
+    )
     weights = state.get("average") or state.get("model")
     own = {
         key.removeprefix("target."): value

@@ -17,6 +17,7 @@ from sskt.trainer.data.loader import naming_dead_workers
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop import checkpoint as checkpoints
+from sskt.trainer.loop.callbacks import Callbacks
 from sskt.trainer.loop.epoch import Epoch
 from sskt.trainer.loop.evaluate import Evaluation
 from sskt.trainer.loop.progress import Hooks, Progress
@@ -70,6 +71,7 @@ class Trainer:
         self.epoch = 0
         self.progress = Progress()
         self.records: list[Record] = []
+        self._callbacks = Callbacks(config.callback, self)
 
     @property
     def network(self) -> SSKTNetwork:
@@ -106,6 +108,7 @@ class Trainer:
 
         def after_step(done: int, steps: int) -> None:
             self.hooks.step(epoch, done, steps)
+            self._callbacks.on_step(epoch, done, steps)
             self._autosave(done)
 
         one = Epoch(self.plan, self.step, self.loader, self.schedule)
@@ -173,6 +176,7 @@ class Trainer:
             self.evaluation.close()
         if first:
             plot_runs({out.name: self.records}, out / records.PLOT)
+        self._callbacks.on_end(self.records)
         self.plan.ranks.wait()
         return self.records
 
@@ -197,7 +201,8 @@ class Trainer:
             )
         name = main_metric([record])
         better = name is not None and self.early.better(record[name])
-        record |= {"stopped_early": True} if self.early.stop else {}
+        stop = self._callbacks.on_epoch(record) or self.early.stop
+        record |= {"stopped_early": True} if stop else {}
         self.schedule.end_epoch(record.get("test_loss_total", record.get("test_loss")))
         self.epoch += 1
         self.records.append(record)

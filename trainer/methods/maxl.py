@@ -32,10 +32,10 @@ from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.distributed import Ranks
 from sskt.trainer.losses import (
-    AUXILIARY,
-    PRIMARY,
+    auxiliary_loss,
     parse_loss,
     parse_source_weights,
+    primary_loss,
     resolve_loss,
     total_loss,
 )
@@ -131,7 +131,7 @@ class Maxl:
         if auxiliary not in LOSSES:
             raise UnknownName("auxiliary loss of MAXL", auxiliary, LOSSES)
         self.config, self.network, self.generator = config, network, generator
-        self._primary, self._auxiliary = PRIMARY[primary], AUXILIARY[auxiliary]
+        self._primary, self._auxiliary = primary_loss(primary), auxiliary_loss(auxiliary)
         self._weights = parse_source_weights(config.source_weight, [SOURCE])
         self.optimizer = torch.optim.SGD(
             generator.parameters(), lr=GENERATOR_LR, weight_decay=GENERATOR_WEIGHT_DECAY

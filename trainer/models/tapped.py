@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, first_line
+from sskt.teacher_cache.own_code import load_module
 from sskt.teacher_cache.sources.names import TIMM
-from sskt.teacher_cache.sources.python_code import load_module
 from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
 
 PROBE = 32

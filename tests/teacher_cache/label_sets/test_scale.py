@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ ENCODINGS = ("f16", "u8", "root4", *(f"topk-{k}" for k in range(1, 5)))
 
 
 @pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the calls of the system that name a path below the folder of the test."""
     counts: Counter[str] = Counter()
 

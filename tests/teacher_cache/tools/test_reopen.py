@@ -106,7 +106,7 @@ def test_a_forged_source_is_not_opened(
 def test_a_forged_target_is_data_and_no_code(cache: Path, flag: Path, sskt: Call) -> None:
     forged(cache, target=f"{flag.parent}/lab/evil.py:f")
     status, _, err = sskt("verify", "--cache", cache, "--recompute", 3, "--source", RIGHT)
-    assert status == 2 and "no folder" in one_line(err)
+    assert status == 2 and "does not record how its target" in one_line(err)
 
 
 def test_provenance_of_another_shape_is_damage(cache: Path, sskt: Call) -> None:

@@ -82,8 +82,8 @@ def test_a_failing_logger_costs_no_training(sskt: Call, own: Path, tmp_path: Pat
         ("wanbd", UnknownName, "did you mean 'wandb'"),
         ("nothing.py:f", MissingData, "no file nothing.py"),
         ("no_such_module:f", MissingData, "no module no_such_module"),
-        ("json:nothing", InputError, "json has no function nothing"),
-        ("OWN:nothing", InputError, "has no function nothing"),
+        ("json:nothing", InputError, "json has no function 'nothing'"),
+        ("OWN:nothing", InputError, "has no function 'nothing'"),
     ],
 )
 def test_what_is_no_logger_is_refused_before_the_training(
