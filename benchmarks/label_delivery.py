@@ -20,10 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import PLACES, cifar_folder, data_folder, paired_ratio, report, synchronise
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sskt.benchmarks.common import (
+    PLACES,
+    cifar_folder,
+    data_folder,
+    paired_ratio,
+    report,
+    synchronise,
+)
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import cache_teachers

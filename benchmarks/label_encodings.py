@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import PLACES, data_folder, machine, paired_ratio
 from numcodecs import Blosc
 from numpy.typing import NDArray
 
+from sskt.benchmarks.common import PLACES, data_folder, machine, paired_ratio
 from sskt.teacher_cache.format.encodings import (
     Encoding,
     as_tensors,

@@ -30,11 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from sskt.teacher_cache.format.encodings import parse_encoding
-from sskt.teacher_cache.format.spec import classes_identity
-from sskt.teacher_cache.label_sets.create import create_label_set
+from sskt.benchmarks.common import log_softmax, new_label_set, write_labels
+from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 SAMPLES, CLASSES, SEEDS = 40960, 1000, 2
@@ -69,30 +67,10 @@ class Load:
 
 def make_labels(cache: Path) -> LabelSet:
     """Labels of random logits: they compress as real ones do (about 1.7 bytes a class)."""
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    encoding = parse_encoding("f16")
-    spec = {
-        "format": 1,
-        "target": {"name": "made", "split": "train", "size": SAMPLES, "fingerprint": "made"},
-        "source": {
-            "name": "made",
-            "arch": "none",
-            "precision": "float32",
-            "preprocessing": {"size": 224},
-            "batchnorm": "eval",
-            "weights": "none",
-            "classes": classes_identity(names),
-        },
-        "views": {"policy": "none", "version": 1, "parameters": {}, "f_s": "identity"},
-        "encoding": encoding.identity(),
-    }
-    label_set = create_label_set(cache, spec, names, SEEDS)
+    label_set = new_label_set(cache, SAMPLES, CLASSES, SEEDS)
     rng = np.random.default_rng(0)
-    for shard in label_set.shards(range(SEEDS)):
-        logits = rng.normal(0, 2, (shard.stop - shard.start, CLASSES)).astype(np.float32)
-        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        checks = np.arange(shard.start, shard.stop, dtype=np.uint32)
-        label_set.write(shard, encoding.encode(log_p), checks)
+    log_p = log_softmax(rng.normal(0, 2, (SHARD_ROWS, CLASSES)).astype(np.float32))
+    write_labels(label_set, [log_p])
     label_set.close()
     return label_set
 
@@ -104,7 +82,7 @@ def epoch_of(label_set: LabelSet) -> list[tuple[str, int]]:
             f"/zarr/{label_set.name}/{label_set.shard_key(label_set.arrays[-1], shard)}",
             shard.stop - shard.start,
         )
-        for shard in label_set.shards(range(SEEDS))
+        for shard in label_set.shards(range(label_set.seeds))
     ]
 
 
@@ -192,6 +170,8 @@ def measure(
 
 
 def cpu_of(pids: Sequence[int]) -> float:
+    import psutil
+
     total = 0.0
     for pid in pids:
         root = psutil.Process(pid)
