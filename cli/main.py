@@ -112,7 +112,10 @@ def run(arguments: list[str] | None = None) -> int:
         where = (
             error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "sskt"
         )
-        return _fail(f"{error.format_message()} ({where} --help shows the options)", 2)
+        said = error.format_message()
+        if "extra argument" in said and where == "sskt train":
+            said += "; the folder of a run is given with --out"
+        return _fail(f"{said} ({where} --help shows the options)", 2)
     except SsktError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:

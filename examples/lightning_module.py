@@ -1,4 +1,7 @@
-"""SSKT in Lightning: the loader is the training dataloader, the loss is equation 1."""
+"""SSKT in Lightning: the loader is the training dataloader, the loss is equation 1.
+
+It needs Lightning (``pip install lightning``) and a source (extra ``lite``).
+"""
 
 import tempfile
 

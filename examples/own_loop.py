@@ -1,4 +1,7 @@
-"""SSKT in an own PyTorch loop: the lines with ``sskt`` or ``loader`` are all that it adds."""
+"""SSKT in an own PyTorch loop: the lines with ``sskt`` or ``loader`` are all that it adds.
+
+It needs the extra ``lite``.
+"""
 
 import tempfile
 

@@ -1,4 +1,7 @@
-"""A timm network as the student, with stages for transfer modules and timm's optimiser."""
+"""A timm network as the student, with stages for transfer modules and timm's optimiser.
+
+It needs the extras ``timm`` and ``lite``.
+"""
 
 import tempfile
 

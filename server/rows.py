@@ -106,7 +106,7 @@ class RowCache:
                 with self._decoding[hash(part.shard) % LOCKS]:
                     if lacking := self._copy(label_set, part, rows):
                         self._decode(label_set, part, lacking, rows)
-        self._metrics.slab(hit)
+        self._metrics.decoded(hit)
         return rows
 
     def hot_rows(self, label_set: LabelSet, seeds: int | Int64, ids: Int64) -> Encoded | None:
@@ -116,7 +116,7 @@ class RowCache:
         rows = self._room(label_set, len(ids))
         if any(self._copy(label_set, p, rows) for p in parts_of(label_set, seeds, ids)):
             return None
-        self._metrics.slab(True)
+        self._metrics.decoded(True)
         return rows
 
     def missing(self, label_set: LabelSet, seeds: int | Int64, ids: Int64) -> list[Shard]:

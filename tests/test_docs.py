@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,14 @@ def test_links_and_paths_are_found() -> None:
     assert links(text) == ["b.md", "d/e.md"]
     assert paths(text) == ["docs/x.md", "cli/", "docs/c/0"]
     assert len(PAGES) > 30
+
+
+def test_the_installation_page_has_every_extra() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    page = (ROOT / "docs/installation.md").read_text("utf-8")
+    rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|", page, re.M)
+    shown = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted([*shown, "docs"]) == sorted(known["optional-dependencies"])
 
 
 def test_every_record_is_complete_and_in_the_index() -> None:

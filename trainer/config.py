@@ -550,7 +550,8 @@ def read_text(path: Path) -> str:
 def run_digest(fields: Mapping[str, Any]) -> str:
     """The digest of what decides the numbers of a run: all fields that may not change in it.
 
-    Defaults do not count, so that it stays the same when a later version has more fields.
+    Defaults do not count, so that it stays the same when a later version has more fields. Neither
+    does the number of epochs of a run that may be extended.
 
     Args:
         fields: Values by field.
@@ -559,6 +560,8 @@ def run_digest(fields: Mapping[str, Any]) -> str:
         SHA-256 of their canonical JSON, in hex.
     """
     plain = TrainConfig(**fields).as_dict()
+    if is_extendable(plain):
+        plain = _with_epochs(plain, TrainConfig.epochs)
     defaults = TrainConfig().as_dict()
     return _digest({k: v for k, v in plain.items() if k not in INDIFFERENT and v != defaults[k]})
 
@@ -580,6 +583,7 @@ def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> Trai
 
     Raises ``InputError`` if that would be code.
     """
+    stored = extended(stored, config.epochs)
     found = {
         name: stored[name]
         for name, open_value in FOLLOWED.items()
@@ -589,19 +593,61 @@ def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> Trai
     return dataclasses.replace(config, **found)
 
 
+def is_extendable(fields: Mapping[str, Any]) -> bool:
+    """Whether a training with more epochs would have begun exactly like this one.
+
+    Args:
+        fields: Values by field, those of a run.
+
+    Returns:
+        True if no learning rate follows the number of epochs.
+    """
+    by_epoch = fields["schedule"] == "multistep" and fields.get("milestones")
+    return fields["method"] == "sskt" and (
+        fields["schedule"] not in ("multistep", "cosine") or by_epoch
+    )
+
+
+def _with_epochs(fields: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """The fields with another number of epochs.
+
+    Without stored labels every epoch has a view seed of its own, so that their number goes along.
+    """
+    stored = fields["source"] and not fields["live"]
+    every = not stored and fields["seeds"] == fields["epochs"]
+    return {**fields, "epochs": epochs} | ({"seeds": epochs} if every else {})
+
+
+def extended(stored: Mapping[str, Any], epochs: int) -> Mapping[str, Any]:
+    """The configuration of a run that goes on to more epochs; unchanged where it may not.
+
+    Args:
+        stored: Values by field, those of the run.
+        epochs: The number of epochs that is wanted now.
+
+    Returns:
+        Values by field.
+    """
+    known = {"epochs", "schedule", "method", "source", "live", "seeds"} <= stored.keys()
+    if known and epochs > stored["epochs"] and is_extendable(stored):
+        return _with_epochs(stored, epochs)
+    return stored
+
+
 def _longer(run: Path, epochs: int, wanted: int) -> InputError:
     longer = run.with_name(f"{run.name}-longer")
     command = ["sskt", "train", "--recipe", str(run), "--init", str(run / "last.pt")]
     command += ["--epochs", str(wanted - epochs), "--out", str(longer)]
     return InputError(
-        f"{run} holds a run of {epochs} epochs, whose learning rate followed that number, so it "
-        f"cannot be resumed to {wanted}; a new training goes on from its weights with: "
-        f"{shlex.join(command)}"
+        f"{run} holds a finished run (--epochs {epochs}), whose learning rate followed that "
+        f"number, so it cannot be resumed to {wanted}; a new training goes on from its weights "
+        f"with: {shlex.join(command)}"
     )
 
 
 def require_same(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> None:
     """Raises ``InputError`` naming the first field in which a resumed run would differ."""
+    stored = extended(stored, config.epochs)
     config = adopted(stored, config, where)
     for name in FIELDS:
         if name in INDIFFERENT or name not in stored:

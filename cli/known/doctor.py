@@ -199,7 +199,8 @@ def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = "no limit" if hard == resource.RLIM_INFINITY else f"{hard:,}"
     enough = hard == resource.RLIM_INFINITY or hard > FEW_FILES
-    return Check("open files", OK if enough else NOTE, f"{soft:,} (can be raised to {highest})")
+    raised = "" if soft == hard else f" (can be raised to {highest})"
+    return Check("open files", OK if enough else NOTE, f"{soft:,}{raised}")
 
 
 def _tried(what: str, attempt: Callable[[], str], worst: str = FAILS) -> Check:

@@ -84,10 +84,10 @@ def ls(
 ) -> None:
     """List the label sets of a cache (or those whose name contains, or digest starts with, SET).
 
-    A cache's URL may also come first: sskt ls http://HOST:PORT [SET]... Exit status 1 if a set is
-    damaged.
+    The cache may also come first: sskt ls ./labels, sskt ls http://HOST:PORT [SET]... Exit status 1
+    if a set is damaged.
     """
-    if cache is None and sets and "://" in sets[0]:
+    if cache is None and sets and "/" in sets[0]:
         cache, sets = sets[0], sets[1:]
     cache = located_cache(cache)
     from sskt.teacher_cache.label_sets.create import summaries

@@ -29,6 +29,7 @@ from sskt.trainer.config import (
     FIELDS,
     TYPES,
     TrainConfig,
+    extended,
     help_texts,
     is_run,
     make_config,
@@ -204,7 +205,7 @@ def train(
             raise InputError("--resume needs --out, the folder of the run")
         stored = read_config(options["out"] / "config.json")
         require_named_code(stored, options, options["out"])
-        layers.append(stored)
+        layers.append(extended(stored, options.get("epochs", 0)))
     config = make_config(*layers, options)
     require_present(config)
     with working("opening target and labels"):
@@ -248,7 +249,8 @@ def train(
     if as_json:
         print_json({"out": str(out), "epochs": records})
         return
-    show(f"{_results(records[-1])} after {len(records)} epochs; written to {out}")
+    many = "s" if len(records) > 1 else ""
+    show(f"{_results(records[-1])} after {len(records)} epoch{many}; written to {out}")
 
 
 def _results(record: dict[str, Any]) -> str:

@@ -88,10 +88,10 @@ class Metrics:
         self._sent = Counter("sskt_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=on)
         self._labels = Counter("sskt_labels", "Labels sent.", ["set"], registry=on)
         self._hits = Counter(
-            "sskt_slab_hits", "Batches whose labels were decoded already.", registry=on
+            "sskt_decoded_hits", "Batches whose labels were decoded already.", registry=on
         )
         self._misses = Counter(
-            "sskt_slab_misses", "Batches that had to decode labels.", registry=on
+            "sskt_decoded_misses", "Batches that had to decode labels.", registry=on
         )
         computed = Counter("sskt_computed_shards", "Shards computed.", ["result"], registry=on)
         self._computed = {ok: computed.labels("ok" if ok else "failed") for ok in (True, False)}
@@ -166,7 +166,7 @@ class Metrics:
         """Counts labels sent of a set."""
         _kept(self._sets, self._labels, set_name).inc(count)
 
-    def slab(self, hit: bool) -> None:
+    def decoded(self, hit: bool) -> None:
         """Counts a batch: its labels were decoded already, or had to be."""
         (self._hits if hit else self._misses).inc()
 
@@ -267,8 +267,8 @@ class Metrics:
 
 
 _PLAIN = {
-    "sskt_slab_hits_total": "hits",
-    "sskt_slab_misses_total": "misses",
+    "sskt_decoded_hits_total": "hits",
+    "sskt_decoded_misses_total": "misses",
     "sskt_compute_waiting": "waiting",
     "sskt_requests_serving": "serving",
     "computed ok": "computed",

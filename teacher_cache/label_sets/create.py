@@ -246,7 +246,7 @@ def look_over(
 
     Raises:
         MissingData: If the cache is a folder that does not exist.
-        InputError: If the cache cannot be reached.
+        InputError: If the cache cannot be reached, or is itself a label set.
     """
     home = open_cache(cache)
     found: list[LabelSet] = []
@@ -267,6 +267,12 @@ def look_over(
             found.append(label_set)
 
     _each(open_one, list(filter(wanted, home.folders())), at_once=not home.is_local)
+    if not found and home.is_local and home.size(GROUP) is not None:
+        inside = open_label_set(home).name
+        raise InputError(
+            f"{cache} is a label set, not a cache: give the folder that holds it, and its name "
+            f"({inside}) where the command takes one"
+        )
     sets, copies = without_copies(found)
     return sets, damaged | copies
 

@@ -56,6 +56,8 @@ def choose_all(cache: CacheName, wanted: Sequence[str]) -> tuple[list[LabelSet],
         hint = f"; there are: {', '.join(names)}" if names else ""
         if not names and home.is_local:
             hint = "; if labels were stored there, check that its file system is mounted"
+        if any("/" in text for text in wanted):
+            hint = "; a folder or URL is given with --cache"
         what = f"matches {' or '.join(wanted)}" if wanted else "is there"
         raise MissingData(f"no label set in {cache} {what}{hint}")
     return fitting, broken

@@ -334,7 +334,7 @@ def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
     ask = ["--target", "shapes", "--limit", 40, "--batch-size", 20, "--epochs", 1, "--out", run]
     assert sskt("train", *ask)[0] == 0
     status, _, err = sskt("train", "--resume", "--out", run, "--epochs", 3)
-    assert status == 2 and "holds a run of 1 epochs, whose learning rate followed" in err
+    assert status == 2 and "holds a finished run (--epochs 1), whose learning rate followed" in err
     command = shlex.split(err.rpartition(" with: ")[2])
     assert command[:2] == ["sskt", "train"] and command[-3:-1] == ["2", "--out"]
     status, out, err = sskt(*command[1:])

@@ -29,8 +29,8 @@ def exposed(folder: Path) -> dict[str, set[str]]:
     metrics = app.state.metrics
     metrics.request("/zarr", "GET", 200, 0.1, 10)
     metrics.labels("set", 5)
-    metrics.slab(True)
-    metrics.slab(False)
+    metrics.decoded(True)
+    metrics.decoded(False)
     metrics.computed(1.0, True)
     metrics.waiting(1)
     metrics.token_used("lab")

@@ -1,4 +1,4 @@
-"""The README and the pages: transcripts print what they show, other commands and code are valid."""
+"""The README and the pages: transcripts print what they show, other commands are valid."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from support.transcripts import BLOCK, ROOT, Shell, agrees, pages, prepare, step
 from sskt.cli.main import cli
 
 SHOWN = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
-TUTORIAL = ROOT / "docs/tutorials/python.md"
-OTHER_TOOLS = ROOT / "docs/guides/other-tools.md"
 
 
 @pytest.fixture
@@ -65,39 +63,6 @@ def test_the_options_of_a_shown_command_exist(page: str, command: str) -> None:
 def test_commands_are_found() -> None:
     assert len(shown_commands()) > 15
     assert len(pages()) >= 5
-
-
-@pytest.mark.slow
-def test_the_code_of_the_python_tutorial_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = TUTORIAL.read_text("utf-8")
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S))
-    exec(compile(code, str(TUTORIAL), "exec"), {"__name__": "tutorial"})
-    printed = capsys.readouterr().out
-    assert re.search(r"epoch 1: \d+\.\d{3}\n\(3, 1000\)\n$", printed), printed
-
-
-def test_the_code_of_the_page_on_other_tools_runs(
-    label_cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for needed in ("xarray", "tensorstore"):
-        pytest.importorskip(needed)
-    (tmp_path / "labels").symlink_to(label_cache)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", OTHER_TOOLS.read_text("utf-8"), re.M | re.S)
-    exec(compile("\n".join(blocks[:2]), str(OTHER_TOOLS), "exec"), {"__name__": "guide"})
-    lines = capsys.readouterr().out.splitlines()
-    shown = r"\(.seed., .sample., .class.\) float\d\d log-probability of the class"
-    assert re.fullmatch(shown, lines[0])
-    best = [float(line.rpartition(" ")[2]) for line in lines[1:4]]
-    assert best == sorted(best, reverse=True) and 0 < sum(best) < 1.01
-    assert lines[4].endswith("('seed', 'sample', 'class')") and len(lines) == 7
-    assert lines[6].startswith("('seed', 'sample', 'class') (")
 
 
 @pytest.mark.parametrize(

@@ -234,14 +234,16 @@ def restore(trainer: Trainer, out: Path) -> None:
         if trainer.restores:
             raise BadCheckpoint(f"{path} has just gone; start again")
         return
+    wanted = identity(trainer.plan)
     try:
         if state.get("config") is not None:
             stored = checked(state["config"])
+            wanted["seeds"] = stored["seeds"]  # a run that is extended may have more now
             if state.get("digest") != run_digest(stored):
                 raise ValueError("its configuration does not have its digest")
             now = dataclasses.replace(trainer.plan.config, seeds=trainer.plan.seeds)
             require_same(stored, now, path)
-        for key, value in identity(trainer.plan).items():
+        for key, value in wanted.items():
             if state.get(key, value) != value:
                 raise InputError(
                     f"{out} was trained with {key} {state.get(key)}, now found {value}; resume it "

@@ -49,8 +49,8 @@ def test_the_exposition_has_the_names_that_dashboards_use(tmp_path: Path) -> Non
     metrics.request("/zarr/{path}", "GET", 206, 0.004, 1000)
     metrics.request("/zarr/{path}", "GET", 206, 0.2, 500)
     metrics.labels("a-set", 512)
-    metrics.slab(True)
-    metrics.slab(False)
+    metrics.decoded(True)
+    metrics.decoded(False)
     metrics.computed(3.0, True)
     metrics.computed(1.0, False)
     metrics.waiting(7)
@@ -67,8 +67,8 @@ def test_the_exposition_has_the_names_that_dashboards_use(tmp_path: Path) -> Non
         ("sskt_request_seconds_sum", (route,)): 0.204,
         ("sskt_sent_bytes_total", (route,)): 1500,
         ("sskt_labels_total", (("set", "a-set"),)): 512,
-        ("sskt_slab_hits_total", ()): 1,
-        ("sskt_slab_misses_total", ()): 1,
+        ("sskt_decoded_hits_total", ()): 1,
+        ("sskt_decoded_misses_total", ()): 1,
         ("sskt_computed_shards_total", (("result", "ok"),)): 1,
         ("sskt_computed_shards_total", (("result", "failed"),)): 1,
         ("sskt_compute_seconds_sum", ()): 4,

@@ -270,7 +270,7 @@ def test_the_numbers_are_those_that_were_counted(
         metrics.request("/zarr/{path}", "GET", 200, 0.02, 1024)
     metrics.labels(list_label_sets(cache)[0].name, 120_000)
     for hit in (True, True, True, False):
-        metrics.slab(hit)
+        metrics.decoded(hit)
     metrics.error("overloaded", "64 requests at once", "req-1")
     page = get(browser, "/")
     figures = {

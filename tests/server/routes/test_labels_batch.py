@@ -188,10 +188,13 @@ def test_a_seed_for_each_id(sets: dict[str, LabelSet], client: Client) -> None:
 def test_what_is_counted(sets: dict[str, LabelSet], client: Client) -> None:
     name = sets["u8"].name
     client.raw(name, 0, [0])
-    labels, hits = client.count(f'sskt_labels_total{{set="{name}"}}'), client.count("sskt_slab_h")
+    labels, hits = (
+        client.count(f'sskt_labels_total{{set="{name}"}}'),
+        client.count("sskt_decoded_h"),
+    )
     client.raw(name, 0, [7, 8, 9])
     assert client.count(f'sskt_labels_total{{set="{name}"}}') == labels + 3
-    assert client.count("sskt_slab_hits_total") == hits + 1
+    assert client.count("sskt_decoded_hits_total") == hits + 1
     client.raw(name, 0, [7, SAMPLES])
     assert client.count(f'sskt_labels_total{{set="{name}"}}') == labels + 3
 

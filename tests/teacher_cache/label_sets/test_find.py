@@ -274,3 +274,38 @@ def test_an_unreadable_set_stops_no_other(
         assert sskt("rm", "--cache", cache, name, "--yes")[0] == 0
         assert find_label_set(cache, source, views) and not path.exists()
         assert sskt("ls", "--cache", cache)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ls", "SET"],
+        ["ls", "--cache", "SET"],
+        ["verify", "--cache", "SET"],
+        ["copy", "SET", "copied"],
+    ],
+    ids=" ".join,
+)
+def test_a_label_set_is_no_cache(
+    sskt: Call,
+    healthy: LabelSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    """The folder of a set, where the folder that holds sets is wanted."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "labels" / healthy.name
+    status, _, err = sskt(*[path if text == "SET" else text for text in command])
+    assert status == 2 and f"{path} is a label set, not a cache: give the folder" in err
+    assert healthy.name in err.partition("give the folder")[2]
+    assert path.is_dir() and not (tmp_path / "copied").exists()
+
+
+def test_a_cache_may_come_first_in_ls_and_has_an_option_elsewhere(
+    sskt: Call, healthy: LabelSet, tmp_path: Path
+) -> None:
+    status, out, _ = sskt("ls", tmp_path / "labels")
+    assert status == 0 and healthy.digest[:12] in out
+    status, _, err = sskt("verify", tmp_path / "labels", "--cache", tmp_path / "labels")
+    assert status == 2 and err.endswith("; a folder or URL is given with --cache\n")

@@ -616,7 +616,7 @@ def test_training_from_an_export(images: Path, tmp_path: Path, sskt: Sskt) -> No
         *("train", "--target", images, "--cache", to, "--out", tmp_path / "run", *options),
         *("--model", "resnet20", "--workers", 0),
     )
-    assert status == 0 and "after 1 epochs" in out, err
+    assert status == 0 and "after 1 epoch;" in out, err
 
 
 @given(data=st.data())

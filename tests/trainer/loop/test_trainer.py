@@ -279,7 +279,7 @@ def test_a_stub_of_a_block_is_no_window_of_its_own() -> None:
             assert min(len(w.samples) for w in windows) >= 8192
 
 
-def test_labels_read_by_windows_are_those_of_the_slab(config: TrainConfig) -> None:
+def test_labels_read_by_windows_are_those_of_the_epoch(config: TrainConfig) -> None:
     sets = make_plan(config).label_sets
     whole, parts = (StoredLabels(sets, torch.device("cpu")) for _ in range(2))
     everything = whole.enter(Window(2, ((0, 60),)), None)
