@@ -72,6 +72,11 @@ def sized(full: int, quick: int) -> int:
     return quick if run is not None and run.quick else full
 
 
+def in_a_run() -> bool:
+    """Whether ``sskt bench`` runs this comparison, and takes its results by ``report``."""
+    return _run.get() is not None
+
+
 def note_absent(peer: str, command: str) -> None:
     """Says that a peer is left out, and how it is installed."""
     run = _run.get()
@@ -90,10 +95,9 @@ def real_data() -> Path | None:
     They are looked for in ``$SSKT_TEST_DATA``, in ``$SSKT_DATA``, and beside the checkout.
     """
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    given = [
-        Path(os.environ[name]) for name in ("SSKT_TEST_DATA", "SSKT_DATA") if name in os.environ
-    ]
-    return next((folder for folder in (*given, beside) if (folder / CIFAR).exists()), None)
+    given = (os.environ.get(name) for name in ("SSKT_TEST_DATA", "SSKT_DATA"))
+    folders = (*(Path(folder) for folder in given if folder), beside)
+    return next((folder for folder in folders if (folder / CIFAR).exists()), None)
 
 
 def data_folder() -> Path:

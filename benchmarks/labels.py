@@ -363,7 +363,7 @@ def main() -> None:
         probabilities = way.read(0, np.arange(BATCH)).numpy()
         for temperature in (1.0, 3.0):
             error = gradient_error(probabilities, log_p[:BATCH], temperature)
-            rows.append((f"{name}: gradient error, T = {temperature:g}", 100 * error, "%"))
+            rows.append((f"{name}: gradient error T={temperature:g}", 100 * error, "%"))
     report(
         f"labels of {CLASSES:,} classes, batches of {BATCH} in random order",
         rows,

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from sskt.benchmarks.common import log_softmax, new_label_set, write_labels
+from sskt.benchmarks.common import in_a_run, log_softmax, new_label_set, report, write_labels
+from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
@@ -39,6 +40,8 @@ SAMPLES, CLASSES, SEEDS = 40960, 1000, 2
 ROUND = 10.0
 HEADER = "SSKT_BENCHMARK_HEADER"
 """Environment variable with the Authorization header, for the client's process."""
+NGINX = "/usr/sbin/nginx"
+"""Where it is where users have no /usr/sbin in their PATH."""
 SHIPPED = Path(__file__).resolve().parents[1] / "docker/nginx"
 
 
@@ -230,7 +233,7 @@ def nginx(text: str, run: Path, name: str, port: int) -> Iterator[tuple[int, int
     """nginx with a configuration: (port, process id)."""
     file = run / f"{name}.conf"
     file.write_text(text)
-    binary = shutil.which("nginx") or "/usr/sbin/nginx"
+    binary = shutil.which("nginx") or NGINX
     process = subprocess.Popen([binary, "-p", str(run), "-c", str(file)])
     try:
         wait_for(port)
@@ -279,7 +282,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--json", type=Path, help="write the figures to FILE")
-    asked = parser.parse_args()
+    asked = parser.parse_args(["--seconds", "10"] if in_a_run() else None)
+    if not SHIPPED.is_dir() or not (shutil.which("nginx") or Path(NGINX).exists()):
+        raise MissingData(
+            "the label server is compared with nginx: install nginx, and run this in a checkout of "
+            "the repository, which has its configuration"
+        )
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sskt-bench-") as folder, contextlib.ExitStack() as up:
         run = Path(folder)
@@ -316,6 +324,12 @@ def main() -> None:
                 print(row(name, load, base), flush=True)
                 rate = load.labels / load.seconds
                 found.append({"server": name, "clients": clients, "labels_s": rate})
+    if in_a_run():
+        rows = [
+            (f"{f['server']}, {f['clients']} clients: read", f["labels_s"], "labels/s")
+            for f in found
+        ]
+        report("label server, shards in order", rows, {})
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2))
 
