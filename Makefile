@@ -35,12 +35,7 @@ docs: $(READY)
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 benchmarks: $(READY)
-	$(VENV)/bin/python benchmarks/label_delivery.py
-	$(VENV)/bin/python benchmarks/teacher_stage.py
-	$(VENV)/bin/python benchmarks/step.py
-	$(VENV)/bin/python benchmarks/images.py
-	$(VENV)/bin/python benchmarks/memory.py
-	$(VENV)/bin/python benchmarks/server.py
+	$(VENV)/bin/sskt bench --full --out runs/bench
 
 dist: $(READY)
 	rm -rf dist

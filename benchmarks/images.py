@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import cifar_folder, data_folder, interleaved, paired_ratio, report
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from sskt.benchmarks.common import cifar_folder, data_folder, interleaved, paired_ratio, report
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views

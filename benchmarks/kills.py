@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import report
+
+from sskt.benchmarks.common import report
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))

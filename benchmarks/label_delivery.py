@@ -4,12 +4,14 @@
 - labels already in memory (float32 soft labels at T, only indexed),
 - the paper's way: both sources run in every step.
 
-Real CIFAR-10 JPEGs, real ImageNet and Places365 sources. Prints medians, and the median of
+Real CIFAR-10 JPEGs, real ImageNet and Places365 sources; without them generated images and two
+ResNet-18 with random weights, of which only the time counts. Prints medians, and the median of
 ratios over pairs of steps on the same batch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 import time
@@ -20,15 +22,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import PLACES, cifar_folder, data_folder, paired_ratio, report, synchronise
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sskt.benchmarks.common import (
+    PLACES,
+    cifar_folder,
+    paired_ratio,
+    real_data,
+    report,
+    sized,
+    synchronise,
+)
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Preprocessing, Source, freeze
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import TrainConfig
@@ -99,19 +110,17 @@ class DecodedBatch:
 
 
 def main() -> None:
-    folder = cifar_folder(EACH)
+    folder = cifar_folder(sized(EACH, 26))
     cache = folder.parent / "cache"
-    network = f"{data_folder() / PLACES}:build@{SIZE}"
-    names = [f"imagenet:efficientnet_lite0@{SIZE}", f"places365={network}"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sources = [open_source(parse_source(name), device=device) for name in names]
+    sources = teachers(device)
     views = Views(open_target(str(folder)), parse_policy("pad-crop-flip"))
     cache_teachers(views, sources, parse_encoding("f16"), SEEDS, cache)
     config = TrainConfig(
         target=str(folder),
         policy="pad-crop-flip",
         test_split="none",
-        source=names,
+        source=[source.name for source in sources],
         tm=True,
         batch_size=BATCH,
         cache=cache,
@@ -120,6 +129,7 @@ def main() -> None:
     )
     # One trainer whose labels are exchanged: two would differ in where their weights lie.
     trainer = Trainer(make_plan(config))
+    epochs, live_epochs = sized(EPOCHS, 3), LIVE_EPOCHS
     stored = StoredLabels(trainer.plan.label_sets, trainer.plan.device)
     taught = trainer.loader.sources
     ways: dict[str, Labels] = {
@@ -128,8 +138,8 @@ def main() -> None:
         "live": LiveLabels(sources, trainer.views),
     }
 
-    fast = alternating(trainer, {w: ways[w] for w in ("cache", "memory")}, EPOCHS)
-    slow = alternating(trainer, {w: ways[w] for w in ("cache", "live")}, LIVE_EPOCHS)
+    fast = alternating(trainer, {w: ways[w] for w in ("cache", "memory")}, epochs)
+    slow = alternating(trainer, {w: ways[w] for w in ("cache", "live")}, live_epochs)
     ratio = paired_ratio(fast["cache"].steps, fast["memory"].steps)
     wait = sum(fast["cache"].waits) / sum(fast["memory"].steps)
     rows = [
@@ -144,6 +154,23 @@ def main() -> None:
     title = f"label delivery: ResNet-20 + 2 TM, batch {BATCH}, sources at {SIZE} px"
     report(title, rows, {"pairs of steps": len(fast["cache"].steps)})
     shutil.rmtree(folder.parent)
+
+
+def teachers(device: str) -> list[Source]:
+    """The two sources."""
+    data = real_data()
+    if data is not None and importlib.util.find_spec("efficientnet_lite_pytorch"):
+        names = f"imagenet:efficientnet_lite0@{SIZE}", f"places365={data / PLACES}:build@{SIZE}"
+        return [open_source(parse_source(name), device=device) for name in names]
+    from torchvision.models import resnet18
+
+    found = []
+    for name, count in (("imagenet", 1000), ("places365", 365)):
+        torch.manual_seed(0)
+        classes = tuple(f"{name} {i}" for i in range(count))
+        network = resnet18(num_classes=count)
+        found.append(freeze(name, "resnet18", network, Preprocessing(SIZE), classes, device=device))
+    return found
 
 
 @dataclass

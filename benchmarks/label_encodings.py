@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import PLACES, data_folder, machine, paired_ratio
 from numcodecs import Blosc
 from numpy.typing import NDArray
 
+from sskt.benchmarks.common import PLACES, Row, data_folder, in_a_run, machine, paired_ratio, report
 from sskt.teacher_cache.format.encodings import (
     Encoding,
     as_tensors,
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--json", type=Path, help="write the figures to FILE")
-    asked = parser.parse_args()
+    asked = parser.parse_args([] if in_a_run() else None)
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = []
     sources = (
@@ -134,6 +134,14 @@ def main() -> None:
                 f"{row['write/f16']:>11.2f}{row['read/f16']:>10.2f}",
                 flush=True,
             )
+    rows: list[Row] = []
+    for row in found:
+        name = f"{row['encoding']}, {row['classes']:,} classes"
+        rows.append((f"{name}: stored", row["bytes"], "bytes/label"))
+        rows += [(f"{name}: gradient error {t}", 100 * row[t], "%") for t in ("T=1", "T=3")]
+        rows += [(f"{name}: {what} as f16", row[f"{what}/f16"], "x") for what in ("write", "read")]
+    if in_a_run():
+        report("encodings, on labels of real images", rows, {})
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2))
 

@@ -30,17 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from sskt.teacher_cache.format.encodings import parse_encoding
-from sskt.teacher_cache.format.spec import classes_identity
-from sskt.teacher_cache.label_sets.create import create_label_set
+from sskt.benchmarks.common import in_a_run, log_softmax, new_label_set, report, write_labels
+from sskt.teacher_cache.errors import MissingData
+from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 SAMPLES, CLASSES, SEEDS = 40960, 1000, 2
 ROUND = 10.0
 HEADER = "SSKT_BENCHMARK_HEADER"
 """Environment variable with the Authorization header, for the client's process."""
+NGINX = "/usr/sbin/nginx"
+"""Where it is where users have no /usr/sbin in their PATH."""
 SHIPPED = Path(__file__).resolve().parents[1] / "docker/nginx"
 
 
@@ -69,30 +70,10 @@ class Load:
 
 def make_labels(cache: Path) -> LabelSet:
     """Labels of random logits: they compress as real ones do (about 1.7 bytes a class)."""
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    encoding = parse_encoding("f16")
-    spec = {
-        "format": 1,
-        "target": {"name": "made", "split": "train", "size": SAMPLES, "fingerprint": "made"},
-        "source": {
-            "name": "made",
-            "arch": "none",
-            "precision": "float32",
-            "preprocessing": {"size": 224},
-            "batchnorm": "eval",
-            "weights": "none",
-            "classes": classes_identity(names),
-        },
-        "views": {"policy": "none", "version": 1, "parameters": {}, "f_s": "identity"},
-        "encoding": encoding.identity(),
-    }
-    label_set = create_label_set(cache, spec, names, SEEDS)
+    label_set = new_label_set(cache, SAMPLES, CLASSES, SEEDS)
     rng = np.random.default_rng(0)
-    for shard in label_set.shards(range(SEEDS)):
-        logits = rng.normal(0, 2, (shard.stop - shard.start, CLASSES)).astype(np.float32)
-        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        checks = np.arange(shard.start, shard.stop, dtype=np.uint32)
-        label_set.write(shard, encoding.encode(log_p), checks)
+    log_p = log_softmax(rng.normal(0, 2, (SHARD_ROWS, CLASSES)).astype(np.float32))
+    write_labels(label_set, [log_p])
     label_set.close()
     return label_set
 
@@ -104,7 +85,7 @@ def epoch_of(label_set: LabelSet) -> list[tuple[str, int]]:
             f"/zarr/{label_set.name}/{label_set.shard_key(label_set.arrays[-1], shard)}",
             shard.stop - shard.start,
         )
-        for shard in label_set.shards(range(SEEDS))
+        for shard in label_set.shards(range(label_set.seeds))
     ]
 
 
@@ -192,6 +173,8 @@ def measure(
 
 
 def cpu_of(pids: Sequence[int]) -> float:
+    import psutil
+
     total = 0.0
     for pid in pids:
         root = psutil.Process(pid)
@@ -250,7 +233,7 @@ def nginx(text: str, run: Path, name: str, port: int) -> Iterator[tuple[int, int
     """nginx with a configuration: (port, process id)."""
     file = run / f"{name}.conf"
     file.write_text(text)
-    binary = shutil.which("nginx") or "/usr/sbin/nginx"
+    binary = shutil.which("nginx") or NGINX
     process = subprocess.Popen([binary, "-p", str(run), "-c", str(file)])
     try:
         wait_for(port)
@@ -299,7 +282,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--json", type=Path, help="write the figures to FILE")
-    asked = parser.parse_args()
+    asked = parser.parse_args(["--seconds", "10"] if in_a_run() else None)
+    if not SHIPPED.is_dir() or not (shutil.which("nginx") or Path(NGINX).exists()):
+        raise MissingData(
+            "the label server is compared with nginx: install nginx, and run this in a checkout of "
+            "the repository, which has its configuration"
+        )
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sskt-bench-") as folder, contextlib.ExitStack() as up:
         run = Path(folder)
@@ -336,6 +324,12 @@ def main() -> None:
                 print(row(name, load, base), flush=True)
                 rate = load.labels / load.seconds
                 found.append({"server": name, "clients": clients, "labels_s": rate})
+    if in_a_run():
+        rows = [
+            (f"{f['server']}, {f['clients']} clients: read", f["labels_s"], "labels/s")
+            for f in found
+        ]
+        report("label server, shards in order", rows, {})
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2))
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import interleaved, paired_ratio, report
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from sskt.benchmarks.common import interleaved, paired_ratio, report
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SAFELY
 
+from sskt.benchmarks.common import SAFELY
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.storage.atomic import durable_write

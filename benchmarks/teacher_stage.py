@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import cifar_folder, interleaved, paired_ratio, report
 
+from sskt.benchmarks.common import cifar_folder, interleaved, paired_ratio, report
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers

@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "What is here, and what is known by name": {
         "doctor": ("sskt.cli.known.doctor", "Check this installation and machine."),
+        "bench": ("sskt.cli.known.bench", "Compare with other ways of doing the same."),
         "datasets": ("sskt.cli.known.datasets", "List the known targets and their layouts."),
         "sources": ("sskt.cli.known.sources", "List the known sources."),
         "policies": ("sskt.cli.known.names", "List the view policies and their parameters."),

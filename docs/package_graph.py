@@ -55,6 +55,7 @@ ORDER = (
     "server.routes",
     "server.app",
     "server.run",
+    "benchmarks",
     "cli.help",
     "cli.completion",
     "cli.output",
@@ -80,12 +81,12 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def module_graph(root: Path = ROOT) -> Graph:
-    """All modules of the four packages, and what they import of each other.
+    """All modules of the five packages, and what they import of each other.
 
     Raises:
         ValueError: If a module has a relative import.
     """
-    packages = ("teacher_cache", "trainer", "server", "cli")
+    packages = ("teacher_cache", "trainer", "server", "cli", "benchmarks")
     files = {module_name(p, root): p for f in packages for p in sorted((root / f).rglob("*.py"))}
     return {name: imports(path, files) - {name} for name, path in files.items()}
 

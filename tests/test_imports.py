@@ -15,7 +15,7 @@ import sskt
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPH = graphs.module_graph()
-PACKAGES = ("teacher_cache", "trainer", "server", "cli", "recipes")
+PACKAGES = ("teacher_cache", "trainer", "server", "cli", "benchmarks", "recipes")
 
 
 def ended(code: str) -> int:

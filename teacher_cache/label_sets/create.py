@@ -274,7 +274,7 @@ def look_over(
             f"({inside}) where the command takes one"
         )
     sets, copies = without_copies(found)
-    return sets, damaged | copies
+    return sets, dict(sorted((damaged | copies).items()))
 
 
 def _each(call: Callable[[_T], None], values: Sequence[_T], *, at_once: bool) -> None:
