@@ -1,15 +1,20 @@
 """Labels a second of the teacher stage against the bare forward of the same network.
 
 Same network, device, batch size and number of images, in turn; the bare way forwards one ready
-float batch again and again. Real EfficientNet-Lite0; targets in RAM (shapes) and from JPEG files
-(real CIFAR-10).
+float batch again and again: once the network as it is given, as an online peer would run it, and
+once what the stage runs in its place (BatchNorm folded, or compiled), which is the best that any
+stage could reach. Real EfficientNet-Lite0; targets in RAM (shapes) and from JPEG files (real
+CIFAR-10). ``--bf16``: both in bfloat16. ``--compile``: with a compiled network.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +25,6 @@ from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source
-from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 
@@ -29,7 +33,12 @@ SIZE, BATCH, IMAGES, ROUNDS = 96, 64, 1280, 4
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = open_source(parse_source(f"imagenet:efficientnet_lite0@{SIZE}"), device=device)
+    source = open_source(
+        parse_source(f"imagenet:efficientnet_lite0@{SIZE}"),
+        device=device,
+        precision="bfloat16" if "--bf16" in sys.argv else "float32",
+        compile_batch=BATCH if "--compile" in sys.argv else None,
+    )
     folder = cifar_folder(IMAGES // 10)
     targets = {
         "in RAM": open_target("shapes", limit=IMAGES),
@@ -38,23 +47,21 @@ def main() -> None:
     rows = []
     for name, target in targets.items():
         views = Views(target, parse_policy("pad-crop-flip"))
-        seconds = interleaved(
-            {
-                "stage": lambda views=views: stage(source, views),  # type: ignore[misc]
-                "bare": lambda target=target: bare(source, target),  # type: ignore[misc]
-            },
-            ROUNDS,
-        )
-        rows.append(
-            (f"{name}: labels/s, teacher stage", IMAGES / float(np.median(seconds["stage"])), "")
-        )
-        rows.append(
-            (f"{name}: labels/s, bare forward", IMAGES / float(np.median(seconds["bare"])), "")
-        )
-        rows.append((f"{name}: stage / bare", paired_ratio(seconds["bare"], seconds["stage"]), ""))
-    report(
-        f"teacher stage: EfficientNet-Lite0 at {SIZE} px, batch {BATCH}", rows, {"images": IMAGES}
-    )
+        ways: dict[str, Callable[[], None]] = {
+            "stage": lambda views=views: stage(source, views),  # type: ignore[misc]
+            "bare": lambda: bare(source, source.network),
+            "bare, as the stage runs it": lambda: bare(source, source.run),
+        }
+        seconds = interleaved(ways, ROUNDS)
+        for way in ways:
+            rate = IMAGES / float(np.median(seconds[way]))
+            rows.append((f"{name}: labels/s, {way}", rate, ""))
+        for way in ("bare", "bare, as the stage runs it"):
+            ratio = paired_ratio(seconds[way], seconds["stage"])
+            rows.append((f"{name}: stage / {way}", ratio, ""))
+    kind = source.faster.kind if source.faster else "as given"
+    title = f"teacher stage: EfficientNet-Lite0 at {SIZE} px, {source.precision}, {kind}"
+    report(f"{title}, batch {BATCH}", rows, {"images": IMAGES})
     shutil.rmtree(folder.parent)
 
 
@@ -64,13 +71,13 @@ def stage(source: Source, views: Views) -> None:
     shutil.rmtree(cache)
 
 
-def bare(source: Source, target: Target) -> None:
+def bare(source: Source, run: Callable[[Any], Any]) -> None:
     shape = (BATCH, 3, SIZE, SIZE)
     x = torch.zeros(shape, device=source.device).contiguous(memory_format=torch.channels_last)
     x.normal_(generator=torch.Generator(source.device).manual_seed(0))
-    with torch.inference_mode():
-        for _ in range(len(target) // BATCH):
-            source.network(x)
+    with torch.inference_mode(), source.arithmetic():
+        for _ in range(IMAGES // BATCH):
+            run(x)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def open_source(
     preprocessing: str = "",
     precision: str = "float32",
     device: str | torch.device = AUTO,
+    compile: bool = False,
     batchnorm: str = EVAL,
     batch_size: int = 64,
     logits_are: str = "",
@@ -183,8 +184,9 @@ def open_source(
         preprocessing: Overrides, ``size=224,mean=a/b/c,std=a/b/c,channels=bgr,scale=255``.
         precision: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: cuda if there is one.
+        compile: Whether to compile the network with ``torch.compile``, for ``batch_size`` images.
         batchnorm: ``eval``, or ``batch`` for BatchNorm over each batch, as in the paper's code.
-        batch_size: Samples of such a batch.
+        batch_size: Samples of such a batch, or of a forward pass of a compiled network.
         logits_are: What the network returns if it is not logits: ``probabilities`` or
             ``log-probabilities``; ``logits`` says that they are although they look like
             probabilities.
@@ -206,6 +208,7 @@ def open_source(
         device=frozen.usable_device(str(device)),
         batchnorm=parse_batchnorm(batchnorm, batch_size),
         outputs=parse_outputs(logits_are),
+        compile_batch=batch_size if compile else None,
     )
 
 
@@ -221,6 +224,7 @@ def freeze(
     scale: float = 1.0,
     precision: str = "float32",
     device: str | torch.device = AUTO,
+    compile: bool = False,
     batchnorm: str = EVAL,
     batch_size: int = 64,
     code: str | None = None,
@@ -243,8 +247,9 @@ def freeze(
         scale: The value of white before the mean is subtracted.
         precision: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: cuda if there is one.
+        compile: Whether to compile the network with ``torch.compile``, for ``batch_size`` images.
         batchnorm: ``eval``, or ``batch`` for BatchNorm over each batch, as in the paper's code.
-        batch_size: Samples of such a batch.
+        batch_size: Samples of such a batch, or of a forward pass of a compiled network.
         code: Identifies the code of the module beside its weights; default: a SHA-256 of its
             printed structure and of the source text of its class.
         logits_are: What the network returns if it is not logits: ``probabilities`` or
@@ -296,6 +301,7 @@ def freeze(
         code=_code_of(module) if code is None else code,
         batchnorm=parse_batchnorm(batchnorm, batch_size),
         outputs=parse_outputs(logits_are),
+        compile_batch=batch_size if compile else None,
     )
 
 

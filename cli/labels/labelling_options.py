@@ -31,7 +31,7 @@ GROUPS = {
         "logits_are",
     ),
     "Views and labels": ("seeds", "policy", "encoding", "cache", "shard_rows", "on_error"),
-    "Running": ("device", "precision", "batch_size", "workers", "memory", "share"),
+    "Running": ("device", "precision", "compile", "batch_size", "workers", "memory", "share"),
     "Ray": ("engine", "address", "task_gpus", "task_cpus"),
     "Estimate": ("machines", "epochs", "probe"),
 }
@@ -167,6 +167,12 @@ _OPTIONS = (
         default="auto",
         show_default=True,
         help="Device: cpu, cuda or cuda:1. auto: cuda if there is one.",
+    ),
+    click.option(
+        "--compile",
+        is_flag=True,
+        help="Compile the sources with torch.compile. It takes about half a minute a source and "
+        "pays for many labels; sskt plan counts it.",
     ),
     click.option(
         "--batch-size",

@@ -97,6 +97,8 @@ def plan(
     times = {0: "", 1: ", each file decoded once"}
     decoded = times.get(found.decodings, f", each file decoded {found.decodings} times")
     show(f"\nreading and augmenting: {read:,.0f} views/s{decoded}")
+    if found.compile_seconds:
+        show(f"compiling the sources: {found.compile_seconds:,.0f} s on each machine")
     rows = [
         [name, human_bytes(size), f"{fmean(s.bytes[name] for s in found.sources):,.0f}"]
         for name, size in found.bytes.items()

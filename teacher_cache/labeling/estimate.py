@@ -61,8 +61,9 @@ class RunPlan:
 
     labels: to be made, of all sources; stored: already there. views: to be read. decodings: times
     a file is decoded, at most. read_seconds: for one machine to decode and augment these views;
-    label_seconds: for its device to label them. hours, by number of machines: the longer of the
-    two on a GPU, their sum where both need the CPU. passes: forward passes over the target, at
+    label_seconds: for its device to label them. compile_seconds: for each machine to compile the
+    sources. hours, by number of machines: the longer of reading and labelling on a GPU, their sum
+    where both need the CPU; and the compilation. passes: forward passes over the target, at
     most, that the cache costs each source; trained_passes: those of one training with the sources
     in every step. break_even: trainings from which on the cache takes less time. bytes: to be
     written, by encoding.
@@ -77,6 +78,7 @@ class RunPlan:
     decodings: int
     read_seconds: float
     label_seconds: float
+    compile_seconds: float
     hours: dict[int, float]
     bytes: dict[str, int]
     passes: int
@@ -121,6 +123,7 @@ def plan(
     one_pass = samples * sum(p.seconds for p in planned)
     on_cpu = any(s.device.type == "cpu" for s in sources)
     total = read_seconds + label_seconds if on_cpu else max(read_seconds, label_seconds)
+    compiling = sum(s.faster.seconds for s in sources if s.faster) if sum(missing) else 0.0
     in_memory = views.target.images is not None
     return RunPlan(
         samples=samples,
@@ -132,14 +135,15 @@ def plan(
         decodings=0 if in_memory else max(often.values(), default=0),
         read_seconds=read_seconds,
         label_seconds=label_seconds,
-        hours={n: total / 3600 * _longest(job, views, sets, n) for n in machines},
+        compile_seconds=compiling,
+        hours={n: (total * _longest(job, views, sets, n) + compiling) / 3600 for n in machines},
         bytes={
             name: round(sum(n * p.bytes[name] for n, p in zip(counts, planned, strict=True)))
             for name, counts in lacking.items()
         },
         passes=-(-max(missing) // samples),
         trained_passes=epochs,
-        break_even=int(total / (one_pass * epochs)) + 1,
+        break_even=int((total + compiling) / (one_pass * epochs)) + 1,
     )
 
 

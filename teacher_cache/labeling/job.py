@@ -61,6 +61,7 @@ class Job:
     logits_are: tuple[str, ...] = ()
     precision: str = "float32"
     device: str = "auto"
+    compile: bool = False
     batch_size: int = 64
     workers: int | None = None
     on_error: str = "fail"
@@ -111,7 +112,7 @@ def provenance(
         batch_size: Samples of a forward pass.
         more: Further arguments of the labelling.
     """
-    device = opened.source.device
+    device, faster = opened.source.device, opened.source.faster
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {
@@ -119,6 +120,7 @@ def provenance(
         **target,
         "batch_size": batch_size,
         "device": f"{device.type} ({where})",
+        "forward": "as given" if faster is None else faster.kind,
         "versions": _versions(),
         **more,
     }
@@ -152,6 +154,7 @@ def open_job_sources(job: Job) -> list[Opened]:
         job.device,
         parse_batchnorm(job.batchnorm, job.batch_size),
         job.logits_are,
+        job.batch_size if job.compile else None,
     )
 
 
@@ -163,6 +166,7 @@ def open_sources(
     device: str,
     batchnorm: str = "eval",
     logits_are: Sequence[str] = (),
+    compile_batch: int | None = None,
 ) -> list[Opened]:
     """Opens sources as a command line names them.
 
@@ -174,6 +178,7 @@ def open_sources(
         device: See ``usable_device``.
         batchnorm: ``eval`` or ``batch-B``.
         logits_are: ``[NAME=]KIND`` each, see ``parse_outputs``.
+        compile_batch: Images of a forward pass for which networks are compiled; None: they are not.
 
     Returns:
         The sources, with the arguments that open them again.
@@ -199,6 +204,7 @@ def open_sources(
             device=place,
             batchnorm=batchnorm,
             outputs=parse_outputs(kinds.get(name.name, "")),
+            compile_batch=compile_batch,
         )
         arguments = {
             "source": source_at(text, name.file, full_path(name.file)) if name.file else text,

@@ -396,6 +396,6 @@ class _Run:
             self.count.add(len(rows))
         if request.stop == pending[0].shard.stop:
             for pair in self.pairs:
-                pair.source.check_frozen()
+                writer.put(pair.source.check_frozen)
             for work in self.pending.pop(request.unit):
                 writer.put(work.store)

@@ -120,9 +120,9 @@ def dependence(run: Run, pair: Tensor, outputs: Tensor, *, in_batches: bool) -> 
     alone = run(images)
     draws = not torch.equal(before, _rng_state(pair.device))
     for _ in range(9 if draws else 1):
-        if _distance(alone, run(images)) > AGAIN_TOLERANCE:
+        if distance(alone, run(images)) > AGAIN_TOLERANCE:
             return "running it twice gives two results, as with dropout"
-    if in_batches or _distance(alone, outputs[1:]) <= BATCH_TOLERANCE:
+    if in_batches or distance(alone, outputs[1:]) <= BATCH_TOLERANCE:
         return ""
     return "an image's outputs depend on the others in its batch, as with batch statistics"
 
@@ -133,8 +133,8 @@ def _rng_state(device: torch.device) -> Tensor:
     return torch.random.get_rng_state()
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Largest difference of outputs, relative to their spread over the classes."""
+def distance(one: Tensor, other: Tensor) -> float:
+    """Largest difference of outputs ``[n, C]``, relative to their spread over the classes."""
     one, other = (x.float() - x.float().mean(dim=1, keepdim=True) for x in (one, other))
     return float((one - other).abs().max() / one.abs().max().clamp_min(SMALLEST_SPREAD))
 

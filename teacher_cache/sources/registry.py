@@ -51,6 +51,7 @@ def open_source(
     batchnorm: str = EVAL,
     code: str = "",
     outputs: Outputs | None = None,
+    compile_batch: int | None = None,
 ) -> Source:
     """Builds, loads and freezes a source.
 
@@ -65,6 +66,7 @@ def open_source(
         code: Of a user's network only: what its file must be, ``sha256:...``, which is compared
             before the file is run; empty: anything.
         outputs: What the network returns, see ``parse_outputs``.
+        compile_batch: Images of a forward pass for which the network is compiled; None: it is not.
 
     Returns:
         The source, in evaluation mode and without gradients.
@@ -111,4 +113,5 @@ def open_source(
         code=found,
         batchnorm=batchnorm,
         outputs=outputs,
+        compile_batch=compile_batch,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved, first_line
 from sskt.teacher_cache.format.spec import classes_identity
 from sskt.teacher_cache.sources.batchnorm import EVAL, batch_of, set_batchnorm
+from sskt.teacher_cache.sources.faster import FasterNetwork, compiled, folded
 from sskt.teacher_cache.sources.outputs import (
+    AGAIN_TOLERANCE,
+    BATCH_TOLERANCE,
     LOGITS,
     Outputs,
     as_logits,
     dependence,
+    distance,
     probe_images,
     rng_kept,
     tensor_of,
@@ -32,6 +36,8 @@ from sskt.teacher_cache.sources.outputs import (
 
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]
+FOLD_PROBE = slice(2, 5)
+"""Of the fixed images, those with which a folded network is compared: noise, greys, black."""
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -112,7 +118,8 @@ class Source:
     ``code`` is the SHA-256 of the file that defines a user's own network, else empty.
     ``batchnorm`` is ``eval`` or ``batch-B``: then a caller passes the B samples that belong
     together (``batch``), and no others with them. ``outputs`` is what the user declared that the
-    network returns; None: nothing, and it returns logits.
+    network returns; None: nothing, and it returns logits. ``faster`` computes the same function,
+    up to the rounding of float32.
     """
 
     name: str
@@ -126,6 +133,12 @@ class Source:
     code: str = ""
     batchnorm: str = EVAL
     outputs: Outputs | None = None
+    faster: FasterNetwork | None = None
+
+    @property
+    def run(self) -> Callable[[Tensor], Any]:
+        """What a forward pass calls: the network, or what computes the same faster."""
+        return self.faster.run if self.faster else self.network
 
     @property
     def batch(self) -> int | None:
@@ -189,8 +202,8 @@ class Source:
         Raises:
             InputError: If the network returns something else.
         """
-        with torch.inference_mode(), full_float32(), self._autocast():
-            found = tensor_of(self.network(self.preprocessing(images)))
+        with torch.inference_mode(), full_float32(), self.arithmetic():
+            found = tensor_of(self.run(self.preprocessing(images)))
         if not isinstance(found, Tensor) or found.shape != (len(images), len(self.classes)):
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(
@@ -219,16 +232,20 @@ class Source:
             f"check its weights and preprocessing{half}"
         )
 
-    def _autocast(self) -> torch.autocast:
+    def arithmetic(self) -> torch.autocast:
+        """The context of a forward pass."""
         half = self.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def check_frozen(self) -> None:
         """Raises ``TeacherMoved`` if any weight or running statistic has changed."""
-        if self.network.training or state_sha256(self.network) != self.weights:
+        held = [(self.network, self.weights)]
+        if self.faster is not None and isinstance(self.faster.run, nn.Module):
+            held.append((self.faster.run, self.faster.weights))
+        if any(one.training or state_sha256(one) != weights for one, weights in held):
             raise TeacherMoved(
                 f"source {self.name} changed while labelling (training mode: "
-                f"{self.network.training}); a source must not update its weights or "
+                f"{any(one.training for one, _ in held)}); a source must not update its weights or "
                 "BatchNorm statistics in forward; before torch.export call network.eval()"
             )
 
@@ -245,8 +262,11 @@ def freeze(
     code: str = "",
     batchnorm: str = EVAL,
     outputs: Outputs | None = None,
+    compile_batch: int | None = None,
 ) -> Source:
     """Makes a source: evaluation mode, no gradients, on the device, weights hashed, and tested.
+
+    BatchNorm layers are folded into the convolutions before them, in a copy of the network.
 
     Args:
         name: Name of the source.
@@ -259,13 +279,15 @@ def freeze(
         code: Identifies the code of a user's network.
         batchnorm: ``eval`` or ``batch-B``, see ``parse_batchnorm``.
         outputs: What the network returns; None: logits, unless they look like probabilities.
+        compile_batch: Images of a forward pass for which the network is compiled; None: it is not.
 
     Returns:
         The source.
 
     Raises:
         InputError: If the network does not run on images of its size, has fewer than two classes,
-            returns something other than logits, or if its outputs are no function of its image.
+            returns something other than logits, if its outputs are no function of its image, or if
+            it cannot be compiled.
         TeacherMoved: If running it changes its weights or statistics.
     """
     if len(classes) < 2:
@@ -292,18 +314,45 @@ def freeze(
         outputs,
     )
     try:
-        _test(source)
+        source = _tested(source)
     except SsktError:
         raise
     except Exception as error:
         raise InputError(
             f"source {name} does not take input of {preprocessing.size} pixels: {first_line(error)}"
         ) from error
-    return source
+    return source if compile_batch is None else _compiled(source, compile_batch)
 
 
-def _test(source: Source) -> None:
-    """Runs a source on a few fixed images. Raises ``InputError``, ``TeacherMoved``."""
+def _compiled(source: Source, batch: int) -> Source:
+    """A source whose network is compiled. Raises ``InputError`` if that is not possible."""
+    if source.batch is not None:
+        raise InputError(
+            f"source {source.name}: a network with BatchNorm over its batches is not compiled; "
+            "leave out --compile or --batchnorm batch"
+        )
+    images = probe_images(source.preprocessing.size)[:2].to(source.device)
+    try:
+        with torch.inference_mode(), full_float32(), source.arithmetic(), rng_kept(source.device):
+            faster = compiled(source.network, batch, source.preprocessing(images))
+        found = replace(source, faster=faster)
+        difference = distance(source.raw_outputs(images), found.raw_outputs(images))
+    except Exception as error:
+        raise InputError(
+            f"source {source.name} cannot be compiled: {first_line(error)}; leave --compile out "
+            "(on a CPU torch.compile needs a C++ compiler, on a GPU Triton)"
+        ) from error
+    limit = AGAIN_TOLERANCE if source.precision == "float32" else BATCH_TOLERANCE
+    if difference > limit:
+        raise InputError(
+            f"source {source.name}: outputs of the compiled network differ by {difference:.1%} of "
+            "their spread; leave --compile out"
+        )
+    return found
+
+
+def _tested(source: Source) -> Source:
+    """Runs a source on a few fixed images; folds it. Raises ``InputError``, ``TeacherMoved``."""
     images = probe_images(source.preprocessing.size).to(source.device)
     pair, run = images[:2], replace(source, precision="float32").raw_outputs
     with rng_kept(source.device):
@@ -312,7 +361,8 @@ def _test(source: Source) -> None:
         kind = wrong_kind(run, images, outputs, source.outputs)
         if source.precision != "float32":
             outputs = source.raw_outputs(pair)
-    source.check_frozen()
+        found = source if cause or kind else _folded(source, images[FOLD_PROBE])
+    found.check_frozen()
     if not bool(torch.isfinite(outputs).all()):
         raise source.not_finite()
     if cause:
@@ -326,6 +376,18 @@ def _test(source: Source) -> None:
             f"source {source.name}: {kind}; return the logits, or say what the outputs are with "
             "--logits-are probabilities (or log-probabilities, logits)"
         )
+    return found
+
+
+def _folded(source: Source, images: Tensor) -> Source:
+    if source.batch is not None:
+        return source
+    with torch.inference_mode(), full_float32():
+        found = folded(source.network, source.preprocessing(images))
+    if found is None:
+        return source
+    network, count = found
+    return replace(source, faster=FasterNetwork(network, count, state_sha256(network)))
 
 
 def usable_device(name: str) -> torch.device:

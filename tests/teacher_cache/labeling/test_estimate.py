@@ -45,6 +45,7 @@ KEYS = {
     "decodings",
     "read_seconds",
     "label_seconds",
+    "compile_seconds",
     "hours",
     "bytes",
     "passes",

@@ -76,7 +76,8 @@ def test_the_mean_is_stable_where_probabilities_underflow() -> None:
 
 def test_stills_go_through_the_network_in_one_pass(tiny: Source) -> None:
     seen: list[int] = []
-    hook = tiny.network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    assert isinstance(tiny.run, nn.Module)
+    hook = tiny.run.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     tiny.log_probabilities(clips(5, 3))
     hook.remove()
     assert seen == [15]

@@ -125,7 +125,7 @@ CHANGES = ["self.count += 1", "self.train()", "self[0].weight.data.mul_(1.001)"]
 
 @pytest.mark.parametrize("forward", CHANGES)
 def test_a_network_that_changes_in_forward_is_found_out(forward: str, tmp_path: Path) -> None:
-    source = changing(tmp_path, forward, calls=4)
+    source = changing(tmp_path, forward, calls=6)  # opening takes six
     source.check_frozen()
     source.log_probabilities(images())
     with pytest.raises(TeacherMoved, match="source own changed while labelling"):
