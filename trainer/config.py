@@ -568,7 +568,14 @@ def read_config(path: Path) -> dict[str, Any]:
     stored = UNSTATED | stored
     if odd := [name for name in stored if name not in FIELDS]:
         raise InputError(f"{path} is not a run's configuration: {odd[0]!r} is no field of one")
-    return checked(stored, str(path))
+    return checked(_with_policy_version(stored), str(path))
+
+
+def _with_policy_version(stored: dict[str, Any]) -> dict[str, Any]:
+    from sskt.teacher_cache.views.policies import recorded_policy
+
+    policy = stored.get("policy")
+    return stored | ({"policy": recorded_policy(policy)} if isinstance(policy, str) else {})
 
 
 def read_text(path: Path) -> str:
@@ -595,6 +602,8 @@ def run_digest(fields: Mapping[str, Any]) -> str:
     if is_extendable(plain):
         plain = _with_epochs(plain, TrainConfig.epochs)
     defaults = TrainConfig().as_dict()
+    # Where there is one version only, as in sskt 0.1, the text of a policy does not name it.
+    plain["policy"] = plain["policy"].replace("version=1,", "")
     return _digest({k: v for k, v in plain.items() if k not in INDIFFERENT and v != defaults[k]})
 
 
@@ -603,11 +612,11 @@ def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _same_policy(one: str, other: str) -> bool:
+def _same_policy(stored: str, now: str) -> bool:
     """Whether two policies are the same with their defaults filled in."""
-    from sskt.teacher_cache.views.policies import parse_policy
+    from sskt.teacher_cache.views.policies import parse_policy, recorded_policy
 
-    return AUTO not in (one, other) and parse_policy(one) == parse_policy(other)
+    return AUTO not in (stored, now) and parse_policy(recorded_policy(stored)) == parse_policy(now)
 
 
 def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> TrainConfig:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit, words_of
+from sskt.teacher_cache.views.resizing import VERSION, resized
 
 Int64 = NDArray[np.int64]
 
@@ -31,7 +31,10 @@ TRIES = 10
 
 @dataclass(frozen=True)
 class Policy:
-    """One augmentation policy with its parameters; ``version`` changes whenever pixels do."""
+    """One augmentation policy with its parameters; ``version`` changes whenever pixels do.
+
+    ``parse_policy`` gives the newest version; label sets and runs of older ones name theirs.
+    """
 
     name: str
     version: int = 1
@@ -48,7 +51,8 @@ class Policy:
         return zlib.crc32(text.encode())
 
     def __str__(self) -> str:
-        options = ",".join(f"{k}={v}" for k, v in self.parameters.items())
+        several = {"version": self.version} if POLICIES[self.name].version > 1 else {}
+        options = ",".join(f"{k}={v}" for k, v in (several | self.parameters).items())
         return f"{self.name}:{options}" if options else self.name
 
 
@@ -147,23 +151,16 @@ def _centre_box(height: int, width: int, low: float, high: float) -> tuple[int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    # One axis at a time: which of them Pillow takes first, and so the rounding, depends on its
-    # version (before 13.0 always the width, since then on the sizes).
-    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
-    return wide.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _resized_crop(image: UInt8, box: Iterable[int], flip: bool, size: int) -> UInt8:
+def _resized_crop(policy: Policy, image: UInt8, box: Iterable[int], flip: bool) -> UInt8:
     top, left, height, width = box
-    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    view = np.asarray(_resize(crop, size, size))
-    return view[:, ::-1] if flip else view
+    size = int(policy.parameters["size"])
+    cut = image[top : top + height, left : left + width]
+    return resized(cut, size, size, policy.version, flip=flip)
 
 
 def _random_resized_crop_flip(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
     box, flip = crop_box(policy, sample, seed, *image.shape[:2])
-    return _resized_crop(image, box, flip, int(policy.parameters["size"]))
+    return _resized_crop(policy, image, box, flip)
 
 
 def _random_resized_crop_flip_batch(
@@ -171,9 +168,8 @@ def _random_resized_crop_flip_batch(
 ) -> UInt8:
     n, height, width, _ = images.shape
     boxes, flips = crop_boxes(policy, samples, seed, np.full(n, height), np.full(n, width))
-    size = int(policy.parameters["size"])
     crops = [
-        _resized_crop(im, b.tolist(), bool(f), size)
+        _resized_crop(policy, im, b.tolist(), bool(f))
         for im, b, f in zip(images, boxes, flips, strict=True)
     ]
     return np.stack(crops)
@@ -188,13 +184,13 @@ def _resize_center_crop(policy: Policy, image: UInt8, sample: int, seed: int) ->
         require_pixels(new_height, new_width)
     except BadImage as error:
         raise BadImage(f"{width}x{height} pixels are resized to {error}") from None
-    view = np.asarray(_resize(Image.fromarray(image), new_width, new_height))
+    view = resized(image, new_height, new_width, policy.version)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return view[top : top + size, left : left + size]
 
 
 def _none(policy: Policy, image: UInt8, sample: int, seed: int) -> UInt8:
-    return image
+    return image.copy()
 
 
 def _none_batch(policy: Policy, images: UInt8, samples: Int64, seed: int) -> UInt8:
@@ -225,12 +221,12 @@ def _clip_corner_crop_flip(
     down, right = height - side, width - side
     top, left = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))[place]
     box, flip = (top, left, side, side), words[3] * 2 >> 32 == 1
-    return np.stack([_resized_crop(frame, box, flip, int(p["size"])) for frame in frames])
+    return np.stack([_resized_crop(policy, frame, box, flip) for frame in frames])
 
 
 def _clip_center_crop(policy: Policy, frames: Sequence[UInt8], sample: int, seed: int) -> UInt8:
     size = policy.parameters["size"]
-    still = Policy("", parameters={"resize": size, "size": size})
+    still = Policy("", policy.version, {"resize": size, "size": size})
     return np.stack([_resize_center_crop(still, frame, sample, seed) for frame in frames])
 
 
@@ -251,6 +247,7 @@ class PolicyInfo:
         batched: Makes the views of images of one size; None if that is not faster.
         per_clip: Makes the view of a clip.
         windows: Whether the samples are the windows of ``frames`` frames of the clips.
+        version: The newest version.
     """
 
     about: str
@@ -260,6 +257,7 @@ class PolicyInfo:
     batched: Batched | None = None
     per_clip: PerClip | None = None
     windows: bool = False
+    version: int = 1
 
 
 POLICIES: dict[str, PolicyInfo] = {
@@ -277,18 +275,21 @@ POLICIES: dict[str, PolicyInfo] = {
         "resize-center-crop",
         _random_resized_crop_flip,
         _random_resized_crop_flip_batch,
+        version=VERSION,
     ),
     "resize-center-crop": PolicyInfo(
         "shorter side to resize, centre crop of size (evaluation)",
         {"resize": 256, "size": 224},
         "resize-center-crop",
         _resize_center_crop,
+        version=VERSION,
     ),
     "clip-corner-crop-flip": PolicyInfo(
         "frames from a random start, corner or centre crop at one of five scales, flip (videos)",
         {"frames": 16, "size": 112, "scales": 5},
         "clip-center-crop",
         per_clip=_clip_corner_crop_flip,
+        version=VERSION,
     ),
     "clip-center-crop": PolicyInfo(
         "non-overlapping clips, shorter side to size, centre crop (videos, evaluation)",
@@ -296,6 +297,7 @@ POLICIES: dict[str, PolicyInfo] = {
         "clip-center-crop",
         per_clip=_clip_center_crop,
         windows=True,
+        version=VERSION,
     ),
 }
 
@@ -303,23 +305,37 @@ POLICIES: dict[str, PolicyInfo] = {
 def parse_policy(text: str) -> Policy:
     """``NAME`` or ``NAME:key=value,...`` to a policy with its defaults filled in.
 
+    ``version=N`` among the keys chooses an older version of a policy that has several.
+
     Raises ``UnknownName`` for the name or a key, ``InputError`` for a value out of range.
     """
     name, _, options = text.partition(":")
     if name not in POLICIES:
         raise UnknownName("policy", name, POLICIES)
-    parameters = dict(POLICIES[name].defaults)
+    newest = POLICIES[name].version
+    known = ({"version": newest} if newest > 1 else {}) | POLICIES[name].defaults
+    parameters = dict(known)
     for item in filter(None, options.split(",")):
         key, _, value = item.partition("=")
-        if key not in parameters:
-            known = parameters or {"(it has none)": 0}
-            raise UnknownName(f"parameter of policy {name}", key, known)
+        if key not in known:
+            raise UnknownName(f"parameter of policy {name}", key, known or {"(it has none)": 0})
         try:
-            parameters[key] = type(POLICIES[name].defaults[key])(value)
+            parameters[key] = type(known[key])(value)
         except ValueError:
             raise InputError(f"policy {name}: {key} must be a number, found '{value}'") from None
+    version = int(parameters.pop("version", 1))
+    if not 1 <= version <= newest:
+        raise InputError(f"policy {name}: version must be 1 to {newest}, found {version}")
     _check_range(name, parameters)
-    return Policy(name, parameters=parameters)
+    return Policy(name, version, parameters)
+
+
+def recorded_policy(text: str) -> str:
+    """The text of a policy as sskt 0.1 recorded it, with the version 1 that it then had."""
+    name, _, options = text.partition(":")
+    if name not in POLICIES or POLICIES[name].version == 1 or "version=" in options:
+        return text
+    return f"{name}:version=1" + (f",{options}" if options else "")
 
 
 def _check_range(name: str, p: dict[str, int | float]) -> None:
@@ -346,10 +362,10 @@ def evaluation_policy(policy: Policy) -> Policy:
     name = POLICIES[policy.name].evaluation
     if policy.name == name:
         return policy
-    p = policy.parameters
+    p, version = policy.parameters, f"version={policy.version}"
     if name == "clip-center-crop":
-        return parse_policy(f"{name}:frames={p['frames']},size={p['size']}")
+        return parse_policy(f"{name}:{version},frames={p['frames']},size={p['size']}")
     if name == "resize-center-crop":
         size = int(p["size"])
-        return parse_policy(f"{name}:resize={round(size * 256 / 224)},size={size}")
+        return parse_policy(f"{name}:{version},resize={round(size * 256 / 224)},size={size}")
     return parse_policy(name)

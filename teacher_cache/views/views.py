@@ -126,7 +126,7 @@ class Views:
         """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
         assert self._info.per_sample is not None
         view = self._info.per_sample(self.policy, image, sample, seed)
-        return np.array(view, order="C")
+        return np.require(view, requirements=["C", "W"])
 
     def of_images(self, images: UInt8, samples: Int64, seed: int) -> UInt8:
         """Views of images in RAM, uint8 ``[n, H, W, 3]`` to the same, batched if possible."""

@@ -72,6 +72,23 @@ def test_the_core_needs_no_extra(command: str, cache: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("version", "shown"), [(1, "a view"), (2, "extra 'train'")])
+def test_views_of_version_1_need_no_extra(version: int, shown: str, tmp_path: Path) -> None:
+    code = f"""
+import numpy as np
+from sskt.teacher_cache.errors import SsktError
+from sskt.teacher_cache.views.resizing import resized
+try:
+    print(resized(np.zeros((9, 9, 3), np.uint8), 4, 4, {version}).shape, "a view")
+except SsktError as error:
+    print(error)
+"""
+    blocked = BLOCKED.format(packages=set(EXTRAS)).partition("from sskt.cli.main")[0]
+    command = [sys.executable, "-c", blocked + code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert shown in done.stdout, done.stderr
+
+
 def test_images_are_labelled_with_the_extra_train_alone(tmp_path: Path) -> None:
     """As ``make demo`` installs it: PyAV, whose version a label set records, is not there."""
     given = ("--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", "20")

@@ -253,9 +253,10 @@ def words_of(
 
 def view_of(image: UInt8, views: dict[str, Any], sample: int, seed: int) -> UInt8:
     """The view of an image under the spec's ``views``."""
-    if views["version"] != 1:
+    resizes = views["policy"] not in ("none", "pad-crop-flip")
+    if views["version"] not in ((1, 2) if resizes else (1,)):
         raise FormatError(f"unknown version {views['version']} of policy {views['policy']}")
-    p = views["parameters"]
+    p, version = views["parameters"], views["version"]
     words = words_of(views, sample, seed)
     height, width = image.shape[:2]
     if views["policy"] == "none":
@@ -271,10 +272,10 @@ def view_of(image: UInt8, views: dict[str, Any], sample: int, seed: int) -> UInt
     if views["policy"] == "random-resized-crop-flip":
         flip = below(words(0)[2], 2)
         top, left, h, w = _box(words, height, width, p)
-        cut = resized(image[top : top + h, left : left + w], p["size"], p["size"])
+        cut = resized(image[top : top + h, left : left + w], p["size"], p["size"], version)
         return cut[:, ::-1] if flip else cut
     if views["policy"] == "resize-center-crop":
-        return center_crop(image, p["resize"], p["size"])
+        return center_crop(image, p["resize"], p["size"], version)
     raise FormatError(f"unknown policy {views['policy']}")
 
 
@@ -296,37 +297,37 @@ def _box(words: Any, height: int, width: int, p: dict[str, Any]) -> tuple[int, i
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def center_crop(images: UInt8, resize: int, size: int) -> UInt8:
+def center_crop(images: UInt8, resize: int, size: int, version: int) -> UInt8:
     """``resize-center-crop`` of uint8 ``[..., H, W, 3]``."""
     height, width = images.shape[-3:-1]
     short = min(height, width)
     high, wide = resize * height // short, resize * width // short
     top, left = round((high - size) / 2), round((wide - size) / 2)
-    return resized(images, wide, high)[..., top : top + size, left : left + size, :]
+    return resized(images, wide, high, version)[..., top : top + size, left : left + size, :]
 
 
-def resized(images: UInt8, width: int, height: int) -> UInt8:
+def resized(images: UInt8, width: int, height: int, version: int) -> UInt8:
     """uint8 ``[..., H, W, 3]`` to ``[..., height, width, 3]``: section 6, Resizing."""
-    return _axis_resized(_axis_resized(images, width, -2), height, -3)
+    return _axis_resized(_axis_resized(images, width, -2, version), height, -3, version)
 
 
-def _axis_resized(values: UInt8, m: int, axis: int) -> UInt8:
+def _axis_resized(values: UInt8, m: int, axis: int, version: int) -> UInt8:
     n = values.shape[axis]
     if n == m:
         return values
-    places, weights = _taps(n, m)
+    places, weights, bits = _taps(n, m, version)
     shape = [1] * values.ndim
     shape[axis] = m
-    total: Any = np.int32(2**21)
+    total: Any = np.int32(2 ** (bits - 1))
     for place, weight in zip(places.T, weights.T, strict=True):
         total = total + values.take(place, axis) * weight.reshape(shape)
-    result: UInt8 = np.minimum(total >> 22, 255).astype(np.uint8)
+    result: UInt8 = np.minimum(total >> bits, 255).astype(np.uint8)
     return result
 
 
 @functools.cache
-def _taps(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The values that each of ``m`` results takes, and their weights: int32 ``[m, taps]``."""
+def _taps(n: int, m: int, version: int) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+    """The values that each of ``m`` results takes, their weights, int32 ``[m, taps]``, and b."""
     r = n / m
     f = max(r, 1.0)
     rows = []
@@ -335,11 +336,14 @@ def _taps(n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         taken = range(max(0, int(c - f + 0.5)), min(n, int(c + f + 0.5)))
         weight = [max(0.0, 1 - abs((j - c + 0.5) * (1 / f))) for j in taken]
         total = functools.reduce(operator.add, weight)
-        rows.append([(j, int(w / total * 2**22 + 0.5)) for j, w in zip(taken, weight, strict=True)])
+        rows.append([(j, w / total) for j, w in zip(taken, weight, strict=True)])
+    bits, largest = 22, max(w for row in rows for _, w in row)
+    if version == 2:
+        bits = next(b for b in range(23) if b == 22 or int(largest * 2 ** (b + 1) + 0.5) >= 2**15)
     taps = np.zeros((2, m, max(map(len, rows))), np.int32)
     for i, row in enumerate(rows):
-        taps[:, i, : len(row)] = np.transpose(row)
-    return taps[0], taps[1]
+        taps[:, i, : len(row)] = np.transpose([(j, int(w * 2**bits + 0.5)) for j, w in row])
+    return taps[0], taps[1], bits
 
 
 def frames_of(file: Path) -> list[Any]:
@@ -373,8 +377,9 @@ def clip_of(
     frames: list[Any], views: dict[str, Any], sample: int, seed: int, window: int | None
 ) -> UInt8:
     """The view of a clip: uint8 ``[D, size, size, 3]``. ``window``: its START, if it has one."""
-    if views["version"] != 1:
-        raise FormatError(f"unknown version {views['version']} of policy {views['policy']}")
+    version = views["version"]
+    if version not in (1, 2):
+        raise FormatError(f"unknown version {version} of policy {views['policy']}")
     if views["decoder"] != "pyav":
         raise FormatError(f"this reader has no {views['decoder']}")
     p = views["parameters"]
@@ -385,7 +390,7 @@ def clip_of(
     rgb = {k: rgb_of(frames[k]) for k in set(taken)}
     clip = np.stack([rgb[k] for k in taken])
     if views["policy"] == "clip-center-crop":
-        return center_crop(clip, size, size)
+        return center_crop(clip, size, size, version)
     if views["policy"] != "clip-corner-crop-flip":
         raise FormatError(f"unknown policy {views['policy']}")
     height, width = clip.shape[1:3]
@@ -393,7 +398,7 @@ def clip_of(
     down, right = height - side, width - side
     corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
     top, left = corners[below(w2, 5)]
-    cut = resized(clip[:, top : top + side, left : left + side], size, size)
+    cut = resized(clip[:, top : top + side, left : left + side], size, size, version)
     return cut[:, :, ::-1] if below(w3, 2) else cut
 
 

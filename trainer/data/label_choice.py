@@ -16,7 +16,7 @@ from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.open import load_target, policy_of
 from sskt.teacher_cache.targets.registry import default_policy, is_function, is_own
-from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.policies import parse_policy, recorded_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
@@ -264,7 +264,8 @@ def _decoder_text(name: object) -> str:
 def _policy_text(views: Mapping[str, Any]) -> str:
     """A label set's policy as an option. Raises ``UnknownName``, ``InputError``."""
     options = ",".join(f"{key}={value}" for key, value in views["parameters"].items())
-    return str(parse_policy(f"{views['policy']}:{options}"))
+    version = "" if views["version"] == 1 else f"version={views['version']},"
+    return str(parse_policy(recorded_policy(f"{views['policy']}:{version}{options}")))
 
 
 def _none_fits(

@@ -89,7 +89,9 @@ def test_the_policies_without_random_words(
     [
         "random-resized-crop-flip:size=8,scale_min=0.9,ratio_min=0.8,ratio_max=1.25",
         "random-resized-crop-flip:size=30",
+        "random-resized-crop-flip:version=1,size=30",
         "resize-center-crop:resize=11,size=8",
+        "resize-center-crop:version=1,resize=11,size=8",
         "pad-crop-flip:padding=3",
     ],
 )

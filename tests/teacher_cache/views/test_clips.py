@@ -32,12 +32,14 @@ from support.helpers import TINY, one_line, write_frames
 from support.independent_reader import (
     below,
     canonical_json,
+    center_crop,
     crc_of,
     distance,
     load_factory,
     log_probabilities,
     open_set,
     philox,
+    resized,
 )
 
 from sskt.teacher_cache.api import open_target
@@ -116,32 +118,28 @@ def view_by_rule(
     frames: Sequence[UInt8] | UInt8, views: dict[str, Any], sample: int, seed: int
 ) -> UInt8:
     """A training view of a clip from all its frames."""
-    size = views["parameters"]["size"]
+    size, version = views["parameters"]["size"], views["version"]
     top, left, side, flip = crop_by_rule(views, sample, seed, *frames[0].shape[:2])
-    made = []
-    for number in numbers_by_rule(views, sample, seed, len(frames)):
-        image = Image.fromarray(frames[number])
-        cut = image.crop((left, top, left + side, top + side))
-        small = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
-        made.append(small[:, ::-1] if flip else small)
-    return np.stack(made)
+    clip = np.stack([frames[n] for n in numbers_by_rule(views, sample, seed, len(frames))])
+    made = resized(clip[:, top : top + side, left : left + side], size, size, version)
+    return made[:, :, ::-1] if flip else made
 
 
 def window_by_rule(frames: UInt8, views: dict[str, Any], start: int) -> UInt8:
     """An evaluation view: the window of a clip that begins at frame ``start``."""
     depth, size = views["parameters"]["frames"], views["parameters"]["size"]
-    height, width = frames[0].shape[:2]
-    new_height, new_width = (size * side // min(height, width) for side in (height, width))
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    made = []
-    for i in range(depth):
-        image = Image.fromarray(frames[start + i % min(depth, len(frames) - start)])
-        whole = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR))
-        made.append(whole[top : top + size, left : left + size])
-    return np.stack(made)
+    taken = [start + i % min(depth, len(frames) - start) for i in range(depth)]
+    return center_crop(frames[taken], size, size, views["version"])
 
 
-@pytest.mark.parametrize("text", [SMALL, "clip-corner-crop-flip:frames=16,size=12,scales=3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SMALL,
+        "clip-corner-crop-flip:frames=16,size=12,scales=3",
+        "clip-corner-crop-flip:version=1,frames=4,size=20",
+    ],
+)
 def test_training_views_are_the_rules(made: Path, text: str) -> None:
     views = open_views(open_target(str(made)), parse_policy(text))
     for sample, seed in itertools.product(range(4), (0, 1, 2, 2**31 - 1)):
@@ -149,8 +147,10 @@ def test_training_views_are_the_rules(made: Path, text: str) -> None:
         np.testing.assert_array_equal(views[sample, seed], expected)
 
 
-def test_evaluation_views_are_the_rules_under_every_seed(made: Path) -> None:
-    views = open_views(open_target(str(made)), parse_policy(WINDOWS))
+@pytest.mark.parametrize("version", [1, 2])
+def test_evaluation_views_are_the_rules_under_every_seed(made: Path, version: int) -> None:
+    policy = parse_policy(f"clip-center-crop:version={version},frames=4,size=20")
+    views = open_views(open_target(str(made)), policy)
     rows = [(i, start) for i, count in enumerate(COUNTS) for start in range(0, count, 4)]
     assert len(views.target) == len(rows) == 9
     for row, (video, start) in enumerate(rows):
@@ -182,21 +182,36 @@ def test_views_of_a_real_clip_are_the_rules(data: Path) -> None:
 # --- pinned forever -----------------------------------------------------------------------------
 
 GOLDEN_VIEWS: dict[str, list[int]] = {
-    "clip-corner-crop-flip:frames=4,size=16": [
+    "clip-corner-crop-flip:version=1,frames=4,size=16": [
         3342940182,
         311700861,
         1940268835,
         1191363909,
         3979952955,
     ],
-    "clip-corner-crop-flip:frames=16,size=23,scales=2": [
+    "clip-corner-crop-flip:version=1,frames=16,size=23,scales=2": [
         34082997,
         724383157,
         34082997,
         705072511,
         724383157,
     ],
-    "clip-center-crop:frames=8,size=15": [3093914614] * 5,
+    "clip-center-crop:version=1,frames=8,size=15": [3093914614] * 5,
+    "clip-corner-crop-flip:version=2,frames=4,size=16": [
+        2956652928,
+        1367630235,
+        596276979,
+        768885371,
+        3038209176,
+    ],
+    "clip-corner-crop-flip:version=2,frames=16,size=23,scales=2": [
+        3062101239,
+        165726577,
+        3871196362,
+        1209723128,
+        3177668790,
+    ],
+    "clip-center-crop:version=2,frames=8,size=15": [597378204] * 5,
 }
 """CRC-32 of the view of a clip of the 11 frames ``pattern(11, 20, 26)`` at each of ``PLACES``."""
 
@@ -210,8 +225,9 @@ def made_views(text: str, place: tuple[int, int], count: int = 11) -> UInt8:
     return info.per_clip(policy, [frames[n] for n in numbers], *place)
 
 
-def test_every_policy_of_clips_has_golden_views() -> None:
-    assert {text.partition(":")[0] for text in GOLDEN_VIEWS} == set(CLIPS)
+def test_every_version_of_every_policy_of_clips_has_golden_views() -> None:
+    versions = {(name, v) for name in CLIPS for v in range(1, POLICIES[name].version + 1)}
+    assert {(p.name, p.version) for p in map(parse_policy, GOLDEN_VIEWS)} == versions
 
 
 @pytest.mark.parametrize("text", GOLDEN_VIEWS)
@@ -221,10 +237,14 @@ def test_view_bytes_are_pinned(text: str) -> None:
 
 
 def test_policies_and_their_keys_are_pinned() -> None:
-    assert {name: (str(parse_policy(name)), parse_policy(name).key) for name in CLIPS} == {
-        "clip-corner-crop-flip": ("clip-corner-crop-flip:frames=16,size=112,scales=5", 1956059400),
-        "clip-center-crop": ("clip-center-crop:frames=16,size=112", 4027502373),
+    texts = {
+        "clip-corner-crop-flip:version=1,frames=16,size=112,scales=5": 1956059400,
+        "clip-corner-crop-flip:version=2,frames=16,size=112,scales=5": 1606044363,
+        "clip-center-crop:version=1,frames=16,size=112": 4027502373,
+        "clip-center-crop:version=2,frames=16,size=112": 3676544230,
     }
+    assert {str(parse_policy(text)): parse_policy(text).key for text in texts} == texts
+    assert {str(parse_policy(name)) for name in CLIPS} == {t for t in texts if "version=2" in t}
 
 
 # --- frame numbers, boxes, windows --------------------------------------------------------------
@@ -364,7 +384,7 @@ def test_how_a_target_of_clips_is_evaluated() -> None:
         ("clip-corner-crop-flip:frames=8,size=64,scales=2", "clip-center-crop:frames=8,size=64"),
         ("clip-center-crop:frames=4,size=20", "clip-center-crop:frames=4,size=20"),
     ):
-        assert str(evaluation_policy(parse_policy(text))) == expected
+        assert evaluation_policy(parse_policy(text)) == parse_policy(expected)
     assert default_policy("anything", clips=True) == "clip-corner-crop-flip"
 
 
@@ -711,7 +731,7 @@ def test_ucf101_is_listed_and_verified(sskt: Sskt, ucf: Path) -> None:
     (shown,) = json.loads(sskt("ls", "--cache", ucf, "-v", "--json")[1])
     assert shown["views"] == {
         "policy": "clip-corner-crop-flip",
-        "version": 1,
+        "version": 2,
         "parameters": {"frames": 16, "size": 112, "scales": 5},
         "f_s": "uniform-3",
         "decoder": "pyav",

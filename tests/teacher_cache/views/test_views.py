@@ -6,13 +6,17 @@ import functools
 import io
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -126,21 +130,36 @@ GOLDEN_VIEWS: dict[str, list[int]] = {
     "none": [3596627610] * 5,
     "pad-crop-flip": [3946650897, 2208836145, 997733301, 3596627610, 1291012056],
     "pad-crop-flip:padding=0": [3596627610, 3596627610, 3024668488, 3596627610, 3024668488],
-    "random-resized-crop-flip:size=16": [
+    "random-resized-crop-flip:version=1,size=16": [
         2945128560,
         3650522882,
         10290071,
         1081704575,
         3314134523,
     ],
-    "random-resized-crop-flip:size=31,scale_min=0.5,ratio_min=1.0,ratio_max=2.0": [
+    "random-resized-crop-flip:version=1,size=31,scale_min=0.5,ratio_min=1.0,ratio_max=2.0": [
         4136700214,
         1784451091,
         3470191046,
         591273372,
         192454982,
     ],
-    "resize-center-crop:resize=18,size=15": [3835731711] * 5,
+    "resize-center-crop:version=1,resize=18,size=15": [3835731711] * 5,
+    "random-resized-crop-flip:version=2,size=16": [
+        1540573202,
+        3228042639,
+        928558128,
+        1227985419,
+        1074256399,
+    ],
+    "random-resized-crop-flip:version=2,size=31,scale_min=0.5,ratio_min=1.0,ratio_max=2.0": [
+        1971446954,
+        221794257,
+        2706267307,
+        276054876,
+        2293529369,
+    ],
+    "resize-center-crop:version=2,resize=18,size=15": [3071800183] * 5,
 }
 """CRC-32 of the view of ``pattern(1, 20, 26)`` at each of ``PLACES``."""
 
@@ -148,8 +167,9 @@ PLACES = ((0, 0), (1, 0), (0, 1), (12345, 9), (FAR, 2**31))
 """Sample, seed."""
 
 
-def test_every_policy_has_golden_views() -> None:
-    assert {text.partition(":")[0] for text in GOLDEN_VIEWS} == set(IMAGES)
+def test_every_version_of_every_policy_has_golden_views() -> None:
+    versions = {(name, v) for name in IMAGES for v in range(1, POLICIES[name].version + 1)}
+    assert {(p.name, p.version) for p in map(parse_policy, GOLDEN_VIEWS)} == versions
 
 
 @pytest.mark.parametrize("text", GOLDEN_VIEWS)
@@ -157,16 +177,58 @@ def test_view_bytes_are_pinned(text: str) -> None:
     views = views_of(text)
     image = pattern(1, 20, 26)[0]
     found = [zlib.crc32(views.of_image(image, *place).tobytes()) for place in PLACES]
-    assert found == GOLDEN_VIEWS[text]
+    assert found == GOLDEN_VIEWS[text], (
+        f"Pillow {PIL.__version__} or torch {torch.__version__} "
+        f"({torch.backends.cpu.get_cpu_capability()}) makes other views on this machine: labels "
+        "that are cached here cannot be trained from elsewhere"
+    )
+
+
+KERNELS = """
+import numpy as np, torch, zlib
+from sskt.teacher_cache.views.resizing import resized
+rng, crc = np.random.default_rng(0), 0
+for n in [*range(1, 513), 2000, 4096, 8000]:
+    for m in (224, 112):
+        line = rng.integers(0, 256, (1, n, 3), np.uint8)
+        for image, size in ((line, (1, m)), (line.swapaxes(0, 1), (m, 1))):
+            crc = zlib.crc32(np.ascontiguousarray(resized(image, *size, 2)).data, crc)
+for _ in range(500):
+    height, width, rows, columns = rng.integers(1, 60, 4).tolist()
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    view = resized(image, rows, columns, 2, flip=bool(rows % 2))
+    crc = zlib.crc32(np.ascontiguousarray(view).data, crc)
+print(torch.backends.cpu.get_cpu_capability(), crc)
+"""
+"""Prints the kernel and the CRC-32 of what it makes of images of all sizes up to 512 pixels."""
+
+
+def test_all_kernels_of_torch_resize_to_the_same_bytes() -> None:
+    """The second half of the reason why views are the same on every machine: see KERNELS."""
+    for wanted in ("default", "avx2", "avx512"):
+        environment = os.environ | {"ATEN_CPU_CAPABILITY": wanted}
+        command = [sys.executable, "-c", KERNELS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        kernel, crc = done.stdout.split()
+        assert crc == KERNELS_CRC, (
+            f"torch {torch.__version__} resizes to other bytes by its kernel {kernel} on this "
+            "machine: labels that are cached here cannot be trained from elsewhere"
+        )
+
+
+KERNELS_CRC = "916492402"
 
 
 def test_policy_keys_are_pinned() -> None:
-    assert {name: parse_policy(name).key for name in IMAGES} == {
+    keys = {
         "none": 2484658524,
         "pad-crop-flip": 1854016548,
-        "random-resized-crop-flip": 2215168660,
-        "resize-center-crop": 4110661938,
+        "random-resized-crop-flip:version=1": 2215168660,
+        "random-resized-crop-flip": 2938476887,
+        "resize-center-crop:version=1": 4110661938,
+        "resize-center-crop": 3727616753,
     }
+    assert {text: parse_policy(text).key for text in keys} == keys
 
 
 def test_the_key_is_the_crc32_of_the_canonical_identity() -> None:
@@ -223,7 +285,7 @@ def test_a_box_alone_is_that_of_many(
 
 
 def test_crop_boxes_are_pinned() -> None:
-    policy = parse_policy("random-resized-crop-flip")
+    policy = parse_policy("random-resized-crop-flip:version=1")
     found = []
     for sample, seed in PLACES:
         boxes, flips = crop_boxes(policy, numbers(sample), seed, numbers(375), numbers(500))
@@ -286,18 +348,23 @@ def test_half_are_flipped_and_seeds_are_independent(name: str) -> None:
     assert abs((flips[0] == flips[1]).mean() - 0.5) < 0.025
 
 
-def test_random_resized_crop_is_the_box_resized_and_flipped() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_random_resized_crop_is_the_box_resized_and_flipped(version: int) -> None:
+    """Torchvision's of a PIL image, and of a uint8 tensor."""
     image = pattern(1, 40, 60)[0]
-    views = views_of("random-resized-crop-flip:size=17")
+    views = views_of(f"random-resized-crop-flip:version={version},size=17")
+    given: Any = Image.fromarray(image)
+    if version == 2:
+        given = torch.from_numpy(image)[None].permute(0, 3, 1, 2)[0]
     seen = set()
     for sample in range(12):
         boxes, flips = crop_boxes(views.policy, numbers(sample), 4, numbers(40), numbers(60))
         top, left, height, width = boxes[0].tolist()
-        expected = v2.functional.resized_crop(
-            Image.fromarray(image), top, left, height, width, [17, 17]
-        )
+        expected = v2.functional.resized_crop(given, top, left, height, width, [17, 17])
         if flips[0]:
             expected = v2.functional.horizontal_flip(expected)
+        if version == 2:
+            expected = expected.permute(1, 2, 0)
         np.testing.assert_array_equal(views.of_image(image, sample, 4), np.asarray(expected))
         seen.add(bool(flips[0]))
     assert seen == {False, True}
@@ -392,8 +459,11 @@ def test_resize_center_crop_of_real_photographs_is_torchvisions(data: Path) -> N
     for path in sorted((data / "imagenet").glob("*.JPEG"))[:5]:
         with Image.open(path) as image:
             expected = np.asarray(transform(image.convert("RGB")))
-        found = views_of("resize-center-crop").of_image(read_image(path), 0, 0)
+        image = read_image(path)
+        found = views_of("resize-center-crop:version=1").of_image(image, 0, 0)
         np.testing.assert_array_equal(found, expected, path.name)
+        found = views_of("resize-center-crop").of_image(image, 0, 0)
+        np.testing.assert_allclose(found, expected.astype(np.int64), atol=1, rtol=0)
 
 
 def test_policies_without_chance_ignore_sample_and_seed() -> None:
@@ -529,6 +599,9 @@ def test_a_policys_text_reads_back(text: str) -> None:
         ("random-resized-crop-flip:scale_max=0.01", InputError, "scale_min 0.08 is above scale_ma"),
         ("random-resized-crop-flip:ratio_min=2", InputError, "ratio_min 2.0 is above ratio_max"),
         ("resize-center-crop:size=300", InputError, "size 300 is above resize 256"),
+        ("resize-center-crop:version=3", InputError, "version must be 1 to 2, found 3"),
+        ("resize-center-crop:version=0", InputError, "version must be 1 to 2, found 0"),
+        ("pad-crop-flip:version=1", UnknownName, "parameter of policy pad-crop-flip 'version'"),
     ],
 )
 def test_parse_policy_refuses(text: str, error: type[InputError], message: str) -> None:
@@ -544,6 +617,10 @@ def test_parse_policy_refuses(text: str, error: type[InputError], message: str) 
         ("random-resized-crop-flip", "resize-center-crop:resize=256,size=224"),
         ("random-resized-crop-flip:size=112", "resize-center-crop:resize=128,size=112"),
         ("resize-center-crop:resize=40,size=30", "resize-center-crop:resize=40,size=30"),
+        (
+            "random-resized-crop-flip:version=1,size=112",
+            "resize-center-crop:version=1,resize=128,size=112",
+        ),
     ],
 )
 def test_evaluation_policy(text: str, expected: str) -> None:

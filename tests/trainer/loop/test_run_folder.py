@@ -15,7 +15,8 @@ import torch
 from support.damage import FAULTS, in_time
 
 from sskt.teacher_cache.errors import BadCheckpoint, BadImage, InputError, SsktError
-from sskt.trainer.config import TrainConfig, read_config
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.trainer.config import TrainConfig, read_config, require_same, run_digest
 from sskt.trainer.loop import checkpoint as checkpoints
 from sskt.trainer.loop import evaluate
 from sskt.trainer.loop.progress import Hooks
@@ -207,6 +208,22 @@ def test_a_run_of_an_older_version_is_resumed(
     assert read_config(out / "config.json")["seed"] == 0
     done = run_training(dataclasses.replace(config, out=out))
     assert numbers(done) == numbers(records.read_metrics(folder / "whole"))
+
+
+def test_a_run_of_an_older_version_keeps_its_views(tmp_path: Path) -> None:
+    """Its configuration names no version of the policy, which had one only."""
+    recorded = "random-resized-crop-flip:size=32,scale_min=0.08,scale_max=1.0"
+    fields = TrainConfig(policy=recorded).as_dict()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    read = read_config(tmp_path / "config.json")
+    policy = parse_policy(read["policy"])
+    assert policy.version == 1 and parse_policy(recorded).version == 2
+    now = TrainConfig(**read | {"policy": str(policy)})
+    require_same(fields, now, tmp_path)
+    older = run_digest(fields | {"policy": str(policy).replace("version=1,", "")})
+    assert run_digest(now.as_dict()) == older
+    with pytest.raises(InputError, match="holds a run with policy"):
+        require_same(read, dataclasses.replace(now, policy=recorded), tmp_path)
 
 
 def test_what_a_killed_training_was_writing_is_removed(
