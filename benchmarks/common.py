@@ -157,7 +157,7 @@ def generated_labels(rows: int, classes: int, seed: int = 0) -> NDArray[np.float
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((rows, 64), np.float32)
     head = rng.standard_normal((64, classes), np.float32)
-    return log_softmax(0.4 * features @ head)
+    return log_softmax(np.asarray(0.4 * features @ head, np.float32))
 
 
 def new_label_set(

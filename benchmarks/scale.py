@@ -323,10 +323,10 @@ def files(work: Path) -> list[Row]:
         for i in range(count // 1000 + (name < count % 1000)):
             (folder / f"n{name:08d}_{i}.JPEG").touch()
     found = [child("open_files", str(work / "imagenet")) for _ in range(2)][1]
-    name = f"{count:,} files in 1,000 classes"
+    title = f"{count:,} files in 1,000 classes"
     return [
-        (f"{name}: opened again", found["seconds"], "s (wanted: < 30 for ImageNet-1k)"),
-        (f"{name}: peak memory", found["peak"], "MiB"),
+        (f"{title}: opened again", found["seconds"], "s (wanted: < 30 for ImageNet-1k)"),
+        (f"{title}: peak memory", found["peak"], "MiB"),
     ]
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sskt.teacher_cache.labeling.run import StageReport as StageReport
     from sskt.teacher_cache.sources.source import Source as Source
     from sskt.teacher_cache.targets.base import Target as Target
+    from sskt.teacher_cache.views.policies import register_policy as register_policy
     from sskt.teacher_cache.views.views import Views as Views
     from sskt.trainer.api import train as train
     from sskt.trainer.config import TrainConfig as TrainConfig
@@ -80,6 +81,7 @@ _MODULES = {
     "sskt.teacher_cache.labeling.run": ("StageReport",),
     "sskt.teacher_cache.sources.source": ("Source",),
     "sskt.teacher_cache.targets.base": ("Target",),
+    "sskt.teacher_cache.views.policies": ("register_policy",),
     "sskt.teacher_cache.views.views": ("Views",),
     "sskt.trainer.api": ("train",),
     "sskt.trainer.config": ("TrainConfig",),

@@ -46,6 +46,7 @@ NAMES = [
     "open_source",
     "open_target",
     "open_views",
+    "register_policy",
     "soft_cross_entropy",
     "soft_focal",
     "total_loss",

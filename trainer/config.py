@@ -36,6 +36,7 @@ UNSTATED = {"input_scale": "imagenet"}
 
 OWN = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
 """A function of the user: ``FILE.py:function`` or ``module:attribute``."""
+_OWN_POLICY = re.compile(r".+\.py:[^\W\d]\w*(?::.*)?")
 DIGEST = "digest"
 """The key of ``config.json`` that is no field."""
 
@@ -90,8 +91,8 @@ class TrainConfig:
             always one name. Default: | in a column labels.
         allow_outside_root: Accept files of a manifest outside of the folder of the data.
         eval_every: Epochs between two evaluations. The last epoch is always followed by one.
-        policy: View policy, NAME[:key=value,...]. auto: that of the label sets, else the target's
-            default.
+        policy: View policy, NAME[:key=value,...] or FILE.py:function[:key=value,...]. auto: that of
+            the label sets, else the target's default.
         frame_sampling: With --live: f_s, which picks the stills of a clip that sources see.
         model: Target network. auto: resnet20 for images up to 96 pixels, resnet18 above,
             resnet3d18 for clips. Also resnet20-110, resnet18-152, mobilenet_v2, densenet121,
@@ -321,6 +322,8 @@ def code_of(fields: Mapping[str, Any]) -> dict[str, list[str]]:
         sampling only with ``live``; a torch.export file is a program, too.
     """
     found = {}
+    if _OWN_POLICY.fullmatch(str(fields.get("policy", ""))):
+        found["policy"] = [str(fields["policy"])]
     for name in ("model", "optimizer", "schedule"):
         if ":" in str(fields.get(name, "")):
             found[name] = [str(fields[name])]
@@ -614,9 +617,11 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 def _same_policy(stored: str, now: str) -> bool:
     """Whether two policies are the same with their defaults filled in."""
-    from sskt.teacher_cache.views.policies import parse_policy, recorded_policy
+    from sskt.teacher_cache.views.policies import is_own_policy, parse_policy, recorded_policy
 
-    return AUTO not in (stored, now) and parse_policy(recorded_policy(stored)) == parse_policy(now)
+    if AUTO in (stored, now) or any(map(is_own_policy, (stored, now))):
+        return False  # code is compared as text, and not run for it
+    return parse_policy(recorded_policy(stored)) == parse_policy(now)
 
 
 def adopted(stored: Mapping[str, Any], config: TrainConfig, where: Path) -> TrainConfig:

@@ -50,6 +50,12 @@ frame_sampling_option = click.option(
     help="The function that chose the stills of clips, for a set that was made with one.",
 )
 
+policy_option = click.option(
+    "--policy",
+    metavar="FILE.py:function",
+    help="The function that made the views, for a set that was made with one.",
+)
+
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Device that recomputes labels."
 )
@@ -67,10 +73,12 @@ _REOPEN = (
     target_option,
     outside_option,
     frame_sampling_option,
+    policy_option,
     device_option,
 )
 REOPENED = (
-    "sources", "weights", "root", "target", "allow_outside_root", "frame_sampling", "device",
+    "sources", "weights", "root", "target", "allow_outside_root", "frame_sampling", "policy",
+    "device",
 )  # fmt: skip
 """The names of the options that ``reopen_options`` adds: the fields of ``Reopen``."""
 

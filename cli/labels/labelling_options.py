@@ -72,7 +72,8 @@ _OPTIONS = (
         **completing(policies),
         default="auto",
         show_default=True,
-        help="View policy NAME[:key=value,...] (see sskt policies). auto: that of the target.",
+        help="View policy NAME[:key=value,...] (see sskt policies), or your own as "
+        "FILE.py:function[:key=value,...]. auto: that of the target.",
     ),
     click.option(
         "--frame-sampling",

@@ -30,7 +30,7 @@ from sskt.teacher_cache.targets.open import load_target
 from sskt.teacher_cache.targets.registry import TARGETS, is_function
 from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import IDENTITY, FrameSampling, parse_frame_sampling
-from sskt.teacher_cache.views.policies import POLICIES, Policy
+from sskt.teacher_cache.views.policies import POLICIES, Policy, parse_policy, proposed_policy
 from sskt.teacher_cache.views.views import Views, open_views
 
 if TYPE_CHECKING:  # the targets of label sets are opened without torch
@@ -60,6 +60,7 @@ class Reopen:
     sources: Sequence[str] = ()
     weights: Path | None = None
     frame_sampling: str | None = None
+    policy: str | None = None
     device: str = "cpu"
     allow_outside_root: bool = False
 
@@ -195,7 +196,9 @@ def reopen_views(label_set: LabelSet, instead: Reopen) -> Views:
     """
     target = reopen_target(label_set, instead)
     views = open_views(
-        target, reopen_policy(label_set), _frame_sampling(label_set, instead, clips=target.clips)
+        target,
+        reopen_policy(label_set, instead.policy),
+        _frame_sampling(label_set, instead, clips=target.clips),
     )
     require({"views": views.identity()}, label_set.spec, label_set.name)
     return views
@@ -255,21 +258,39 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
                 allow_outside_root=instead.allow_outside_root,
             )
         )
-    target = open_views(target, reopen_policy(label_set)).target
+    target = open_views(target, reopen_policy(label_set, instead.policy)).target
     require({"target": target.identity()}, spec, label_set.name)
     return target
 
 
-def reopen_policy(label_set: LabelSet) -> Policy:
-    """The view policy of a set. Raises ``CorruptStore`` if this version does not know it."""
+def reopen_policy(label_set: LabelSet, given: str | None = None) -> Policy:
+    """The view policy of a label set.
+
+    Args:
+        label_set: The label set. Code that it names is not run.
+        given: ``FILE.py:function`` of the person who asks, for a policy of the user.
+
+    Raises:
+        CorruptStore: If this version does not know the policy.
+        InputError: If it is code, and was not given.
+        SpecMismatch: If it is another file than the one that made the labels; it was not run.
+    """
     views = label_set.spec["views"]
     name, version = views["policy"], views["version"]
+    if given is not None:
+        return parse_policy(given, str(views.get("code", "")))
+    if views.get("code") and name not in POLICIES:
+        raise InputError(
+            f"label set {label_set.name} has views of a policy of the user ({name}), and code that "
+            f"a label set names is not run; give --policy {proposed_policy(views)}"
+        )
     if name not in POLICIES or version not in range(1, POLICIES[name].version + 1):
         raise CorruptStore(
             f"label set {label_set.name} has views of policy {name}, version {version}, which this "
             "version of sskt does not know; update sskt"
         )
-    return Policy(name, version, dict(views["parameters"]))
+    own = POLICIES[name] if POLICIES[name].identity else None
+    return Policy(name, version, dict(views["parameters"]), own)
 
 
 def _provenance(label_set: LabelSet) -> dict[str, Any]:

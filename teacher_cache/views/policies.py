@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,13 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit, words_of
+from sskt.teacher_cache.views.own_policies import (
+    OWN,
+    OwnView,
+    environment_of,
+    load_view,
+    source_hash,
+)
 from sskt.teacher_cache.views.resizing import VERSION, resized
 
 Int64 = NDArray[np.int64]
@@ -34,15 +42,23 @@ class Policy:
     """One augmentation policy with its parameters; ``version`` changes whenever pixels do.
 
     ``parse_policy`` gives the newest version; label sets and runs of older ones name theirs.
+    ``own`` is that of a policy of the user.
     """
 
     name: str
     version: int = 1
-    parameters: dict[str, int | float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    own: PolicyInfo | None = None
+
+    @property
+    def info(self) -> PolicyInfo:
+        """How the views are made."""
+        return self.own or POLICIES[self.name]
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names these views."""
-        return {"policy": self.name, "version": self.version, "parameters": self.parameters}
+        named = {"policy": self.name, "version": self.version, "parameters": dict(self.parameters)}
+        return named | (dict(self.own.identity) if self.own else {})
 
     @functools.cached_property
     def key(self) -> int:
@@ -51,8 +67,10 @@ class Policy:
         return zlib.crc32(text.encode())
 
     def __str__(self) -> str:
-        several = {"version": self.version} if POLICIES[self.name].version > 1 else {}
-        options = ",".join(f"{k}={v}" for k, v in (several | self.parameters).items())
+        if self.own and self.own.text:
+            return self.own.text
+        several = {"version": self.version} if self.info.version > 1 else {}
+        options = ",".join(f"{k}={v}" for k, v in {**several, **self.parameters}.items())
         return f"{self.name}:{options}" if options else self.name
 
 
@@ -248,16 +266,21 @@ class PolicyInfo:
         per_clip: Makes the view of a clip.
         windows: Whether the samples are the windows of ``frames`` frames of the clips.
         version: The newest version.
+        identity: What the spec of a label set has beside the name: the hash of the user's code, and
+            for a pipeline its parameters and the version of torchvision. Empty for known policies.
+        text: The name as it was given, with the path of the user's file.
     """
 
     about: str
     defaults: dict[str, int | float]
     evaluation: str
-    per_sample: PerSample | None = None
+    per_sample: PerSample | None = field(default=None, compare=False)
     batched: Batched | None = None
     per_clip: PerClip | None = None
     windows: bool = False
     version: int = 1
+    identity: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
 
 
 POLICIES: dict[str, PolicyInfo] = {
@@ -302,13 +325,91 @@ POLICIES: dict[str, PolicyInfo] = {
 }
 
 
-def parse_policy(text: str) -> Policy:
+def is_own_policy(text: str) -> bool:
+    """Whether a policy is code of the user, ``FILE.py:function``, and not a known name."""
+    return OWN.fullmatch(text) is not None
+
+
+def _own_policy(text: str, code: str) -> Policy:
+    view, found, parameters = load_view(text, code)
+    if is_own_policy(view.evaluation):
+        raise InputError(
+            f"policy {view.what}: EVALUATION is {view.evaluation}; name a known policy (sskt "
+            "policies lists them)"
+        )
+    own = PolicyInfo(
+        "of the user",
+        {},
+        str(parse_policy(view.evaluation)),
+        per_sample=view,
+        identity={"code": found} | environment_of(view.view),
+        text=text,
+    )
+    return Policy(view.what, 1, parameters, own)
+
+
+def register_policy(
+    name: str,
+    view: Callable[..., Any],
+    *,
+    parameters: Mapping[str, int | float] | None = None,
+    evaluation: str = "none",
+    version: int = 1,
+) -> Policy:
+    """Makes a view policy of the user known by a name, in this process.
+
+    Args:
+        name: Its name, for ``policy=``.
+        view: A function of an image, uint8 ``[H, W, 3]``, its random words (``words(k)`` is block
+            k: four integers below 2^32) and the parameters by name, which returns the view. Or a
+            transform of ``torchvision.transforms.v2``, which takes and returns a uint8 tensor
+            ``[3, H, W]`` and has no parameters here. It may also draw from the global generators
+            of ``random``, ``numpy.random`` and ``torch``, which are seeded for each view.
+        parameters: Names and defaults of its parameters.
+        evaluation: The known policy of the test split.
+        version: Raise it when the views change for a reason that the source text does not show.
+
+    Returns:
+        The policy with its defaults.
+
+    Raises:
+        InputError: If the name is taken or has other characters than letters, digits, ``-`` and
+            ``_``, or if the source text of the function is not known.
+        UnknownName: If ``evaluation`` is not known.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise InputError(f"policy {name!r}: a name has letters, digits, - and _ only")
+    if name in POLICIES and not POLICIES[name].identity:
+        raise InputError(f"policy {name} is one of sskt's own; choose another name")
+    pipeline = environment_of(view)
+    if pipeline and parameters:
+        raise InputError(f"policy {name}: a pipeline of torchvision takes no parameters here")
+    POLICIES[name] = PolicyInfo(
+        "of the user",
+        dict(parameters or {}),
+        str(parse_policy(evaluation)),
+        per_sample=OwnView(view, name),
+        version=version,
+        identity=pipeline or {"code": source_hash(view)},
+    )
+    return parse_policy(name)
+
+
+def parse_policy(text: str, code: str = "") -> Policy:
     """``NAME`` or ``NAME:key=value,...`` to a policy with its defaults filled in.
 
     ``version=N`` among the keys chooses an older version of a policy that has several.
+    ``FILE.py:function[:key=value,...]`` runs the file, and calls the function with the keys.
 
-    Raises ``UnknownName`` for the name or a key, ``InputError`` for a value out of range.
+    Args:
+        text: The policy.
+        code: What the file has to be, ``sha256:...``; empty: anything.
+
+    Raises ``UnknownName`` for the name or a key, ``InputError`` for a value out of range,
+    and what ``own_policies.load_view`` raises.
     """
+    if is_own_policy(text):
+        return _own_policy(text, code)
     name, _, options = text.partition(":")
     if name not in POLICIES:
         raise UnknownName("policy", name, POLICIES)
@@ -326,8 +427,16 @@ def parse_policy(text: str) -> Policy:
     version = int(parameters.pop("version", 1))
     if not 1 <= version <= newest:
         raise InputError(f"policy {name}: version must be 1 to {newest}, found {version}")
-    _check_range(name, parameters)
-    return Policy(name, version, parameters)
+    own = POLICIES[name] if POLICIES[name].identity else None
+    if own is None:
+        _check_range(name, parameters)
+    return Policy(name, version, parameters, own)
+
+
+def proposed_policy(views: Mapping[str, Any]) -> str:
+    """The option for a policy of the user that a label set's spec names: with its parameters."""
+    options = ",".join(f"{key}={value}" for key, value in views["parameters"].items())
+    return f"{views['policy']}:{options}" if options else str(views["policy"])
 
 
 def recorded_policy(text: str) -> str:
@@ -359,9 +468,11 @@ def evaluation_policy(policy: Policy) -> Policy:
     Returns:
         The policy itself where it is one for evaluation.
     """
-    name = POLICIES[policy.name].evaluation
+    name = policy.info.evaluation
     if policy.name == name:
         return policy
+    if policy.own is not None:
+        return parse_policy(name)
     p, version = policy.parameters, f"version={policy.version}"
     if name == "clip-center-crop":
         return parse_policy(f"{name}:{version},frames={p['frames']},size={p['size']}")

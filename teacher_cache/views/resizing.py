@@ -32,12 +32,15 @@ def resized(image: UInt8, height: int, width: int, version: int, *, flip: bool =
         MissingExtra: If version 2 is wanted and torch is not installed.
     """
     if version == 1:
-        view = _by_pillow(Image.fromarray(np.ascontiguousarray(image)), height, width)
-        return view[:, ::-1] if flip else view
+        by_pillow = _by_pillow(Image.fromarray(np.ascontiguousarray(image)), height, width)
+        return by_pillow[:, ::-1] if flip else by_pillow
     try:  # late, as commands that make no views run without torch
         import torch
     except ModuleNotFoundError as error:
         raise MissingExtra("views of version 2 of a policy", "train") from error
+    if image.shape[1] == width == 1 and (len(image), height) != (1, 1):
+        # torch's plain kernel takes a column for another order of memory and resizes it wrongly.
+        return resized(image.swapaxes(0, 1), width, height, version).swapaxes(0, 1)
     if not image.flags.writeable or min(image.strides) < 0:
         image = image.copy()  # torch takes no other memory
     # In this order the strides are those of channels last, for which torch has its fast kernels.

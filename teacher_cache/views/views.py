@@ -93,7 +93,7 @@ class Views:
     f_s: FrameSampling = IDENTITY
 
     def __post_init__(self) -> None:
-        info, name = POLICIES[self.policy.name], self.target.name
+        info, name = self.policy.info, self.target.name
         if (info.per_clip is not None) != self.target.clips:
             kind, other = ("clips", "images") if self.target.clips else ("images", "clips")
             fitting = ", ".join(
@@ -111,7 +111,7 @@ class Views:
 
     @property
     def _info(self) -> PolicyInfo:
-        return POLICIES[self.policy.name]
+        return self.policy.info
 
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names these views."""
@@ -268,6 +268,6 @@ def open_views(target: Target, policy: Policy, f_s: FrameSampling | None = None)
     Raises:
         InputError: If the policy is not for such a target.
     """
-    if POLICIES[policy.name].windows and target.clips:
+    if policy.info.windows and target.clips:
         target = target.windows(int(policy.parameters["frames"]))
     return Views(target, policy, f_s or (CENTER if target.clips else IDENTITY))

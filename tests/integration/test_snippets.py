@@ -15,6 +15,9 @@ from support.servers import serving
 from support.transcripts import ROOT
 
 from sskt.teacher_cache.media.video import count_frames, read_frames
+from sskt.teacher_cache.targets.target import Target
+from sskt.teacher_cache.views.policies import parse_policy
+from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.loop.loggers import find_logger
 from sskt.trainer.loop.progress import Hooks
@@ -26,6 +29,7 @@ TESTED = {
     "README.md": 1,
     "docs/format.md": 1,
     "docs/guides/other-tools.md": 3,
+    "docs/guides/sources-and-targets.md": 1,
     "docs/guides/training.md": 3,
     "docs/paper-settings.md": 1,
     "docs/server.md": 1,
@@ -83,6 +87,19 @@ def test_the_python_tutorial(
     run("\n".join(blocks("docs/tutorials/python.md")), "python.md")
     printed = capsys.readouterr().out
     assert re.search(r"epoch 1: \d+\.\d{3}\n\(3, 1000\)\n$", printed), printed
+
+
+def test_the_view_policies_of_the_guide(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(blocks("docs/guides/sources-and-targets.md")[0])
+    image = np.arange(80 * 100 * 3, dtype=np.uint8).reshape(1, 80, 100, 3)
+    for text in ("brightness:strength=8", "strong:size=32"):
+        policy = parse_policy(f"{tmp_path / 'own.py'}:{text}")
+        target = Target("made", "train", ("a",), np.zeros(1, np.int64), ["id 0"], images=image)
+        views = Views(target, policy)
+        made = [views.of_image(image[0], sample, 0) for sample in range(4)]
+        assert len({view.tobytes() for view in made}) > 1
+        size = (80, 100) if "brightness" in text else (32, 32)
+        assert all(view.shape == (*size, 3) and view.dtype == np.uint8 for view in made)
 
 
 def test_the_page_on_other_tools(

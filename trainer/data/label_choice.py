@@ -16,7 +16,13 @@ from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.open import load_target, policy_of
 from sskt.teacher_cache.targets.registry import default_policy, is_function, is_own
-from sskt.teacher_cache.views.policies import parse_policy, recorded_policy
+from sskt.teacher_cache.views.policies import (
+    POLICIES,
+    is_own_policy,
+    parse_policy,
+    proposed_policy,
+    recorded_policy,
+)
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
@@ -240,7 +246,14 @@ def _has_policy(label_set: LabelSet, policy: str) -> bool:
 
 def _followed(config: TrainConfig, first: LabelSet, chosen: Mapping[str, LabelSet]) -> TrainConfig:
     spec, provenance = first.spec, first.attributes["made"]
-    fields: dict[str, Any] = {"policy": _policy_text(spec["views"])}
+    fields: dict[str, Any] = {}
+    if not is_own_policy(config.policy):
+        fields["policy"] = _policy_text(spec["views"])
+        if is_own_policy(fields["policy"]):
+            raise InputError(
+                f"label set {first.name} has views of a policy of the user, and code that a label "
+                f"set names is not run; give --policy {fields['policy']}"
+            )
     if config.limit is None and provenance.get("limit"):
         fields["limit"] = int(spec["target"]["size"])
     if spec["views"].get("decoder"):
@@ -262,7 +275,12 @@ def _decoder_text(name: object) -> str:
 
 
 def _policy_text(views: Mapping[str, Any]) -> str:
-    """A label set's policy as an option. Raises ``UnknownName``, ``InputError``."""
+    """A label set's policy as an option. Raises ``UnknownName``, ``InputError``.
+
+    Code that a label set names is not run: its name is not parsed.
+    """
+    if views.get("code") and views["policy"] not in POLICIES:
+        return proposed_policy(views)
     options = ",".join(f"{key}={value}" for key, value in views["parameters"].items())
     version = "" if views["version"] == 1 else f"version={views['version']},"
     return str(parse_policy(recorded_policy(f"{views['policy']}:{version}{options}")))

@@ -110,6 +110,7 @@ class TrainedOn(_Part):
     classes: list[str]
     multi_label: bool
     view_size: Natural | None
+    evaluation: str | None = None
 
 
 class _State(_Part):

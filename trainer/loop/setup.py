@@ -327,15 +327,17 @@ def trained_on(views: Views) -> Record:
         "classes": list(target.classes),
         "multi_label": target.multi_label,
         "view_size": view_size(views),
+        "evaluation": str(evaluation_policy(views.policy)),
     }
 
 
 def view_size(views: Views) -> int | None:
     """Pixels of a view's shorter side; None if that depends on a file that cannot be read."""
-    if "size" in views.policy.parameters:
+    if views.policy.own is None and "size" in views.policy.parameters:
         return int(views.policy.parameters["size"])
     try:
-        height, width, _ = views.target.read(0).shape
+        image = views.target.read(0) if views.policy.own is None else views[0, 0]
+        height, width, _ = image.shape
         return int(min(height, width))
     except (BadImage, MissingData):
         return None

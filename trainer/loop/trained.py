@@ -19,7 +19,7 @@ from sskt.teacher_cache.errors import BadCheckpoint, InputError, MissingData
 from sskt.teacher_cache.sources.source import usable_device
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.views.policies import Policy, evaluation_policy, parse_policy
+from sskt.teacher_cache.views.policies import Policy, evaluation_policy, is_own_policy, parse_policy
 from sskt.teacher_cache.views.views import open_views
 from sskt.trainer.config import TrainConfig, code_of, make_config, read_config, require_named_code
 from sskt.trainer.data.splits import open_split, split_to_test
@@ -346,6 +346,10 @@ def open_run(
         if key.startswith("target.")
     }
     found = _trained_on(state, config)
+    if is_own_policy(config.policy):
+        config = replace(config, policy=str(found.get("evaluation")))
+        if is_own_policy(config.policy):
+            raise records.unusable(folder / name, "its evaluation policy is code")
     config = replace(
         config, source=[], live=False, tm=False, method="sskt", finetune_from=None, compile=False,
         init="", plateau_on="primary", source_weight=[],

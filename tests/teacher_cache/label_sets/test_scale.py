@@ -69,7 +69,13 @@ def test_resuming_reads_the_record_of_each_shard_and_looks_at_its_files(
 ) -> None:
     samples, few, many = 6, 2, 12
     images = write_jpegs(tmp_path / "images", samples)
-    run = ("cache-teachers", "--source", f"tiny={TINY}:build", "--target", images)
+    run: tuple[object, ...] = (
+        "cache-teachers",
+        "--source",
+        f"tiny={TINY}:build",
+        "--target",
+        images,
+    )
     run += ("--cache", tmp_path / "cache", "--policy", "pad-crop-flip", "--shard-rows", 1)
     run += ("--workers", 0)
     counted = []

@@ -34,6 +34,7 @@ def images(n: int = 6) -> Tensor:
 def frozen(network: nn.Module, **options: Any) -> Source:
     for module in network.modules():  # statistics and scales as of a trained network
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            assert module.running_mean is not None and module.running_var is not None
             nn.init.normal_(module.running_mean, 0, 0.2)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -121,7 +122,7 @@ class Hidden(torch.autograd.Function):
 class HiddenReader(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        found: Tensor = Hidden.apply(x)  # type: ignore[no-untyped-call]
+        found: Tensor = Hidden.apply(x)
         return self.pooled(self.norm(x) + found)
 
 
@@ -159,7 +160,7 @@ class Plain(nn.Sequential):
         return found
 
 
-FOLDED = {
+FOLDED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: torchvision("resnet18"), 20),
     "mobilenet_v2": (lambda: torchvision("mobilenet_v2"), 52),
     "activations in the norm": (lambda: timm("efficientnet_b0"), 49),
@@ -181,7 +182,7 @@ def test_a_folded_network_computes_the_same(name: str) -> None:
     source.check_frozen()
 
 
-AS_THEY_ARE = {
+AS_THEY_ARE: dict[str, Callable[[], nn.Module]] = {
     "a branch before the norm": Branching,
     "two norms": TwoNorms,
     "a convolution that runs twice": TwiceConvolved,
