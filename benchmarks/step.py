@@ -4,10 +4,15 @@ ResNet-20 at 96 pixels, batch 16: from scratch; with two sources, transfer modul
 labels; and with two ResNet-50 in the step at 224 pixels, as the paper does (their weights are
 random: only their time counts). Both begin from the same weights and see the same batches; the
 losses of their first steps are compared.
+
+ResNet-18 at 224 pixels and 3D-ResNet-18 on 16 frames of 112 pixels run from scratch beside a plain
+loop over a copy of the same network: there the trainer's own share is what differs. The profiler
+says where a step's time goes.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import time
@@ -22,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from sskt.benchmarks.common import interleaved, paired_ratio, report
+from sskt.benchmarks.common import Row, interleaved, paired_ratio, report, write_image
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
@@ -36,6 +41,8 @@ from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
 
 BATCH, SAMPLES, ROUNDS, STEPS = 16, 64, 7, 3
+FEW = 4
+"""Samples of a step of a larger network."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 T, ALPHA = 1.0, 1.0
 
@@ -215,8 +222,100 @@ def main() -> None:
         a, b = (torch.stack(ways.losses[n][:STEPS]) for n in ("ours", "plain"))
         rows.append((f"{name}: first losses differ by", float(((a - b) / b).abs().max()), ""))
         print(f"{name}: {time.perf_counter() - begin:.0f} s")
-    report(f"one step: ResNet-20 at 96 px, batch {BATCH}", rows, {"steps": STEPS, "rounds": ROUNDS})
+        rows += profiled(name, ways.run("ours"))
+    for model, policy, target in (
+        ("resnet18", "random-resized-crop-flip", photos(work / "photos")),
+        ("resnet3d18", "clip-corner-crop-flip:frames=16,size=112", clips(work / "clips")),
+    ):
+        config = replace(base, target=str(target), policy=policy, model=model, batch_size=FEW)
+        rows += plain_loop(model, config)
+    title = f"one step: ResNet-20 at 96 px, batch {BATCH}; larger networks, batch {FEW}"
+    report(title, rows, {"steps": STEPS, "rounds": ROUNDS})
     shutil.rmtree(work)
+
+
+def photos(folder: Path) -> Path:
+    """Generated photos of two classes."""
+    for i in range(2 * FEW):
+        write_image(folder / "train" / f"class{i % 2}" / f"{i:03d}.jpg", i, 240, 320)
+    return folder
+
+
+def clips(folder: Path) -> Path:
+    """Extracted frames of generated clips of two classes."""
+    for i in range(2 * FEW):
+        for frame in range(1, 17):
+            clip = folder / "train" / f"class{i % 2}" / f"clip {i}"
+            write_image(clip / f"image_{frame:05d}.jpg", 16 * i + frame, 128, 171)
+    return folder
+
+
+def plain_loop(model: str, config: TrainConfig) -> list[Row]:
+    """A step of the trainer, beside what one writes down with the same network."""
+    trainer = Trainer(make_plan(config))
+    plan, views = trainer.plan, trainer.views
+    samples = np.arange(FEW)
+    seen = torch.from_numpy(views.batch(samples, 0)).to(plan.device)
+    truth = torch.from_numpy(views.target.labels[samples]).to(plan.device)
+    labels = labels_over(views, {}, [], plan.device).enter(plan.windows(0)[0], None)
+    network = copy.deepcopy(trainer.network)
+    optimizer = torch.optim.SGD(
+        network.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
+    first: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        batch = SoftLabelBatch(samples, seen, truth, labels, plan.normalise)
+        first.setdefault("ours", trainer.step(batch)["loss"])
+
+    def plain() -> None:
+        x = seen.movedim(-1, 1).float() / 255
+        mean, std = (
+            torch.tensor(v, device=x.device).view(1, 3, *(1,) * (x.ndim - 2)) for v in (MEAN, STD)
+        )
+        network.train()
+        logits, _ = network((x - mean) / std)
+        loss = F.cross_entropy(logits, truth)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        first.setdefault("plain", loss.detach())
+
+    seconds = interleaved({"ours": ours, "plain": plain}, 5)
+    rows = [(f"{model}: {w}", 1000 * float(np.median(s)), "ms") for w, s in seconds.items()]
+    rows.append((f"{model}: plain / ours", paired_ratio(seconds["plain"], seconds["ours"]), "x"))
+    differ = (first["ours"] - first["plain"]) / first["plain"]
+    rows.append((f"{model}: first losses differ by", float(differ.abs()), ""))
+    return rows + profiled(model, ours)
+
+
+KINDS = {
+    "convolutions": ("convolution", "mkldnn_convolution", "cudnn"),
+    "BatchNorm": ("batch_norm",),
+    "optimizer": ("Optimizer.step",),
+    "matrix products": ("addmm", "aten::mm"),
+}
+"""Parts of a step, and what the names of their operators contain."""
+
+
+def profiled(name: str, run: Callable[[], None]) -> list[Row]:
+    """The share of each kind of operator in the CPU time of steps, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    events = profile.key_averages()
+    whole = sum(event.self_cpu_time_total for event in events)
+    rows: list[Row] = []
+    rest = 100.0
+    for kind, words in KINDS.items():
+        optimizer = kind == "optimizer"
+        share = sum(
+            100 * (event.cpu_time_total if optimizer else event.self_cpu_time_total) / whole
+            for event in events
+            if any(word in event.key for word in words)
+        )
+        rows.append((f"{name}: share of {kind}", share, "%"))
+        rest -= share
+    return [*rows, (f"{name}: share of the rest", rest, "%")]
 
 
 def teacher(name: str, classes: int, device: str) -> Source:
