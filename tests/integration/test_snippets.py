@@ -15,7 +15,7 @@ from support.servers import serving
 from support.transcripts import ROOT
 
 from sskt.teacher_cache.media.video import count_frames, read_frames
-from sskt.teacher_cache.targets.target import Target
+from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
