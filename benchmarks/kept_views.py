@@ -23,7 +23,7 @@ from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
 
 ROUNDS = 5
-CLIPS, QUICK_CLIPS = 16, 4
+CLIPS, QUICK_CLIPS = 12, 4
 IMAGES, QUICK_IMAGES = 100, 20
 WAYS = ("decoded", "kept", "in memory")
 

@@ -83,7 +83,7 @@ class ViewCache:
         self._stride = _TAG.itemsize + int(np.prod(shape))
         samples = len(views.target)
         self._seeds = range(min(seeds, -(-rows // max(1, samples))))
-        self._storing = True
+        self._storing, self._filled = True, False
         self._handle = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,6 +104,14 @@ class ViewCache:
                 self.path.parent,
                 failure,
             )
+
+    def filled(self) -> None:
+        """Takes note that every sample was read once, so that its views are stored."""
+        self._filled = True
+
+    def holds(self, seed: int) -> bool:
+        """Whether all views of a seed are likely to be stored; those that are not are made."""
+        return self._filled and self._storing and self._rows >= (seed + 1) * len(self._views.target)
 
     def seen(self, samples: Int64, seed: int) -> CachedViews | None:
         """Reads the views of several samples, and makes and stores those that are missing.

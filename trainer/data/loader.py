@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ class Feed:
 
     Attributes:
         views: The samples under their policy.
-        workers: Loader processes; None: by cores. Images in RAM need none.
+        workers: Loader processes; None: by cores. Images in RAM need none, and views that are
+            stored are read by as many threads.
         on_error: ``fail`` or ``skip``.
         pin: Whether batches are copied to a GPU.
         checked: Whether to compute the view checks, in the loader processes.
@@ -163,6 +165,42 @@ class Feed:
             SsktError: If a loader process was killed, or sends nothing.
         """
         workers = min(self._processes(), len(batches))
+        read = self._by_threads if self._stored(seed) and workers else self._by_processes
+        for batch in read(batches, seed, workers):
+            if batch.error:
+                raise InputError(batch.error)
+            if batch.not_stored and self.cache is not None:
+                self.cache.stop(batch.not_stored)
+            if batch.bad and self.on_error != "skip":
+                raise BadImage(batch.bad[0])
+            yield replace(batch, views=torch.as_tensor(batch.views))
+        if self.cache is not None:
+            self.cache.filled()
+
+    def _stored(self, seed: int) -> bool:
+        return self.cache is not None and self.cache.holds(seed)
+
+    def _by_threads(self, batches: Sequence[Int64], seed: int, threads: int) -> Iterator[Batch]:
+        """Batches of stored views. Threads start at once and hold no copies for each other."""
+        if self.views.target.reader:  # an own dataset need not bear several threads
+            threads = 1
+        made = _Batches(self, batches, seed, 0)
+        with ThreadPoolExecutor(threads, thread_name_prefix="sskt-views") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for index in range(len(batches)):
+                    ahead.append(pool.submit(made.__getitem__, index))
+                    if len(ahead) > threads * LEAD:
+                        yield self._pinned(ahead.popleft().result())
+                while ahead:
+                    yield self._pinned(ahead.popleft().result())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        return batch.pin_memory() if self.pin else batch
+
+    def _by_processes(self, batches: Sequence[Int64], seed: int, workers: int) -> Iterator[Batch]:
         if workers:
             raise_open_files()
         loader = DataLoader(
@@ -185,13 +223,7 @@ class Feed:
                     raise SsktError(silent if error.silent else KILLED) from error
                 if batch is None:
                     return
-                if batch.error:
-                    raise InputError(batch.error)
-                if batch.not_stored and self.cache is not None:
-                    self.cache.stop(batch.not_stored)
-                if batch.bad and self.on_error != "skip":
-                    raise BadImage(batch.bad[0])
-                yield replace(batch, views=torch.as_tensor(batch.views))
+                yield batch
         finally:
             watch.end()
 
