@@ -173,9 +173,13 @@ class _StoredBatch:
         require_temperature(
             label_set.encoding, temperature, error, force=self.window_labels.force_topk
         )
+        encoded = self.window_labels.encoded[source]
+        if self.window_labels.on_device and device.type == "cuda":
+            # Their memory is that of another stream, which may use it again once they are dropped.
+            for values in encoded.values():
+                values.record_stream(torch.cuda.current_stream(device))
         rows = {
-            key: values[self.rows].to(device, non_blocking=True)
-            for key, values in self.window_labels.encoded[source].items()
+            key: values[self.rows].to(device, non_blocking=True) for key, values in encoded.items()
         }
         return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
 
