@@ -18,17 +18,20 @@ import math
 import shutil
 import tarfile
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sskt.benchmarks.common import SAFELY
+from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.labeling.run import cache_teachers
 from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.targets.spec import DatasetSpec
+from sskt.teacher_cache.tools.export import export_label_set
 from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.loop.runs import run_training
 from sskt.trainer.results import records
@@ -48,7 +51,8 @@ KEPT_METRICS = ("epoch", "loss", "loss_primary", "train_top1", "test_loss", "tes
 class Study:
     """Rows of one target that share everything but the fields that a row names.
 
-    The sources see images of ``size`` pixels; ``view_seeds`` views of each sample are cached.
+    ``encoding`` among the fields is that of the soft labels, if not ``f16``. The sources see images
+    of ``size`` pixels; ``view_seeds`` views of each sample are cached.
     """
 
     title: str
@@ -56,6 +60,7 @@ class Study:
     base: dict[str, Any]
     size: int = 74
     view_seeds: int = 8
+    rows: dict[str, dict[str, Any]] = field(default_factory=lambda: ROWS)
 
 
 def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
@@ -76,6 +81,19 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """T = 1 and alpha = 1 unless a row says otherwise."""
 
+ENCODINGS = {
+    "f16": Encoding("f16"),
+    "root4": parse_encoding("root4"),
+    "root4-coarse": parse_encoding("root4-coarse"),
+    "root4, step 1 / C": Encoding("root4", step=1.0),
+    "top 100": Encoding("topk", 100),
+}
+ENCODED: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    **{name: sskt(PL, IN, encoding=name, force_topk=True) for name in ENCODINGS},
+}
+"""P+I at T = 3, where top-k labels lose most, with labels that are stored ever more coarsely."""
+
 TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0, "temperature": 1.0}
 
 STUDIES = {
@@ -95,6 +113,18 @@ STUDIES = {
         "cifar10",
         {"policy": "pad-crop-flip", "limit": 5000, "epochs": 30, **TRAINING},
         view_seeds=4,
+    ),
+    "encodings": Study(
+        "Encodings: MiniPlaces, 2,000 images, views of 32 pixels, 20 epochs, T = 3",
+        "miniplaces",
+        {
+            "policy": "random-resized-crop-flip:size=32,scale_min=0.3",
+            "epochs": 20,
+            **TRAINING,
+            "temperature": 3.0,
+        },
+        size=96,
+        rows=ENCODED,
     ),
 }
 
@@ -120,7 +150,7 @@ def main() -> None:
         target = unpacked(asked.data, asked.out, study.target)
         cache = asked.out / "labels" / name
         label(study, target, asked.data, cache, asked.device)
-        runs = [(seed, row) for seed in range(RUNS) for row in ROWS if row != LONG or seed == 0]
+        runs = [(s, row) for s in range(RUNS) for row in study.rows if row != LONG or s == 0]
         for seed, row in runs[part::parts]:
             config = config_of(study, row, seed, target, cache, asked.out / name, asked.data)
             if not finished(asked.kept / name / place_of(row, seed)):
@@ -206,19 +236,28 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
     report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,
                             job.options(opened))  # fmt: skip
     print(f"{cache}: {report.written} labels written, {report.reused} reused", flush=True)
+    for name in {fields.get("encoding", "f16") for fields in study.rows.values()} - {"f16"}:
+        for label_set in list_label_sets(cache):
+            export_label_set(label_set, ENCODINGS[name], encoded(cache, name))
+
+
+def encoded(cache: Path, encoding: str) -> Path:
+    """The cache of the same labels in another encoding."""
+    return cache if encoding == "f16" else cache.with_name(f"{cache.name}-{folder_of(encoding)}")
 
 
 def config_of(
     study: Study, row: str, seed: int, target: Path, cache: Path, out: Path, data: Path
 ) -> TrainConfig:
     epochs = study.base["epochs"] * (2 if row == LONG else 1)
-    fields = study.base | ROWS[row] | {"epochs": epochs}
+    fields = study.base | study.rows[row] | {"epochs": epochs}
+    encoding = fields.pop("encoding", "f16")
     return TrainConfig(
         target=str(target),
         root=root_of(study, data),
         seed=seed,
         out=out / place_of(row, seed),
-        cache=cache if fields.get("source") else None,
+        cache=encoded(cache, encoding) if fields.get("source") else None,
         seeds=study.view_seeds,
         eval_every=epochs // 6,
         save_minutes=0,
@@ -237,7 +276,7 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
     for name, study in studies.items():
         results: dict[str, dict[str, float]] = {}
         drawn: list[tuple[bool, Path]] = []
-        for row in ROWS:
+        for row in study.rows:
             for run in sorted((out / name / folder_of(row)).glob("seed-*")):
                 if found := finished(run):
                     results.setdefault(row, {})[run.name] = result_of(found)
@@ -269,7 +308,7 @@ def place_of(row: str, seed: int) -> Path:
 
 
 def folder_of(row: str) -> str:
-    return row.replace(", ", "-").replace(" ", "-")
+    return row.replace(", ", "-").replace(" / ", "-").replace(" ", "-")
 
 
 def difference(gains: list[float]) -> str:

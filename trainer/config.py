@@ -154,12 +154,18 @@ class TrainConfig:
         label_cache: Folder that keeps what a label server sent. Default: a temporary one.
         label_cache_size: GiB that this folder may take. Default: 50, of a temporary one 20.
         label_wait: Minutes to wait for a label server that cannot be reached.
+        follow: Train while labels are still being written: an epoch waits for the labels of its
+            own view seed. Minutes that labels may stay missing while no process writes them.
+            Default: missing labels are an error.
         out: Folder of this run. Default: runs/NAME.
         device: Device: cpu, cuda, cuda:1. auto: cuda if there is one.
         precision: Arithmetic of the target network.
         channels_last: Keep images and convolutions channels-last in memory.
         compile: Use torch.compile, which takes minutes at the start.
         save_minutes: Minutes between two saves within an epoch. 0: save after each epoch only.
+        view_cache: Folder that keeps the views of image files and clips, so that no file is decoded
+            again in a later epoch. The results are the same. Default: none.
+        view_cache_size: GiB that this folder may take. Views beyond it are made in each epoch.
         workers: Loader processes for image files. Default: by cores.
         memory: GiB of RAM for labels, and for images kept decoded.
         on_error: What to do about an image that cannot be read: fail, or skip it.
@@ -231,12 +237,15 @@ class TrainConfig:
     label_cache: Folder | None = None
     label_cache_size: Above0 | None = None
     label_wait: AtLeast0 = 60.0
+    follow: Above0 | None = None
     out: Folder | None = None
     device: str = "auto"
     precision: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     channels_last: bool = True
     compile: bool = False
     save_minutes: AtLeast0 = 10.0
+    view_cache: Folder | None = None
+    view_cache_size: Above0 = 50.0
     workers: Annotated[int, Field(ge=0)] | None = None
     memory: Above0 = 8.0
     on_error: Annotated[str, OneOf(("fail", "skip"))] = "fail"
@@ -291,7 +300,7 @@ WITH_OWN = frozenset(
 """The fields of these that also take a function of the user."""
 AUXILIARY = frozenset(
     ("tm", "alpha", "temperature", "source_weight", "force_topk", "cache", "labels", "label_cache")
-)
+) | frozenset(("follow",))
 """Fields of the auxiliary task: with one of them given, labels are trained from."""
 FOLLOWED: dict[str, Any] = {
     "policy": AUTO,
@@ -307,7 +316,17 @@ FOLLOWED: dict[str, Any] = {
 """Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(
     ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
-) | frozenset(("label_cache", "label_cache_size", "label_wait", "on_error"))
+) | frozenset(
+    (
+        "label_cache",
+        "label_cache_size",
+        "label_wait",
+        "follow",
+        "on_error",
+        "view_cache",
+        "view_cache_size",
+    )
+)
 """Fields that may change between a run and its resumption."""
 
 

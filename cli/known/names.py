@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -14,20 +14,27 @@ from sskt.cli.output import as_json, print_json, print_table
 @as_json
 def policies(as_json: bool) -> None:
     """List the view policies, with their parameters and defaults."""
+    from sskt.teacher_cache.views import augment
     from sskt.teacher_cache.views.policies import POLICIES
+
+    def listed(parameters: Mapping[str, float]) -> str:
+        return ", ".join(f"{key}={value:.4g}" for key, value in parameters.items()) or "-"
 
     _show(
         ("name", "parameters and defaults", "view"),
         [
             [
                 name,
-                ", ".join(f"{k}={v:.4g}" for k, v in known.defaults.items()) or "-",
+                listed(known.defaults | (augment.PARAMETERS if as_json and known.strong else {})),
                 known.about,
             ]
             for name, known in POLICIES.items()
         ],
         as_json,
     )
+    if not as_json:
+        strong = ", ".join(name for name, known in POLICIES.items() if known.strong)
+        click.echo(f"\nOff by default, for {strong}: {listed(augment.PARAMETERS)}.")
 
 
 @click.command("models", cls=GroupedCommand, examples=("sskt models", "sskt models --json"))

@@ -20,7 +20,9 @@ from sskt.cli.output import as_json, input_line, print_json, print_table, show, 
 from sskt.teacher_cache.errors import IncompleteLabels, InputError, SsktError
 
 if TYPE_CHECKING:
+    from sskt.teacher_cache.label_sets.label_set import LabelSet
     from sskt.teacher_cache.media.images import UInt8
+    from sskt.teacher_cache.tools.reopen import Reopen
     from sskt.teacher_cache.views.views import Views
 
 
@@ -110,7 +112,9 @@ def inspect(
         stored = int(seen[0].read_checks(seed, sample, sample + 1)[0])
         shown |= _view_of(views, sample, seed, stored, png, clip)
     with working("recomputing" if live else "reading"):
-        shown["sources"] = [_labels_of(s, sample, seed, instead if live else None) for s in chosen]
+        shown["sources"] = [
+            _labels_of(s, sample, seed, cache, instead if live else None) for s in chosen
+        ]
     if as_json:
         print_json(shown)
         return
@@ -187,10 +191,11 @@ def _write_png(view: Any, path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str, Any]:
+def _labels_of(
+    label_set: LabelSet, sample: int, seed: int, cache: str, instead: Reopen | None
+) -> dict[str, Any]:
     import numpy as np
 
-    from sskt.teacher_cache.tools.reopen import reopen
     from sskt.teacher_cache.tools.verify import stored_probabilities
 
     shown: dict[str, Any] = {
@@ -205,20 +210,36 @@ def _labels_of(label_set: Any, sample: int, seed: int, instead: Any) -> dict[str
     top = np.argsort(-p, kind="stable")[:5]
     shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
     if instead is not None:
-        from sskt.teacher_cache.tools.recompute import compare
-
         try:
-            views, source = reopen(label_set, instead)
+            p, distance = _recomputed(label_set, sample, seed, cache, instead)
         except SsktError as error:
             shown["live"] = {"error": str(error)}
             return shown
-        found = compare(label_set, views, source, sample, seed)
-        best = np.argsort(-found.live, kind="stable")[:5]
+        best = np.argsort(-p, kind="stable")[:5]
         shown["live"] = {
-            "distance": found.distance,
-            "top5": [{"class": label_set.classes[i], "p": float(found.live[i])} for i in best],
+            "distance": distance,
+            "top5": [{"class": label_set.classes[i], "p": float(p[i])} for i in best],
         }
     return shown
+
+
+def _recomputed(
+    label_set: LabelSet, sample: int, seed: int, cache: str, instead: Reopen
+) -> tuple[Any, float]:
+    """The label that the source gives now, or the parents of a mean; its distance from ours."""
+    from sskt.teacher_cache.format.spec import parents_of
+
+    if parents_of(label_set.spec):
+        from sskt.teacher_cache.tools.mean import compare_mean, stored_mean
+
+        mean = compare_mean(label_set, stored_mean(label_set, cache), sample, seed)
+        return mean.mean, mean.distance
+    from sskt.teacher_cache.tools.recompute import compare
+    from sskt.teacher_cache.tools.reopen import reopen
+
+    views, source = reopen(label_set, instead)
+    found = compare(label_set, views, source, sample, seed)
+    return found.live, found.distance
 
 
 def _print_inspected(shown: dict[str, Any]) -> None:
@@ -266,6 +287,11 @@ def _print_inspected(shown: dict[str, Any]) -> None:
 
 
 def _print_source(spec: dict[str, Any]) -> None:
+    if "parents" in spec:
+        of = ", ".join(f"{p['digest'][:12]} ({p['weight']:.4g})" for p in spec["parents"])
+        over = f", over {spec['seeds']} view seeds" if "seeds" in spec else ""
+        show(f"  mean of label sets {of}{over}")
+        return
     weights = spec["weights"][:19]
     show(f"  weights {weights}..., {spec['precision']}, BatchNorm {spec['batchnorm']}")
     show(f"  input {input_line(spec['preprocessing'])}")

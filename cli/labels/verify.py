@@ -38,7 +38,7 @@ from sskt.cli.output import as_json, print_json, progress, show
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Compare N labels with the live source.",
+    help="Compare N labels with the live source; those of a mean with its parents in --cache.",
 )
 @click.option(
     "--tolerance",
@@ -69,8 +69,10 @@ def verify(
 
     Exit status 1 if anything is wrong or missing.
     """
+    from sskt.teacher_cache.format.spec import parents_of
     from sskt.teacher_cache.label_sets.find import choose_all
     from sskt.teacher_cache.tools import verify as checks
+    from sskt.teacher_cache.tools.mean import recompute_mean
     from sskt.teacher_cache.tools.reopen import Reopen, require_named_sources
 
     chosen, damaged = choose_all(cache, sets)
@@ -83,11 +85,21 @@ def verify(
             report = checks.bind(cache, label_set, step) if bind else checks.verify(label_set, step)
             if count:
                 step = bar(f"recomputing {label_set.spec['source']['name']}")
-                from sskt.teacher_cache.tools.recompute import recompute
+                if parents_of(label_set.spec):
+                    report = recompute_mean(
+                        label_set, cache, count, report, tolerance=tolerance, progress=step
+                    )
+                else:
+                    from sskt.teacher_cache.tools.recompute import recompute
 
-                report = recompute(
-                    label_set, count, report, instead=instead, tolerance=tolerance, progress=step
-                )
+                    report = recompute(
+                        label_set,
+                        count,
+                        report,
+                        instead=instead,
+                        tolerance=tolerance,
+                        progress=step,
+                    )
             reports.append(report)
     reports += [checks.Report(name, problems=[str(e)]) for name, e in damaged.items()]
     if as_json:

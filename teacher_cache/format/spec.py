@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sskt.teacher_cache.errors import SpecMismatch
+from sskt.teacher_cache.errors import CorruptStore, SpecMismatch
 from sskt.teacher_cache.format.encodings import Encoding
 from sskt.teacher_cache.format.names import LONGEST_NAME
 
@@ -68,6 +68,33 @@ def name_of(spec: Mapping[str, Any]) -> str:
         return name
     cut = (LONGEST_NAME - 14) // 2
     return ".".join([*(part[:cut] for part in safe), digest_of(spec)[:12]])
+
+
+def parents_of(spec: Mapping[str, Any]) -> dict[str, float]:
+    """The label sets whose weighted mean a label set is.
+
+    Args:
+        spec: Its identity.
+
+    Returns:
+        The weight of each, by digest; empty for the labels of a network.
+
+    Raises:
+        CorruptStore: If the spec's are none.
+    """
+    try:
+        listed = spec["source"].get("parents", [])
+        found = {one["digest"]: one["weight"] for one in listed}
+        sound = len(found) == len(listed) and all(
+            re.fullmatch("[0-9a-f]{64}", digest) and isinstance(weight, float) and 0 < weight <= 1
+            for digest, weight in found.items()
+        )
+        seeds = spec["source"].get("seeds", 1)
+        if sound and isinstance(seeds, int) and seeds > 0:
+            return found
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise CorruptStore("a label set's spec does not say of which label sets it is the mean")
 
 
 def first_difference(

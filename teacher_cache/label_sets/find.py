@@ -159,7 +159,7 @@ def replayed(views: Spec) -> Spec:
 def is_of(label_set: LabelSet, source: SourceName) -> bool:
     """Whether a label set is of this source, as far as the source was described."""
     spec = label_set.spec["source"]
-    size = spec["preprocessing"]["size"]
+    size = spec.get("preprocessing", {}).get("size")  # a mean of label sets has none
     return (
         spec["name"] == source.name
         and source.recorded_arch in (None, spec["arch"])

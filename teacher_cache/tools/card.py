@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from sskt.teacher_cache.errors import InputError, MissingData, printable
 from sskt.teacher_cache.format.encodings import gradient_error
 from sskt.teacher_cache.format.metadata import GROUP
+from sskt.teacher_cache.format.spec import parents_of
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.storage.base import CacheName
@@ -107,10 +108,15 @@ def markdown_card(label_set: LabelSet) -> str:
     coverage = label_set.coverage()
     source, target, views = spec["source"], spec["target"], spec["views"]
     parameters = ", ".join(f"{k} {v}" for k, v in views.get("parameters", {}).items())
+    parents = [f"{digest} ({w:.4g})" for digest, w in parents_of(spec).items()]
     rows = {
         "target": f"{target['name']}, split {target['split']}: {label_set.samples:,} samples",
         "source": f"{source['name']}, {source['arch']}: {len(label_set.classes):,} classes",
-        "weights of the source": source.get("weights", "not recorded"),
+        **(
+            {"mean of label sets": ", ".join(parents)}
+            if parents
+            else {"weights of the source": source.get("weights", "not recorded")}
+        ),
         "views": f"{views['policy']}, version {views['version']}"
         + (f" ({parameters})" if parameters else ""),
         "view seeds": f"{label_set.seeds}, of which {coverage.count(1.0)} are whole",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -105,35 +105,58 @@ def export_label_set(
         if LICENSE in source.attributes:
             target.add_attribute(LICENSE, source.attributes[LICENSE])
         seeds = range(source.seeds)
-        missing, lacking = set(source.missing(seeds)), set(target.missing(seeds))
-        wanted = [s for s in target.shards(seeds) if not _lacks(source, missing, s)]
-        left = [s for s in wanted if s in lacking]
-        there, written = len(wanted) - len(left), 0
-        while left:
-            progress(len(wanted) - len(left), len(wanted))
-            for shard in left:
-                if target.acquire(shard):
-                    _export_shard(source, target, shard)
-                    target.release(shard)
-                    written += 1
-                    progress(there + written, len(wanted))
-            lacking = set(target.missing(seeds))
-            busy = [s for s in left if s in lacking]
-            if len(busy) == len(left):
-                time.sleep(POLL_SECONDS)
-            left = busy
-        return Exported(
-            target.name,
-            target.digest,
-            written,
-            len(wanted) - written,
-            target.stored_bytes(),
-            target.coverage(),
-            target.attributes.get("error"),
+        missing = set(source.missing(seeds))
+        wanted = [s for s in target.shards(seeds) if not lacks(source, missing, s)]
+        return write_missing(
+            target, wanted, lambda shard: _export_shard(source, target, shard), progress
         )
 
 
-def _lacks(source: LabelSet, missing: set[Shard], shard: Shard) -> bool:
+def write_missing(
+    target: WritableLabelSet,
+    wanted: Sequence[Shard],
+    write: Callable[[Shard], None],
+    progress: Progress,
+) -> Exported:
+    """Writes those of some shards that are not stored, and waits for those of other processes.
+
+    Args:
+        target: The label set, open for writing.
+        wanted: The shards, in the order in which they are written.
+        write: Writes a shard, which is locked.
+        progress: Called with shards done and to do.
+
+    Returns:
+        What was written.
+    """
+    lacking = set(target.missing(range(target.seeds)))
+    left = [s for s in wanted if s in lacking]
+    there, written = len(wanted) - len(left), 0
+    while left:
+        progress(len(wanted) - len(left), len(wanted))
+        for shard in left:
+            if target.acquire(shard):
+                write(shard)
+                target.release(shard)
+                written += 1
+                progress(there + written, len(wanted))
+        lacking = set(target.missing(range(target.seeds)))
+        busy = [s for s in left if s in lacking]
+        if len(busy) == len(left):
+            time.sleep(POLL_SECONDS)
+        left = busy
+    return Exported(
+        target.name,
+        target.digest,
+        written,
+        len(wanted) - written,
+        target.stored_bytes(),
+        target.coverage(),
+        target.attributes.get("error"),
+    )
+
+
+def lacks(source: LabelSet, missing: set[Shard], shard: Shard) -> bool:
     """Whether a part of the samples of the new set's ``shard`` is not stored."""
     blocks = range(shard.start // source.shard_rows, -(-shard.stop // source.shard_rows))
     return any(source.shard(shard.seed, block) in missing for block in blocks)
@@ -143,7 +166,7 @@ def _export_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> N
     stored = source.read(shard.seed, shard.start, shard.stop)
     checks = source.read_checks(shard.seed, shard.start, shard.stop)
     skipped = source.encoding.skipped(stored)
-    _require_sound(source, shard, stored, skipped & (checks != 0))
+    require_sound(source, shard.seed, shard.start, stored, skipped & (checks != 0))
     kept = {key: rows[~skipped] for key, rows in stored.items()}
     if shard.seed == shard.block == 0 and not skipped.all():
         first = {key: rows[:ERROR_ROWS] for key, rows in kept.items()}
@@ -172,14 +195,26 @@ def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
         return np.log(decoded(encoding, encoded, classes)).astype(np.float32)
 
 
-def _require_sound(
-    source: LabelSet, shard: Shard, stored: Encoded, empty: NDArray[np.bool_]
+def require_sound(
+    source: LabelSet, seed: int, start: int, stored: Encoded, empty: NDArray[np.bool_]
 ) -> None:
+    """Checks stored rows before they are used for another label set.
+
+    Args:
+        source: Their label set.
+        seed: Their view seed.
+        start: The first sample.
+        stored: The rows.
+        empty: Which of them are empty and should not be: bool ``[n]``.
+
+    Raises:
+        CorruptStore: If a row is no label.
+    """
     wrong = source.encoding.faulty(stored, len(source.classes)) | empty
     if wrong.any():
         raise CorruptStore(
-            f"label set {source.name}: seed {shard.seed}, samples {shard.start} to "
-            f"{shard.stop - 1}: {int(wrong.sum())} rows are no labels, first sample "
-            f"{shard.start + int(np.flatnonzero(wrong)[0])}; run sskt verify, delete the shard "
+            f"label set {source.name}: seed {seed}, samples {start} to "
+            f"{start + len(wrong) - 1}: {int(wrong.sum())} rows are no labels, first sample "
+            f"{start + int(np.flatnonzero(wrong)[0])}; run sskt verify, delete the shard "
             "it names and cache it again"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +15,9 @@ from sskt.teacher_cache.format.coordinates import stored_names
 from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
-from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import Report, first_row
+from sskt.teacher_cache.tools.verify import Report, first_row, probe_pairs
 from sskt.teacher_cache.views.views import Views, check_of
 
 
@@ -88,24 +87,6 @@ def _recomputed(
     row = sample - first
     log_p = source.log_probabilities(stills)[row : row + 1]
     return seen[row], log_p.cpu().numpy()
-
-
-def probe_pairs(label_set: LabelSet, count: int, key: int) -> Iterator[tuple[int, int]]:
-    """Draws stored labels at random.
-
-    Args:
-        label_set: The label set.
-        count: How many to draw.
-        key: Chooses them: a number below 2^32.
-
-    Yields:
-        Sample and seed of each one that is stored.
-    """
-    words = draw(np.arange(count), key, stream=PROBE)
-    samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
-    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
-        if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
-            yield sample, seed
 
 
 def recompute(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
-from sskt.teacher_cache.format.spec import label_set_spec, require
+from sskt.teacher_cache.format.spec import label_set_spec, parents_of, require
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.own_code import call_function
 from sskt.teacher_cache.sources.names import (
@@ -104,6 +104,11 @@ def reopen_source(label_set: LabelSet, instead: Reopen) -> Source:
     from sskt.teacher_cache.sources.registry import open_source
 
     spec = label_set.spec["source"]
+    if parents_of(label_set.spec):
+        raise InputError(
+            f"label set {label_set.name} is the mean of other label sets and has no network of its "
+            "own; make it with sskt export --mean"
+        )
     given = [text for text in instead.sources if source_name(text) == spec["name"]]
     if len(given) > 1:
         raise InputError(f"--source names {spec['name']} {len(given)} times; give it once")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -18,6 +18,7 @@ from sskt.teacher_cache.label_sets.documents import consolidate
 from sskt.teacher_cache.label_sets.find import shard_name
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard, seed_ranges
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
+from sskt.teacher_cache.rng import PROBE, below, draw
 from sskt.teacher_cache.storage.base import METADATA, CacheName
 from sskt.teacher_cache.tools.coordinates import coordinate_problems, repetition_problems
 from sskt.teacher_cache.tools.publish import index_problems
@@ -189,3 +190,21 @@ def first_row(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
     """The first row of some stored rows at T = 1: float32 ``[C]``."""
     p = decoded(label_set.encoding, encoded, len(label_set.classes))
     return np.asarray(p[0].astype(np.float32))
+
+
+def probe_pairs(label_set: LabelSet, count: int, key: int) -> Iterator[tuple[int, int]]:
+    """Draws stored labels at random.
+
+    Args:
+        label_set: The label set.
+        count: How many to draw.
+        key: Chooses them: a number below 2^32.
+
+    Yields:
+        Sample and seed of each one that is stored.
+    """
+    words = draw(np.arange(count), key, stream=PROBE)
+    samples, seeds = below(words[:, 0], label_set.samples), below(words[:, 1], label_set.seeds)
+    for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
+        if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
+            yield sample, seed

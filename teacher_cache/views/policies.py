@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit, words_of
+from sskt.teacher_cache.views import augment
 from sskt.teacher_cache.views.own_policies import (
     OWN,
     OwnView,
@@ -265,6 +266,7 @@ class PolicyInfo:
         batched: Makes the views of images of one size; None if that is not faster.
         per_clip: Makes the view of a clip.
         windows: Whether the samples are the windows of ``frames`` frames of the clips.
+        strong: Whether it also has the parameters of ``augment.PARAMETERS``.
         version: The newest version.
         identity: What the spec of a label set has beside the name: the hash of the user's code, and
             for a pipeline its parameters and the version of torchvision. Empty for known policies.
@@ -278,6 +280,7 @@ class PolicyInfo:
     batched: Batched | None = None
     per_clip: PerClip | None = None
     windows: bool = False
+    strong: bool = False
     version: int = 1
     identity: Mapping[str, str] = field(default_factory=dict)
     text: str = ""
@@ -291,6 +294,7 @@ POLICIES: dict[str, PolicyInfo] = {
         "none",
         _pad_crop_flip,
         _pad_crop_flip_batch,
+        strong=True,
     ),
     "random-resized-crop-flip": PolicyInfo(
         "random area and aspect ratio, resized to size, flip (ImageNet, Places365, VOC)",
@@ -298,6 +302,7 @@ POLICIES: dict[str, PolicyInfo] = {
         "resize-center-crop",
         _random_resized_crop_flip,
         _random_resized_crop_flip_batch,
+        strong=True,
         version=VERSION,
     ),
     "resize-center-crop": PolicyInfo(
@@ -312,6 +317,7 @@ POLICIES: dict[str, PolicyInfo] = {
         {"frames": 16, "size": 112, "scales": 5},
         "clip-center-crop",
         per_clip=_clip_corner_crop_flip,
+        strong=True,
         version=VERSION,
     ),
     "clip-center-crop": PolicyInfo(
@@ -415,7 +421,8 @@ def parse_policy(text: str, code: str = "") -> Policy:
         raise UnknownName("policy", name, POLICIES)
     newest = POLICIES[name].version
     known = ({"version": newest} if newest > 1 else {}) | POLICIES[name].defaults
-    parameters = dict(known)
+    optional = augment.PARAMETERS if POLICIES[name].strong else {}
+    parameters, known = dict(known), known | optional
     for item in filter(None, options.split(",")):
         key, _, value = item.partition("=")
         if key not in known:
@@ -429,7 +436,9 @@ def parse_policy(text: str, code: str = "") -> Policy:
         raise InputError(f"policy {name}: version must be 1 to {newest}, found {version}")
     own = POLICIES[name] if POLICIES[name].identity else None
     if own is None:
+        given = {key: parameters.pop(key) for key in optional if key in parameters}
         _check_range(name, parameters)
+        parameters |= augment.resolve(name, given)
     return Policy(name, version, parameters, own)
 
 

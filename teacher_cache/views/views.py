@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import BadImage, InputError, ViewMismatch
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.views.augment import augmented, augmented_batch
 from sskt.teacher_cache.views.frame_sampling import CENTER, IDENTITY, FrameSampling
 from sskt.teacher_cache.views.policies import POLICIES, Policy, PolicyInfo, clip_frames
 
@@ -126,12 +127,14 @@ class Views:
         """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
         assert self._info.per_sample is not None
         view = self._info.per_sample(self.policy, image, sample, seed)
+        view = augmented(self.policy, view, sample, seed)
         return np.require(view, requirements=["C", "W"])
 
     def of_images(self, images: UInt8, samples: Int64, seed: int) -> UInt8:
         """Views of images in RAM, uint8 ``[n, H, W, 3]`` to the same, batched if possible."""
         if self._info.batched is not None:
-            return self._info.batched(self.policy, images, samples, seed)
+            views = self._info.batched(self.policy, images, samples, seed)
+            return augmented_batch(self.policy, views, samples, seed)
         pairs = zip(images, samples.tolist(), strict=True)
         return np.stack([self.of_image(image, sample, seed) for image, sample in pairs])
 
@@ -159,7 +162,8 @@ class Views:
         wanted = {s: clip_frames(policy, sample, s, start, count).tolist() for s in seeds}
         read = target.read_frames(sample, sorted({n for frames in wanted.values() for n in frames}))
         with self._named(sample):
-            return {s: per_clip(policy, [read[n] for n in wanted[s]], sample, s) for s in seeds}
+            made = {s: per_clip(policy, [read[n] for n in wanted[s]], sample, s) for s in seeds}
+            return {s: augmented(policy, clip, sample, s) for s, clip in made.items()}
 
     @contextlib.contextmanager
     def _named(self, sample: int) -> Iterator[None]:

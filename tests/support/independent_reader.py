@@ -242,17 +242,24 @@ def half_up(x: float) -> int:
     return math.floor(x + 0.5)
 
 
-def words_of(
-    views: dict[str, Any], sample: int, seed: int
-) -> Callable[[int], tuple[int, int, int, int]]:
-    """The four random words of a block."""
+Words = Callable[[int], tuple[int, int, int, int]]
+"""The four random words of a block."""
+
+
+def words_of(views: dict[str, Any], sample: int, seed: int, stream: int = 0) -> Words:
     identity = {key: views[key] for key in ("policy", "version", "parameters")}
     key = (seed, zlib.crc32(canonical_json(identity).encode("ascii")))
-    return lambda block: philox((sample & 0xFFFFFFFF, sample >> 32, block, 0), key)
+    return lambda block: philox((sample & 0xFFFFFFFF, sample >> 32, block, stream), key)
 
 
 def view_of(image: UInt8, views: dict[str, Any], sample: int, seed: int) -> UInt8:
-    """The view of an image under the spec's ``views``."""
+    """The view of an image under the spec's ``views``, before it is mixed with another."""
+    cropped = cropped_view_of(image, views, sample, seed)
+    made: UInt8 = augmented(cropped[None], views, sample, seed)[0]
+    return made
+
+
+def cropped_view_of(image: UInt8, views: dict[str, Any], sample: int, seed: int) -> UInt8:
     resizes = views["policy"] not in ("none", "pad-crop-flip")
     if views["version"] not in ((1, 2) if resizes else (1,)):
         raise FormatError(f"unknown version {views['version']} of policy {views['policy']}")
@@ -399,7 +406,170 @@ def clip_of(
     corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
     top, left = corners[below(w2, 5)]
     cut = resized(clip[:, top : top + side, left : left + side], size, size, version)
-    return cut[:, :, ::-1] if below(w3, 2) else cut
+    return augmented(cut[:, :, ::-1] if below(w3, 2) else cut, views, sample, seed)
+
+
+# --- strong augmentation, section 6 ---------------------------------------------------------
+
+
+def augmented(frames: UInt8, views: dict[str, Any], sample: int, seed: int) -> UInt8:
+    """The frames ``[D, H, W, 3]`` of a view after the policy's own section."""
+    p, words = views["parameters"], words_of(views, sample, seed, stream=6)
+    made = [frame.astype(np.int64) for frame in frames]
+    chosen = []
+    for k in range(p.get("randaugment", 0)):
+        w0, w1, _, _ = words(k)
+        chosen.append((below(w0, 14), -1 if below(w1, 2) else 1, p["magnitude"], False))
+    if p.get("trivial"):
+        w0, w1, w2, _ = words(0)
+        chosen.append((below(w0, 14), -1 if below(w1, 2) else 1, below(w2, 31), True))
+    for choice in chosen:
+        made = [_operation(frame, *choice) for frame in made]
+    if p.get("jitter") or p.get("hue"):
+        j = math.floor(65536 * p.get("jitter", 0) + 0.5)
+        g = math.floor(65536 * (6 * p.get("hue", 0)) + 0.5)
+        v, order = words(65), words(64)
+        q = [65536 - j + below(v[i], 2 * j + 1) for i in range(3)] + [below(v[3], 2 * g + 1) - g]
+        waiting = list(zip((_brightness, _contrast, _saturation, _hue), q, strict=True))
+        while waiting:
+            operation, strength = waiting.pop(below(order[4 - len(waiting)], len(waiting)))
+            made = [operation(frame, strength) for frame in made]
+    found = np.stack(made).astype(np.uint8)
+    height, width = found.shape[1:3]
+    if unit(words(66)[0]) < p.get("erase", 0):
+        for block in range(67, 77):
+            w0, w1, w2, w3 = words(block)
+            area = height * width * (0.02 + unit(w0) * (0.33 - 0.02))
+            ratio = math.exp(math.log(0.3) + unit(w1) * (math.log(3.3) - math.log(0.3)))
+            h, w = half_up(math.sqrt(area * ratio)), half_up(math.sqrt(area / ratio))
+            if 0 < h < height and 0 < w < width:
+                top, left = below(w2, height - h + 1), below(w3, width - w + 1)
+                found[:, top : top + h, left : left + w] = (124, 116, 104)
+                break
+    return found
+
+
+Int64 = NDArray[np.int64]
+
+
+def _u(a: int, b: int) -> int:
+    return (2 * 65536 * a + b) // (2 * b)
+
+
+def _operation(x: Int64, number: int, s: int, m: int, trivial: bool) -> Int64:
+    height, width = x.shape[:2]
+    shear = s * (_u(33 * m, 1000) if trivial else _u(m, 100))
+    right, down = (
+        s * (16 * m // 15 if trivial else 5 * side * m // 331) for side in (width, height)
+    )
+    q = 65536 + s * (_u(33 * m, 1000) if trivial else _u(3 * m, 100))
+    theta = math.radians(s * (4.5 * m if trivial else m))
+    o, i = half_up(65536 * math.cos(theta)), half_up(65536 * math.sin(theta))
+    bits = 8 - ((2 * m + 5) // 10 if trivial else (4 * m + 15) // 30)
+    t = 255 - 17 * m // 2
+    one = 65536
+    doing: list[Callable[[], Any]] = [
+        lambda: x,
+        lambda: _placed(x, (one, shear, 0), (0, one, 0)),
+        lambda: _placed(x, (one, 0, 0), (shear, one, 0)),
+        lambda: _placed(x, (one, 0, -131072 * right), (0, one, 0)),
+        lambda: _placed(x, (one, 0, 0), (0, one, -131072 * down)),
+        lambda: _placed(
+            x,
+            (o, -i, one * width - o * width + i * height),
+            (i, o, one * height - i * width - o * height),
+        ),
+        lambda: _brightness(x, q),
+        lambda: _saturation(x, q),
+        lambda: _contrast(x, q),
+        lambda: _sharpness(x, q),
+        lambda: x >> (8 - bits) << (8 - bits),
+        lambda: np.where(x >= t, 255 - x, x),
+        lambda: np.stack([_stretched(x[..., c]) for c in range(3)], -1),
+        lambda: np.stack([_equalised(x[..., c]) for c in range(3)], -1),
+    ]
+    done: Int64 = doing[number]()
+    return done
+
+
+def _blend(v: Int64, o: Any, q: int) -> Int64:
+    mixed: Int64 = np.clip((q * v + (65536 - q) * o + 32768) // 65536, 0, 255)
+    return mixed
+
+
+def _grey(x: Int64) -> Int64:
+    luma: Int64 = (x @ np.array([19595, 38470, 7471]) + 32768) // 65536
+    return luma
+
+
+def _brightness(x: Int64, q: int) -> Int64:
+    return _blend(x, 0, q)
+
+
+def _saturation(x: Int64, q: int) -> Int64:
+    return _blend(x, _grey(x)[:, :, None], q)
+
+
+def _contrast(x: Int64, q: int) -> Int64:
+    luma = _grey(x)
+    return _blend(x, (2 * int(luma.sum()) + luma.size) // (2 * luma.size), q)
+
+
+def _sharpness(x: Int64, q: int) -> Int64:
+    height, width = x.shape[:2]
+    smooth = x.copy()
+    for row in range(1, height - 1):
+        for column in range(1, width - 1):
+            around = x[row - 1 : row + 2, column - 1 : column + 2].sum((0, 1))
+            smooth[row, column] = (around + 4 * x[row, column] + 6) // 13
+    return _blend(x, smooth, q)
+
+
+def _hue(x: Int64, q: int) -> Int64:
+    made = x.copy()
+    for row, column in np.ndindex(*x.shape[:2]):
+        red, green, blue = x[row, column].tolist()
+        a, i = max(red, green, blue), min(red, green, blue)
+        c = a - i
+        if c == 0:
+            continue
+        h = 4 * c + red - green
+        if red == a:
+            h = green - blue
+        elif green == a:
+            h = 2 * c + blue - red
+        t = (65536 * h + q * c) % (6 * 65536 * c)
+        k, f = divmod(t, 65536 * c)
+        x_ = i + ((f if k % 2 == 0 else 65536 * c - f) + 32768) // 65536
+        made[row, column] = (
+            (a, x_, i), (x_, a, i), (i, a, x_), (i, x_, a), (x_, i, a), (a, i, x_),
+        )[k]  # fmt: skip
+    return made
+
+
+def _stretched(channel: Int64) -> Int64:
+    a, b = int(channel.min()), int(channel.max())
+    return channel if a == b else 255 * (channel - a) // (b - a)
+
+
+def _equalised(channel: Int64) -> Int64:
+    e = (channel.size - int((channel == channel.max()).sum())) // 255
+    if e == 0:
+        return channel
+    smaller = np.array([(channel < v).sum() for v in range(256)])
+    levels: Int64 = np.minimum(255, (smaller[channel] + e // 2) // e)
+    return levels
+
+
+def _placed(x: Int64, across: tuple[int, int, int], down: tuple[int, int, int]) -> Int64:
+    made = np.zeros_like(x)
+    height, width = x.shape[:2]
+    for row, column in np.ndindex(height, width):
+        left = (across[0] * (2 * column + 1) + across[1] * (2 * row + 1) + across[2]) // 131072
+        top = (down[0] * (2 * column + 1) + down[1] * (2 * row + 1) + down[2]) // 131072
+        if 0 <= left < width and 0 <= top < height:
+            made[row, column] = x[top, left]
+    return made
 
 
 def crc_of(view: UInt8) -> int:

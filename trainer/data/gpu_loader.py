@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sskt.teacher_cache.views.augment import is_strong
 from sskt.teacher_cache.views.policies import crop_words
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.data.loader import Batch
@@ -56,6 +57,8 @@ def resident_feed(views: Views, device: torch.device) -> ResidentFeed | None:
     """The feed, if the images are in RAM, its policy runs on a device, and there is room."""
     images = views.target.images
     if images is None or views.policy.name not in ("none", "pad-crop-flip"):
+        return None
+    if is_strong(views.policy):
         return None
     padding = int(views.policy.parameters.get("padding", 0))
     n, height, width, _ = images.shape

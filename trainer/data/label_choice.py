@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
-from sskt.teacher_cache.format.spec import canonical_json
+from sskt.teacher_cache.format.spec import canonical_json, parents_of
 from sskt.teacher_cache.label_sets.find import is_of, only, readable_sets, replayed
 from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources.names import SourceName, parse_source
@@ -70,7 +70,7 @@ def choose_label_sets(
     Where ``policy``, ``limit``, ``decoder``, ``partial`` or ``strict_fingerprint`` were not
     given, they become those of the label sets, if the sets of one group of views fit; of several
     groups, the one with the target's default policy and all samples is taken. Sources ``auto``
-    are all sources of that group.
+    are all sources of that group, without means of label sets that are in the cache too.
 
     Args:
         config: The configuration; its ``source`` is not empty.
@@ -90,6 +90,9 @@ def choose_label_sets(
     wanted, say = _wanted(config), wording or Wording()
     sets = _of_target(config, cache, wanted)
     fitting = [s for s in sets if not contradictions(config, s, say)]
+    if wanted is None:  # a mean beside its parents would count their labels twice
+        there = {s.digest for s in fitting}
+        fitting = [s for s in fitting if not there & parents_of(s.spec).keys()]
     groups: dict[str, dict[str, list[LabelSet]]] = {}
     for label_set in fitting:
         group = groups.setdefault(_views_of(label_set), {})

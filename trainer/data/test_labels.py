@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sskt.teacher_cache.errors import MissingData
+from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.format.spec import parents_of
 from sskt.teacher_cache.label_sets.find import find_alike, require_seeds
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.batchnorm import batch_of
@@ -35,7 +36,14 @@ def find_test_sets(
     Raises:
         MissingData: If one is missing; the message has the command that makes it.
         IncompleteLabels: If one is there and not whole.
+        InputError: If a label set of the training is a mean of others.
     """
+    for label_set in sets.values():
+        if parents_of(label_set.spec):
+            raise InputError(
+                f"--plateau-on total needs labels of the test split that are made as those of "
+                f"training, and {label_set.name} is a mean of label sets; give --plateau-on primary"
+            )
     found = {name: find_alike(cache, label_set, test) for name, label_set in sets.items()}
     lacking = [sets[name] for name, label_set in found.items() if label_set is None]
     if lacking:

@@ -19,9 +19,9 @@ from torchvision import models
 
 from sskt.teacher_cache.errors import InputError, SpecMismatch
 from sskt.teacher_cache.label_sets.create import list_label_sets
-from sskt.teacher_cache.tools.recompute import probe_pairs, recompute
+from sskt.teacher_cache.tools.recompute import recompute
 from sskt.teacher_cache.tools.reopen import Reopen, reopen, reopen_source, reopen_views
-from sskt.teacher_cache.tools.verify import Report
+from sskt.teacher_cache.tools.verify import Report, probe_pairs
 
 Call = Callable[..., tuple[int, str, str]]
 RIGHT = f"tiny={TINY}:build"
