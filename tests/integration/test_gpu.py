@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.helpers import TINY, batch_of
 from support.small_targets import in_memory
 
 from sskt.teacher_cache.api import open_target
+from sskt.teacher_cache.errors import ViewMismatch
 from sskt.teacher_cache.format.encodings import parse_encoding
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.run import StageOptions, cache_teachers
 from sskt.teacher_cache.sources.registry import open_source, parse_source
+from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.config import TrainConfig
@@ -103,6 +107,30 @@ def test_batches_from_files_are_pinned_for_the_copy(
         assert found.views.is_pinned() == pin
         there = found.views.to(device, non_blocking=True)
         assert np.array_equal(there.cpu().numpy(), views.batch(samples, 5))
+
+
+@pytest.mark.parametrize("memory", [IN_RAM, FROM_FILES], ids=["resident", "files"])
+def test_one_changed_image_is_named(
+    images: Path, tiny: Source, tmp_path: Path, device: torch.device, memory: float
+) -> None:
+    """Views of resident images are copied back and compared while later steps run."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in (folder / "train").glob("*/*.png"):
+        Image.open(path).save(path, compress_level=0)  # files keep their size when they change
+    views = Views(open_target(str(folder)), parse_policy("pad-crop-flip:padding=0"))
+    how = StageOptions(batch_size=8, workers=0)
+    cache_teachers(views, [tiny], parse_encoding("f16"), 1, tmp_path / "cache", how)
+    path = folder / "train" / "bear" / "0017.png"
+    changed = np.array(Image.open(path))
+    changed[12, 12, 1] ^= 1
+    Image.fromarray(changed).save(path, compress_level=0)
+    loader = SoftLabelLoader(
+        open_target(str(folder)), cache=tmp_path / "cache", device=device, batch_size=60,
+        workers=0, memory=memory,
+    )  # fmt: skip
+    with pytest.raises(ViewMismatch, match=r"sample 37 under view seed 0 .* 1 of 60 views"):
+        list(loader)
+    loader.close()
 
 
 @contextlib.contextmanager

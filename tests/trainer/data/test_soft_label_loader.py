@@ -42,8 +42,6 @@ from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
 
 SEEDS = 3
-GPU = ("GPU", "GPU, workers")
-"""Images on the device, whose views are compared late; and views that come through workers."""
 FEW = 2 * 20 * 12 * 4 / 2**30
 """GiB that hold 20 labels and as many read ahead: four windows an epoch."""
 
@@ -215,23 +213,9 @@ def test_a_changed_image_is_named(target: Target, label_cache: Path) -> None:
         next(iter(loader))
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "memory",
-        "files",
-        "workers",
-        "device",
-        *(pytest.param(w, marks=pytest.mark.gpu) for w in GPU),
-    ],
-)
+@pytest.mark.parametrize("where", ["memory", "files", "workers", "device"])
 def test_one_changed_image_of_a_batch_is_named(
-    images: Path,
-    tiny: Source,
-    tmp_path: Path,
-    where: str,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    images: Path, tiny: Source, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of 60 in a single batch, whose file keeps its size (PNGs without compression)."""
     folder = shutil.copytree(images, tmp_path / "images")
@@ -242,12 +226,11 @@ def test_one_changed_image_of_a_batch_is_named(
     cache_teachers(views, [tiny], parse_encoding("f16"), 1, tmp_path / "cache", how)
     if where == "device":  # the way of a GPU, without one
         monkeypatch.setattr(module, "feed_of", lambda views, *rest, **more: resident(views))
-    memory = 8.0 if where in ("memory", "device", "GPU") else 3e5 / 2**30
+    memory = 8.0 if where in ("memory", "device") else 3e5 / 2**30
 
     def loader() -> SoftLabelLoader:
         given: dict[str, Any] = {"memory": memory, "batch_size": 60}
         given["workers"] = 2 if "workers" in where else 0
-        given |= {"device": str(device)} if where in GPU else {}
         return loader_of(open_target(str(folder)), tmp_path / "cache", **given)
 
     (batch,) = loader()
