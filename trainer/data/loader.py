@@ -23,6 +23,7 @@ from sskt.teacher_cache.views.loader_processes import (
     LoaderWatch,
     raise_open_files,
 )
+from sskt.teacher_cache.views.mixing import Mixed
 from sskt.teacher_cache.views.views import Views, checks_of
 
 Int64 = NDArray[np.int64]
@@ -45,6 +46,7 @@ class Batch:
         checks: View checks, uint32 ``[n]``; None if they are not computed here.
         bad: A message for each sample that could not be read.
         error: Why there is no batch; empty if there is one.
+        mixed: What the views were mixed with; None under a policy that mixes none.
     """
 
     samples: Int64
@@ -52,6 +54,7 @@ class Batch:
     checks: NDArray[np.uint32] | None
     bad: list[str]
     error: str = ""
+    mixed: Mixed | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the loader for copies to a GPU that do not wait."""
@@ -75,11 +78,11 @@ class _Batches(Dataset[Batch]):
         bad = [message for _, message in seen.bad]
         if not len(seen.rows):
             return Batch(seen.rows, torch.empty(0, dtype=torch.uint8), None, bad)
-        views = seen.views[self._seed]
+        views, mixed = seen.views[self._seed], seen.mixed.get(self._seed)
         checks = checks_of(views) if self._feed.checked else None
         if self._in_flight and not has_shared_memory(self._in_flight * views.nbytes):
-            return Batch(seen.rows, views, checks, bad)
-        return Batch(seen.rows, torch.from_numpy(views), checks, bad)
+            return Batch(seen.rows, views, checks, bad, mixed=mixed)
+        return Batch(seen.rows, torch.from_numpy(views), checks, bad, mixed=mixed)
 
 
 def has_shared_memory(size: int) -> bool:
