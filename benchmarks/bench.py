@@ -27,6 +27,7 @@ COMPARISONS = {
     "images": ("sskt.benchmarks.images", "views for the network, beside torchvision", True),
     "teacher-stage": ("sskt.benchmarks.teacher_stage", "labelling, beside the bare network", True),
     "delivery": ("sskt.benchmarks.label_delivery", "steps with stored labels", True),
+    "views": ("sskt.benchmarks.kept_views", "epochs with views in a folder", True),
     "step": ("sskt.benchmarks.step", "a training step, beside one written by hand", True),
     "scale": ("sskt.benchmarks.scale", "growth of time and memory, large caches", True),
     "server": ("sskt.benchmarks.server", "the label server, beside nginx", False),

@@ -160,6 +160,9 @@ class TrainConfig:
         channels_last: Keep images and convolutions channels-last in memory.
         compile: Use torch.compile, which takes minutes at the start.
         save_minutes: Minutes between two saves within an epoch. 0: save after each epoch only.
+        view_cache: Folder that keeps the views of image files and clips, so that no file is decoded
+            again in a later epoch. The results are the same. Default: none.
+        view_cache_size: GiB that this folder may take. Views beyond it are made in each epoch.
         workers: Loader processes for image files. Default: by cores.
         memory: GiB of RAM for labels, and for images kept decoded.
         on_error: What to do about an image that cannot be read: fail, or skip it.
@@ -237,6 +240,8 @@ class TrainConfig:
     channels_last: bool = True
     compile: bool = False
     save_minutes: AtLeast0 = 10.0
+    view_cache: Folder | None = None
+    view_cache_size: Above0 = 50.0
     workers: Annotated[int, Field(ge=0)] | None = None
     memory: Above0 = 8.0
     on_error: Annotated[str, OneOf(("fail", "skip"))] = "fail"
@@ -307,7 +312,9 @@ FOLLOWED: dict[str, Any] = {
 """Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(
     ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
-) | frozenset(("label_cache", "label_cache_size", "label_wait", "on_error"))
+) | frozenset(
+    ("label_cache", "label_cache_size", "label_wait", "on_error", "view_cache", "view_cache_size")
+)
 """Fields that may change between a run and its resumption."""
 
 

@@ -117,6 +117,8 @@ GROUPS = {
         "precision",
         "channels_last",
         "compile",
+        "view_cache",
+        "view_cache_size",
         "workers",
         "memory",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,8 +197,10 @@ class Views:
             MissingData: If a file cannot be opened.
             InputError: If the views differ in size.
         """
-        seen = self._unmixed(samples, seeds)
-        return self._mixed(seen) if mixes(self.policy) else seen
+        seen = self.unmixed(samples, seeds)
+        if not mixes(self.policy):
+            return seen
+        return self.mix(seen, lambda rows, seed: self.unmixed(rows, [seed]))
 
     def label_text(self, sample: int, seed: int) -> str | None:
         """The class of a view in words; of a mixed view those of both samples, with their weights.
@@ -222,12 +224,23 @@ class Views:
             f"({1 - weight:.0%}, sample {other})"
         )
 
-    def _mixed(self, seen: DecodedViews) -> DecodedViews:
-        """Mixes each view with that of its partner, unless that cannot be decoded."""
+    def mix(self, seen: DecodedViews, read: Callable[[Int64, int], DecodedViews]) -> DecodedViews:
+        """Mixes each view with that of its partner, unless that cannot be decoded.
+
+        Args:
+            seen: What ``unmixed`` returned.
+            read: Gives the partners' own views, as ``unmixed`` under one seed.
+
+        Returns:
+            What ``seen`` returns for these samples.
+
+        Raises:
+            InputError: If the views differ in size.
+        """
         count, found = len(self.target), DecodedViews(seen.rows, {}, seen.bad)
         for seed, views in seen.views.items():
             others = partners(self.policy, seen.rows, seed, count)
-            decoded = self._unmixed(np.unique(others), [seed])
+            decoded = read(np.unique(others), seed)
             place = {row: i for i, row in enumerate(decoded.rows.tolist())}
             made, weights = views.copy(), np.ones(len(others), np.float32)
             if place:
@@ -241,7 +254,7 @@ class Views:
             found.views[seed], found.mixed[seed] = made, Mixed(others, weights)
         return found
 
-    def _unmixed(self, samples: Int64, seeds: Sequence[int]) -> DecodedViews:
+    def unmixed(self, samples: Int64, seeds: Sequence[int]) -> DecodedViews:
         """Each sample's own views, as ``seen`` gives them under policies that do not mix."""
         if self.target.images is not None:
             images = self.target.images[samples]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sskt.teacher_cache.views.loader_processes import (
     raise_open_files,
 )
 from sskt.teacher_cache.views.mixing import Mixed
+from sskt.teacher_cache.views.view_cache import ViewCache
 from sskt.teacher_cache.views.views import Views, checks_of
 
 Int64 = NDArray[np.int64]
@@ -47,6 +49,7 @@ class Batch:
         bad: A message for each sample that could not be read.
         error: Why there is no batch; empty if there is one.
         mixed: What the views were mixed with; None under a policy that mixes none.
+        not_stored: Why a view could not be stored; empty if none was refused.
     """
 
     samples: Int64
@@ -55,6 +58,7 @@ class Batch:
     bad: list[str]
     error: str = ""
     mixed: Mixed | None = None
+    not_stored: str = ""
 
     def pin_memory(self) -> Batch:
         """Called by the loader for copies to a GPU that do not wait."""
@@ -70,19 +74,35 @@ class _Batches(Dataset[Batch]):
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch:
-        samples = self._batches[index]
+        batch = self._read(self._batches[index])
+        size = batch.views.nbytes
+        if self._in_flight and size and not has_shared_memory(self._in_flight * size):
+            return batch
+        return replace(batch, views=torch.from_numpy(batch.views))
+
+    def _read(self, samples: Int64) -> Batch:
+        feed, seed, nothing = self._feed, self._seed, np.zeros(0, np.uint8)
+        if feed.cache is not None:
+            cached = feed.cache.seen(samples, seed)
+            if cached is not None:
+                bad = [message for _, message in cached.bad]
+                checks = cached.checks if feed.checked else None
+                return Batch(
+                    cached.rows,
+                    cached.views,
+                    checks,
+                    bad,
+                    not_stored=cached.failure,
+                    mixed=cached.mixed,
+                )
         try:
-            seen = self._feed.views.seen(samples, [self._seed])
+            seen = feed.views.seen(samples, [seed])
         except InputError as error:
-            return Batch(samples, torch.empty(0), None, [], str(error))
+            return Batch(samples, nothing, None, [], str(error))
+        views = seen.views.get(seed, nothing)
+        checks = checks_of(views) if feed.checked else None
         bad = [message for _, message in seen.bad]
-        if not len(seen.rows):
-            return Batch(seen.rows, torch.empty(0, dtype=torch.uint8), None, bad)
-        views, mixed = seen.views[self._seed], seen.mixed.get(self._seed)
-        checks = checks_of(views) if self._feed.checked else None
-        if self._in_flight and not has_shared_memory(self._in_flight * views.nbytes):
-            return Batch(seen.rows, views, checks, bad, mixed=mixed)
-        return Batch(seen.rows, torch.from_numpy(views), checks, bad, mixed=mixed)
+        return Batch(seen.rows, views, checks, bad, mixed=seen.mixed.get(seed))
 
 
 def has_shared_memory(size: int) -> bool:
@@ -125,10 +145,12 @@ class Feed:
 
     Attributes:
         views: The samples under their policy.
-        workers: Loader processes; None: by cores. Images in RAM need none.
+        workers: Loader processes; None: by cores. Images in RAM need none, and views that are
+            stored are read by as many threads.
         on_error: ``fail`` or ``skip``.
         pin: Whether batches are copied to a GPU.
         checked: Whether to compute the view checks, in the loader processes.
+        cache: Where views are kept; None: they are made in each epoch.
     """
 
     views: Views
@@ -136,6 +158,7 @@ class Feed:
     on_error: str = "fail"
     pin: bool = False
     checked: bool = False
+    cache: ViewCache | None = None
 
     def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
         """Reads batches.
@@ -153,6 +176,42 @@ class Feed:
             SsktError: If a loader process was killed, or sends nothing.
         """
         workers = min(self._processes(), len(batches))
+        read = self._by_threads if self._stored(seed) and workers else self._by_processes
+        for batch in read(batches, seed, workers):
+            if batch.error:
+                raise InputError(batch.error)
+            if batch.not_stored and self.cache is not None:
+                self.cache.stop(batch.not_stored)
+            if batch.bad and self.on_error != "skip":
+                raise BadImage(batch.bad[0])
+            yield replace(batch, views=torch.as_tensor(batch.views))
+        if self.cache is not None:
+            self.cache.filled()
+
+    def _stored(self, seed: int) -> bool:
+        return self.cache is not None and self.cache.holds(seed)
+
+    def _by_threads(self, batches: Sequence[Int64], seed: int, threads: int) -> Iterator[Batch]:
+        """Batches of stored views. Threads start at once and hold no copies for each other."""
+        if self.views.target.reader:  # an own dataset need not bear several threads
+            threads = 1
+        made = _Batches(self, batches, seed, 0)
+        with ThreadPoolExecutor(threads, thread_name_prefix="sskt-views") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for index in range(len(batches)):
+                    ahead.append(pool.submit(made.__getitem__, index))
+                    if len(ahead) > threads * LEAD:
+                        yield self._pinned(ahead.popleft().result())
+                while ahead:
+                    yield self._pinned(ahead.popleft().result())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        return batch.pin_memory() if self.pin else batch
+
+    def _by_processes(self, batches: Sequence[Int64], seed: int, workers: int) -> Iterator[Batch]:
         if workers:
             raise_open_files()
         loader = DataLoader(
@@ -175,11 +234,7 @@ class Feed:
                     raise SsktError(silent if error.silent else KILLED) from error
                 if batch is None:
                     return
-                if batch.error:
-                    raise InputError(batch.error)
-                if batch.bad and self.on_error != "skip":
-                    raise BadImage(batch.bad[0])
-                yield replace(batch, views=torch.as_tensor(batch.views))
+                yield batch
         finally:
             watch.end()
 

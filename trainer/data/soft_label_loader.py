@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.mixing import Mixed
+from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_view_cache
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
 from sskt.trainer.data.epoch_order import EpochOrder
@@ -85,6 +87,9 @@ class SoftLabelLoader:
         workers: Loader processes for files; default: by cores; none for images in RAM.
         memory: GiB of RAM in this process for labels, and for images kept decoded. If the labels
             of a view seed need more than half of it, the epoch is divided into windows.
+        view_cache: Folder that keeps the views of files, so that no file is decoded again in a
+            later epoch; default: none. Views never differ. Images in RAM need none.
+        view_cache_size: GiB that this folder may take, of other targets and policies too.
         on_error: What an unreadable sample does: ``fail`` raises ``BadImage``, ``skip`` leaves it
             out.
         force_topk: Whether to decode top-k labels at a temperature other than 1.
@@ -120,6 +125,8 @@ class SoftLabelLoader:
         normalise: str | Normalise = "imagenet",
         workers: int | None = None,
         memory: float = 8.0,
+        view_cache: str | Path | None = None,
+        view_cache_size: float = DEFAULT_GIB,
         on_error: str = "fail",
         force_topk: bool = False,
         rank: int | None = None,
@@ -131,6 +138,7 @@ class SoftLabelLoader:
         _require(epochs is None or epochs >= 1, "epochs", "at least 1")
         _require(0 <= seed < 2**32, "seed", "in 0 .. 2**32 - 1")
         _require(memory > 0, "memory", "above 0")
+        _require(view_cache_size > 0, "view_cache_size", "above 0")
         _require(workers is None or workers >= 0, "workers", "at least 0")
         _require(on_error in ("fail", "skip"), "on_error", "'fail' or 'skip'")
         if isinstance(normalise, str):
@@ -146,7 +154,19 @@ class SoftLabelLoader:
             seeds = min(ranks.gathered(seeds))  # a set may grow while the processes open it
         order = EpochOrder(len(views.target), sets, seeds, batch_size, seed, memory * 2**30, ranks)
         place = usable_device(str(device))
-        self._set_up(views, [], order, place, normalise, workers, on_error, epochs, force_topk)
+        self._set_up(
+            views,
+            [],
+            order,
+            place,
+            normalise,
+            workers,
+            on_error,
+            epochs,
+            force_topk,
+            None if view_cache is None else Path(view_cache),
+            view_cache_size,
+        )
 
     @classmethod
     def of_plan(
@@ -172,6 +192,8 @@ class SoftLabelLoader:
             config.on_error,
             config.epochs,
             config.force_topk,
+            config.view_cache,
+            config.view_cache_size,
             progress,
         )
         return self
@@ -187,6 +209,8 @@ class SoftLabelLoader:
         on_error: str,
         epochs: int | None,
         force_topk: bool,
+        view_cache: Path | None,
+        view_cache_size: float,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.views = held_in_memory(views, order.memory, progress)
@@ -195,7 +219,10 @@ class SoftLabelLoader:
         self._classes = {source.name: source.classes for source in live}
         self._classes |= {name: s.classes for name, s in order.sets.items()}
         self._labels = labels_over(self.views, order.sets, live, device, force_topk=force_topk)
-        self.feed = feed_of(self.views, device, workers, on_error, checked=bool(order.sets))
+        seeds = min(order.seeds, epochs or order.seeds)
+        cache = open_view_cache(view_cache, view_cache_size, self.views, seeds)
+        checked = bool(order.sets)
+        self.feed = feed_of(self.views, device, workers, on_error, checked=checked, cache=cache)
         self._late = _LateChecks()
         self.truth = torch.from_numpy(self.views.target.labels).to(device)
         self.epoch, self.label_wait_seconds = 0, 0.0
@@ -443,11 +470,17 @@ class _LateChecks:
 
 
 def feed_of(
-    views: Views, device: torch.device, workers: int | None, on_error: str, *, checked: bool
+    views: Views,
+    device: torch.device,
+    workers: int | None,
+    on_error: str,
+    *,
+    checked: bool,
+    cache: ViewCache | None = None,
 ) -> Feed | ResidentFeed:
     """What makes batches of views: on the device if the images fit there, else through workers."""
     resident = resident_feed(views, device) if device.type == "cuda" else None
-    return resident or Feed(views, workers, on_error, device.type == "cuda", checked)
+    return resident or Feed(views, workers, on_error, device.type == "cuda", checked, cache)
 
 
 def _ranks(rank: int | None, world: int | None) -> Ranks:

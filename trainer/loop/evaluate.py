@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sskt.teacher_cache.errors import BadImage, InputError
+from sskt.teacher_cache.views.view_cache import ViewCache, open_view_cache
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.data.gpu_loader import ResidentFeed
 from sskt.trainer.data.loader import Batch, Feed
@@ -104,10 +105,14 @@ class Evaluation:
         self._temperature = method.temperature
         self.views: Views | None = None
         self._labels: Labels | None = None
+        self._cache: ViewCache | None = None
         if plan.test is None:
             return
         config = plan.config
         self.views = held_in_memory(plan.test, plan.order.memory, hooks.load)
+        self._cache = open_view_cache(
+            config.view_cache, config.view_cache_size, self.views, VIEW_SEED + 1
+        )
         if config.needs_test_labels:
             self._labels = labels_over(
                 self.views,
@@ -123,7 +128,12 @@ class Evaluation:
         config = self._plan.config
         checked = bool(self._plan.test_sets)
         return feed_of(
-            self.views, self._plan.device, config.workers, config.on_error, checked=checked
+            self.views,
+            self._plan.device,
+            config.workers,
+            config.on_error,
+            checked=checked,
+            cache=self._cache,
         )
 
     def require_readable(self) -> None:
@@ -144,7 +154,7 @@ class Evaluation:
             if target.damaged and config.on_error != "skip":
                 raise BadImage(target.damaged[min(target.damaged)])
             return
-        feed = Feed(self.views, config.workers, config.on_error)
+        feed = Feed(self.views, config.workers, config.on_error, cache=self._cache)
         mine = self._batches()
         for done, _ in enumerate(feed(mine, VIEW_SEED), 1):
             self._hooks.test(done, len(mine))

@@ -65,8 +65,9 @@ class Trainer:
         self.step = Step(plan, network, self.method)
         self.schedule = Schedule(config, self.step.optimizer, plan.steps_per_epoch)
         self.early = EarlyStop(config.early_stop)
-        self.loader = SoftLabelLoader.of_plan(plan, self.hooks.load)
+        # First the test split: with little room for views, its are those of every epoch.
         self.evaluation = Evaluation(plan, self.step, self.method, self.hooks)
+        self.loader = SoftLabelLoader.of_plan(plan, self.hooks.load)
         self._autosave = checkpoints.Autosave(self)
         self.epoch = 0
         self.progress = Progress()
