@@ -7,6 +7,7 @@ when the loader has gone on to other batches.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_vie
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
 from sskt.trainer.data.epoch_order import EpochOrder
+from sskt.trainer.data.following import Follow
 from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
 from sskt.trainer.data.label_choice import find_labels
 from sskt.trainer.data.loader import Batch, Feed, in_memory
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from sskt.trainer.loop.setup import Plan
 
 Int64 = NDArray[np.int64]
+
+_log = logging.getLogger("sskt")
 
 LATE = 4
 """Batches after which views that were made on the device must have been compared."""
@@ -93,6 +97,9 @@ class SoftLabelLoader:
         on_error: What an unreadable sample does: ``fail`` raises ``BadImage``, ``skip`` leaves it
             out.
         force_topk: Whether to decode top-k labels at a temperature other than 1.
+        follow: Waits for labels that are still being written: minutes that they may stay missing
+            while no process is known to write them. The logger ``sskt`` is told of each wait.
+            Default: labels that are missing are an error.
         rank: Number of this process among those that share each batch; default: as in
             ``torch.distributed`` if it is initialised, else 0.
         world_size: Number of these processes; default: as in ``torch.distributed``, else 1.
@@ -129,6 +136,7 @@ class SoftLabelLoader:
         view_cache_size: float = DEFAULT_GIB,
         on_error: str = "fail",
         force_topk: bool = False,
+        follow: float | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -149,11 +157,13 @@ class SoftLabelLoader:
         if seeds is None:
             seeds = min((s.seeds for s in sets.values()), default=ENDLESS)
         for label_set in sets.values():
-            require_seeds(label_set, min(seeds, epochs or seeds))
+            if follow is None or label_set.seeds < min(seeds, epochs or seeds):
+                require_seeds(label_set, min(seeds, epochs or seeds))
         if dist.is_available() and dist.is_initialized() and ranks.world == dist.get_world_size():
             seeds = min(ranks.gathered(seeds))  # a set may grow while the processes open it
         order = EpochOrder(len(views.target), sets, seeds, batch_size, seed, memory * 2**30, ranks)
         place = usable_device(str(device))
+        waiting = None if follow is None else Follow(follow, _log.warning)
         self._set_up(
             views,
             [],
@@ -166,17 +176,22 @@ class SoftLabelLoader:
             force_topk,
             None if view_cache is None else Path(view_cache),
             view_cache_size,
+            waiting,
         )
 
     @classmethod
     def of_plan(
-        cls, plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None
+        cls,
+        plan: Plan,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> SoftLabelLoader:
         """Makes the loader of a planned training, whose sources may be live.
 
         Args:
             plan: The plan.
             progress: Called with the number of images that were decoded into RAM, and of all.
+            note: Called with a sentence when the training begins to wait for labels.
 
         Returns:
             The loader, before the first epoch.
@@ -194,6 +209,7 @@ class SoftLabelLoader:
             config.force_topk,
             config.view_cache,
             config.view_cache_size,
+            None if config.follow is None else Follow(config.follow, note),
             progress,
         )
         return self
@@ -211,6 +227,7 @@ class SoftLabelLoader:
         force_topk: bool,
         view_cache: Path | None,
         view_cache_size: float,
+        follow: Follow | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.views = held_in_memory(views, order.memory, progress)
@@ -218,7 +235,9 @@ class SoftLabelLoader:
         self._normalise, self._epochs = normalise, epochs
         self._classes = {source.name: source.classes for source in live}
         self._classes |= {name: s.classes for name, s in order.sets.items()}
-        self._labels = labels_over(self.views, order.sets, live, device, force_topk=force_topk)
+        self._labels = labels_over(
+            self.views, order.sets, live, device, force_topk=force_topk, follow=follow
+        )
         seeds = min(order.seeds, epochs or order.seeds)
         cache = open_view_cache(view_cache, view_cache_size, self.views, seeds)
         checked = bool(order.sets)

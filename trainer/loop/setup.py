@@ -253,7 +253,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
         _require_mixable(config, loss, target)
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
-        require_seeds(label_set, min(seeds, config.epochs), ask=ask)
+        if config.follow is None or label_set.seeds < min(seeds, config.epochs):
+            require_seeds(label_set, min(seeds, config.epochs), ask=ask)
         error = label_set.attributes.get("error")
         require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
     if config.batch_size < ranks.world:
