@@ -28,6 +28,7 @@ from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
 from sskt.teacher_cache.storage.regular_files import require_regular
 from sskt.teacher_cache.targets.files.file_index import measure
+from sskt.teacher_cache.targets.packed.samples import PackedImages
 from sskt.teacher_cache.views.mixing import Mixed, mixes
 from sskt.teacher_cache.views.views import DecodedViews, Views, check_of, checks_of
 
@@ -179,6 +180,8 @@ class ViewCache:
         tag["written"] = WRITTEN
         if target.paths is not None:  # the identity of own datasets covers their pixels
             tag["bytes"], tag["changed"] = measure(target.paths[sample])
+        elif isinstance(target.reader, PackedImages):
+            tag["bytes"], tag["changed"] = target.reader.stamp(sample)
         return tag
 
     def _place(self, seed: int, sample: int) -> int | None:

@@ -109,7 +109,6 @@ class SoftLabelLoader:
         views: The target under the policy.
         epoch: The epoch of the next iteration, or of the one that is running.
         label_wait_seconds: Seconds in which the loader waited for labels so far.
-
     Raises:
         MissingData: If there are no labels of this target from a source.
         SpecMismatch: If the label sets were made from other data or under another policy.
@@ -245,6 +244,7 @@ class SoftLabelLoader:
         self._late = _LateChecks()
         self.truth = torch.from_numpy(self.views.target.labels).to(device)
         self.epoch, self.label_wait_seconds = 0, 0.0
+        self.recent: deque[SoftLabelBatch] = deque(maxlen=0)  # TimmTeacher wants more
         self._begin = self._position = (0, 0)
 
     @property
@@ -370,7 +370,9 @@ class SoftLabelLoader:
                 unreadable += len(found.bad)
                 # With several processes, one without a readable sample takes part all the same.
                 if len(found.samples) or order.ranks.world > 1:
-                    yield self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    batch = self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    self.recent.append(batch)
+                    yield batch
                     unreadable = 0
         self.finish_checks()
         self.seek(epoch + 1)
