@@ -1,4 +1,4 @@
-"""SSKT in Lightning: the loader is the training dataloader, the loss is equation 1.
+"""SSKT in Lightning: a DataModule with the labels, and a module whose loss is equation 1.
 
 It needs Lightning (``pip install lightning``) and a source (extra ``lite``).
 """
@@ -13,10 +13,23 @@ import sskt
 TEMPERATURE, EPOCHS = 2.0, 2
 
 
-class Student(L.LightningModule):
-    def __init__(self, classes, source_classes):
+class Labels(L.LightningDataModule):
+    def __init__(self, cache):
         super().__init__()
-        self.network = sskt.SSKTNetwork("resnet20", source_classes, classes=classes)
+        self.cache, self.target = cache, sskt.open_target("shapes", limit=128)
+
+    def prepare_data(self):  # in one process; what is stored is kept
+        source = "imagenet:efficientnet_lite0@64"
+        sskt.cache_teachers(self.target, source, cache=self.cache, seeds=EPOCHS)
+
+    def train_dataloader(self):
+        return sskt.SoftLabelLoader(self.target, cache=self.cache, batch_size=32, epochs=EPOCHS)
+
+
+class Student(L.LightningModule):
+    def __init__(self, classes, sources):
+        super().__init__()
+        self.network = sskt.SSKTNetwork("resnet20", sources, classes=classes)
 
     def on_train_epoch_start(self):
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
@@ -33,10 +46,7 @@ class Student(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-cache = tempfile.mkdtemp()
-target = sskt.open_target("shapes", limit=128)
-sskt.cache_teachers(target, "imagenet:efficientnet_lite0@64", cache=cache, seeds=EPOCHS)
-loader = sskt.SoftLabelLoader(target, cache=cache, batch_size=32, epochs=EPOCHS)
+data = Labels(tempfile.mkdtemp())
 trainer = L.Trainer(max_epochs=EPOCHS, logger=False, enable_checkpointing=False)
-trainer.fit(Student(len(target.classes), loader.source_classes), loader)
+trainer.fit(Student(len(data.target.classes), {"imagenet": 1000}), data)
 print(f"loss {trainer.callback_metrics['loss_epoch'].item():.3f}")

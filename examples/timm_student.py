@@ -24,8 +24,7 @@ model = sskt.SSKTNetwork(
     student,
     loader.source_classes,
     classes=len(target.classes),
-    tm=True,
-    taps=["layer1", "layer2", "layer3", "layer4"],
+    tm=True,  # the stages are those that timm lists
     size=48,
 ).to(loader.device)
 optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig as TrainConfig
     from sskt.trainer.data.soft_label_batch import SoftLabelBatch as SoftLabelBatch
     from sskt.trainer.data.soft_label_loader import SoftLabelLoader as SoftLabelLoader
+    from sskt.trainer.data.timm_teacher import TimmTeacher as TimmTeacher
     from sskt.trainer.loop.trained import TrainedNetwork as TrainedNetwork
     from sskt.trainer.loop.trained import open_run as open_run
     from sskt.trainer.losses import kl_divergence as kl_divergence
@@ -87,6 +88,7 @@ _MODULES = {
     "sskt.trainer.config": ("TrainConfig",),
     "sskt.trainer.data.soft_label_batch": ("SoftLabelBatch",),
     "sskt.trainer.data.soft_label_loader": ("SoftLabelLoader",),
+    "sskt.trainer.data.timm_teacher": ("TimmTeacher",),
     "sskt.trainer.loop.trained": ("TrainedNetwork", "open_run"),
     "sskt.trainer.losses": ("kl_divergence", "soft_cross_entropy", "soft_focal", "total_loss"),
     "sskt.trainer.models.heads": ("SSKTNetwork",),

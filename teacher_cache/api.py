@@ -65,6 +65,7 @@ def open_target(
     name: str = "",
     classes: Sequence[str] | None = None,
     labels: Any = None,
+    ids: Sequence[str] | None = None,
     fingerprint: str = "",
     progress: Progress = lambda done, total: None,
 ) -> Target:
@@ -72,7 +73,8 @@ def open_target(
 
     Args:
         target: A known name (``sskt datasets`` lists them), a folder of class folders, a CSV or
-            Parquet manifest, or an own map-style ``torch.utils.data.Dataset`` whose items are
+            Parquet manifest, packed files (``hf:NAME_OR_PATH[:CONFIGURATION]``, ``wds:PATH``,
+            ``parquet:PATH``), or an own map-style ``torch.utils.data.Dataset`` whose items are
             (image, label), with PIL images or uint8 arrays ``[H, W, 3]`` and without random
             transforms.
         split: Name of the split. Of an own dataset it is only recorded.
@@ -83,8 +85,8 @@ def open_target(
         partial: Whether an official list may name files that are missing.
         decoder: Decoder of clips: ``pyav`` or ``decord``.
         strict: Whether the identity covers the contents of files, not only names and sizes.
-        columns: Manifests only: names of the columns that have another name, such as
-            ``path=file,label=tag``.
+        columns: Manifests and packed files only: names of the columns that have another name,
+            such as ``path=file,label=tag``, or ``image=img,label=fine_label``.
         label_separator: Manifests only: what separates several labels of a sample; ``none`` if a
             label is always one name. Default: ``|`` in a column ``labels``.
         allow_outside_root: Manifests only: whether files may lie outside of ``root``, or else of
@@ -94,6 +96,8 @@ def open_target(
             numbers.
         labels: Own datasets only: true classes, int ``[N]``, or 0 and 1 ``[N, C]``; default:
             ``dataset.targets``, else those of the items.
+        ids: Own datasets only: a name for each item; default: ``0``, ``1``, ... The identity
+            covers them in their order.
         fingerprint: Own datasets only: identifies the data, such as a version. Without it every
             image is read once, and the identity covers the pixels.
         progress: Called with the number of files or images read, and of all.
@@ -106,7 +110,13 @@ def open_target(
         MissingData: If files are missing; the message has the expected layout.
         InputError: If an own dataset cannot be used, or an argument does not go with the target.
     """
-    own = {"name": name, "classes": classes, "labels": labels, "fingerprint": fingerprint}
+    own = {
+        "name": name,
+        "classes": classes,
+        "labels": labels,
+        "ids": ids,
+        "fingerprint": fingerprint,
+    }
     if isinstance(target, str | Path):
         given = [key for key, value in own.items() if value is not None and len(value)]
         if given:
@@ -136,6 +146,7 @@ def open_target(
         split=split,
         classes=classes,
         labels=labels,
+        ids=ids,
         fingerprint=fingerprint,
         limit=limit,
         progress=progress,

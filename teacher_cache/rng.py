@@ -16,7 +16,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 _LOW, _SHIFT = np.uint64(_MASK), np.uint64(32)
 
-VIEWS, SHUFFLE, PROBE, STUDENT, SHAPES, FRAMES, AUGMENT, MIX = range(8)
+VIEWS, SHUFFLE, PROBE, STUDENT, SHAPES, FRAMES, AUGMENT, MIX, PARTNER = range(9)
 """Streams (last counter word), so that no two purposes ever share a draw."""
 
 

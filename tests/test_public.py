@@ -34,6 +34,7 @@ NAMES = [
     "Source",
     "StageReport",
     "Target",
+    "TimmTeacher",
     "TrainConfig",
     "TrainedNetwork",
     "Views",

@@ -76,7 +76,8 @@ class TrainConfig:
 
     Args:
         target: Target: a known one (sskt datasets lists them), a folder of class folders, a
-            manifest, or FILE.py:function, which returns what sskt.open_target returns.
+            manifest, images packed in files (hf:NAME_OR_PATH, wds:PATH, parquet:PATH), or
+            FILE.py:function, which returns what sskt.open_target returns.
         root: Folder of the target's data. Default: $SSKT_DATA, else ./data.
         split: Split to train on.
         test_split: Split to measure accuracy on; 'none' for no evaluation.

@@ -26,6 +26,8 @@ Auxiliary = Callable[[Tensor, Tensor, float, float], Tensor]
 class Primary(Protocol):
     """(logits, truth, gamma) to a scalar: the mean over the samples of a batch.
 
+    ``truth`` is int64, or under a policy that mixes samples float ``[n, C]``.
+
     ``reduction="sum"`` is the sum over samples: added up over the batches and divided by the
     number of samples it is the mean over a split. gamma has a meaning for ``focal`` only.
     """
@@ -42,7 +44,7 @@ def cross_entropy(
 
     Args:
         logits: z: float ``[n, C]``.
-        truth: y: int64 ``[n]``.
+        truth: y: int64 ``[n]``; or the weights of the classes of mixed samples, float ``[n, C]``.
         gamma: Without a meaning here; the primary losses have one signature.
         reduction: ``mean`` or ``sum`` over the samples.
 
@@ -60,14 +62,15 @@ def binary_cross_entropy(
     Args:
         logits: float ``[n, C]``.
         truth: ``[n, C]``: 1 (positive), 0, or -1 (difficult). As in the released code, which
-            knows positives and all the rest, a difficult class is a negative one here.
+            knows positives and all the rest, a difficult class is a negative one here. Or the
+            weights of the classes of mixed samples, float ``[n, C]``.
         gamma: Without a meaning here; the primary losses have one signature.
         reduction: ``mean`` or ``sum`` over the samples.
 
     Returns:
         A scalar in nats, float32.
     """
-    wanted = (truth > 0).to(torch.float32)
+    wanted = truth.float() if truth.is_floating_point() else (truth > 0).to(torch.float32)
     loss = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction=reduction)
     return loss / logits.shape[1] if reduction == "sum" else loss
 
@@ -77,15 +80,19 @@ def focal(logits: Tensor, truth: Tensor, gamma: float, reduction: Reduction = "m
 
     Args:
         logits: z, with q = softmax(z): float ``[n, C]``.
-        truth: y: int64 ``[n]``.
+        truth: y: int64 ``[n]``; or the weights of the classes of mixed samples, float ``[n, C]``.
         gamma: Exponent of the modulation, at least 0; 0 is ``ce``.
         reduction: ``mean`` or ``sum`` over the samples.
 
     Returns:
         A scalar in nats, float32.
     """
-    log_q = F.log_softmax(logits.float(), dim=1).gather(1, truth[:, None])[:, 0]
-    losses = -_modulation(log_q, gamma) * log_q
+    log_q = F.log_softmax(logits.float(), dim=1)
+    if truth.is_floating_point():
+        losses = -(truth * _modulation(log_q, gamma) * log_q).sum(dim=1)
+    else:
+        log_q = log_q.gather(1, truth[:, None])[:, 0]
+        losses = -_modulation(log_q, gamma) * log_q
     return losses.sum() if reduction == "sum" else losses.mean()
 
 

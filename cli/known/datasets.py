@@ -54,6 +54,27 @@ def datasets(as_json: bool) -> None:
             "policy": f"{IMAGE_POLICY}; {CLIP_POLICY}",
             "layout": "columns path, label (or labels: a|b), split if any; paths under --root",
         },
+        {
+            "name": "hf:NAME_OR_PATH[:CONFIGURATION]",
+            "about": "a dataset of Hugging Face's datasets, from the hub or saved to disk",
+            "splits": own,
+            "policy": IMAGE_POLICY,
+            "layout": "columns image, label",
+        },
+        {
+            "name": "wds:PATH",
+            "about": "WebDataset shards: a folder, a .tar file or a pattern",
+            "splits": own,
+            "policy": IMAGE_POLICY,
+            "layout": "SPLIT-000000.tar or SPLIT/000000.tar with KEY.jpg and KEY.cls or KEY.json",
+        },
+        {
+            "name": "parquet:PATH",
+            "about": "Parquet files with the bytes of images: a folder, a file or a pattern",
+            "splits": own,
+            "policy": IMAGE_POLICY,
+            "layout": "SPLIT-00000.parquet or SPLIT/00000.parquet with columns image, label",
+        },
     ]
     if as_json:
         print_json(known)

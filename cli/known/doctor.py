@@ -26,7 +26,7 @@ PACKAGES = (
     ("zarr", ""), ("numcodecs", ""), ("fastapi", ""), ("uvicorn", ""), ("torch", "train"),
     ("torchvision", "train"), ("av", "video"), ("decord", "decord"),
     ("efficientnet-lite-pytorch", "lite"), ("timm", "timm"), ("obstore", "cloud"), ("ray", "ray"),
-    ("pyarrow", "parquet"), ("scipy", "imagenet"),
+    ("pyarrow", "parquet"), ("datasets", "hf"), ("scipy", "imagenet"),
 )  # fmt: skip
 """Packages, and the extra of sskt that brings each; empty for the core."""
 LITTLE_DISK = 2**30

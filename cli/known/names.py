@@ -14,8 +14,7 @@ from sskt.cli.output import as_json, print_json, print_table
 @as_json
 def policies(as_json: bool) -> None:
     """List the view policies, with their parameters and defaults."""
-    from sskt.teacher_cache.views import augment
-    from sskt.teacher_cache.views.policies import POLICIES
+    from sskt.teacher_cache.views.policies import POLICIES, STRONG
 
     def listed(parameters: Mapping[str, float]) -> str:
         return ", ".join(f"{key}={value:.4g}" for key, value in parameters.items()) or "-"
@@ -25,7 +24,7 @@ def policies(as_json: bool) -> None:
         [
             [
                 name,
-                listed(known.defaults | (augment.PARAMETERS if as_json and known.strong else {})),
+                listed(known.defaults | (STRONG if as_json and known.strong else {})),
                 known.about,
             ]
             for name, known in POLICIES.items()
@@ -34,7 +33,7 @@ def policies(as_json: bool) -> None:
     )
     if not as_json:
         strong = ", ".join(name for name, known in POLICIES.items() if known.strong)
-        click.echo(f"\nOff by default, for {strong}: {listed(augment.PARAMETERS)}.")
+        click.echo(f"\nOff by default, for {strong}: {listed(STRONG)}.")
 
 
 @click.command("models", cls=GroupedCommand, examples=("sskt models", "sskt models --json"))

@@ -144,7 +144,7 @@ def _view_of(
     view = views[sample, seed]
     shown: dict[str, Any] = {
         "id": target.ids[sample],
-        "label": target.label_text(sample),
+        "label": views.label_text(sample, seed),
         "view": {"shape": list(view.shape), "check": f"{check_of(view):08x}"},
         "view_matches": stored == check_of(view),
     }

@@ -21,7 +21,7 @@ Command = Callable[..., Any]
 
 GROUPS = {
     "Data": ("target", "root", "split", "limit", "partial", "strict", "download", "decoder"),
-    "Manifests": ("columns", "label_separator", "allow_outside_root"),
+    "Manifests and packed images": ("columns", "label_separator", "allow_outside_root"),
     "Sources": (
         "sources",
         "weights",
@@ -51,8 +51,8 @@ _OPTIONS = (
         "--target",
         required=True,
         **completing(targets),
-        help="Target: a known one (sskt datasets lists them), a folder of class folders, or a .csv "
-        "or .parquet manifest.",
+        help="Target: a known one (sskt datasets lists them), a folder of class folders, a .csv or "
+        ".parquet manifest, or images packed in files: hf:NAME_OR_PATH, wds:PATH, parquet:PATH.",
     ),
     click.option(
         "--root",
@@ -116,7 +116,8 @@ _OPTIONS = (
         "--columns",
         default="",
         metavar="path=COLUMN,...",
-        help="Names of the columns that are not called path, label or labels, split, class_name.",
+        help="Names of the columns that are not called path, label or labels, split, class_name; "
+        "for packed images those of image and label.",
     ),
     click.option(
         "--label-separator",

@@ -133,11 +133,14 @@ def _row(s: dict[str, Any]) -> list[str]:
 def _audit(label_set: LabelSet, instead: Reopen, bar: Any) -> dict[str, Any]:
     from sskt.teacher_cache.tools.audit import audit, truth_of
     from sskt.teacher_cache.tools.reopen import reopen_target
+    from sskt.teacher_cache.views.mixing import mixes_by
 
     target, why = None, ""
     try:
         target = reopen_target(label_set, instead)
-        if truth_of(target, label_set.classes) is None:
+        if mixes_by(label_set.spec["views"]):
+            target, why = None, "the views are mixed with those of other samples"
+        elif truth_of(target, label_set.classes) is None:
             why = "the source has none of the target's classes by name"
     except SsktError as error:
         why = str(error)

@@ -222,7 +222,7 @@ def labelled_views(views: Views, label_set: LabelSet) -> list[LabelledView]:
         if p is not None:
             best = np.argsort(-p, kind="stable")[:TOP]
             top = [(label_set.classes[i], float(p[i])) for i in best]
-            found.append(LabelledView(views[row, 0], views.target.label_text(row) or "", top))
+            found.append(LabelledView(views[row, 0], views.label_text(row, 0) or "", top))
     return found
 
 

@@ -176,6 +176,7 @@ def _sample(request: Request, label_set: LabelSet, row: int, seed: int) -> Sampl
         return Sample(why=str(error))
     known = views.target.ids[row], views.target.label_text(row)
     try:
+        known = views.target.ids[row], views.label_text(row, seed)
         return Sample(opened.image(label_set, views, row, seed), *known)
     except SsktError as error:
         return Sample(None, *known, f"This sample has no image: {error}")

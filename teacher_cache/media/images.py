@@ -59,12 +59,28 @@ def read_image(path: Path) -> UInt8:
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or error
         raise MissingData(f"cannot read image {path}: {what}") from error
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, where: object) -> UInt8:
+    """Decodes the content of an image file, as ``read_image`` does.
+
+    Args:
+        data: The content.
+        where: Where it was read, for the message.
+
+    Returns:
+        RGB, uint8 ``[H, W, 3]``, C-contiguous.
+
+    Raises:
+        BadImage: If it is damaged, no image, or of a kind that is not decoded.
+    """
     try:
         return _decode_jpeg(data) if data[:3] == b"\xff\xd8\xff" else _decode_other(data)
     except Exception as error:  # damaged files make Pillow raise a dozen kinds
         what = _what(error, data)
         raise BadImage(
-            f"cannot decode image {path}: {what} ({len(data)} bytes); "
+            f"cannot decode image {where}: {what} ({len(data)} bytes); "
             "replace the file, or leave it out with --on-error skip"
         ) from error
 
@@ -76,6 +92,11 @@ def is_image(path: Path) -> bool:
             head = file.read(12)
     except OSError as error:
         raise MissingData(f"cannot read {path}: {error.strerror}") from error
+    return begins_like_an_image(head)
+
+
+def begins_like_an_image(head: bytes) -> bool:
+    """Whether the first 12 bytes of a file are those of an image of a known format."""
     return bool(_BEGINNINGS.match(head))
 
 

@@ -15,12 +15,14 @@ from sskt.teacher_cache.own_code import called, find_function, hash_of_file
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.folder import find_split, open_folder
 from sskt.teacher_cache.targets.manifest import manifest_splits, open_manifest
+from sskt.teacher_cache.targets.packed.open import hash_packed, open_packed, packed_splits
 from sskt.teacher_cache.targets.registry import (
     TARGETS,
     default_policy,
     is_function,
     is_manifest,
     is_own,
+    is_packed,
 )
 from sskt.teacher_cache.targets.spec import DatasetSpec, named_like
 
@@ -28,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None) -> Target:
-    """Opens a known target, a folder of class folders, a CSV or Parquet manifest, or an own target.
+    """Opens a known target, a folder, a manifest, packed files or an own target.
 
     The last is what ``FILE.py:function`` returns, called with the name of the split if it takes an
     argument. A label set does not record that file. The frames of every clip are counted, once
@@ -48,7 +50,9 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
     """
     if is_function(spec.target):
         return _from_function(spec)
-    if is_own(spec.target):
+    if is_packed(spec.target):
+        target = open_packed(spec, progress)
+    elif is_own(spec.target):
         target = (open_manifest if is_manifest(spec.target) else open_folder)(spec)
     else:
         lacking = spec.lacking_data()
@@ -70,6 +74,8 @@ def load_target(spec: DatasetSpec, progress: Progress = lambda done, total: None
         from sskt.teacher_cache.targets.files.file_index import hash_contents
 
         target = replace(target, contents=hash_contents(target, progress))
+    elif spec.strict and is_packed(spec.target):
+        target = replace(target, contents=hash_packed(target, progress))
     return target
 
 
@@ -131,8 +137,8 @@ def evaluation_split(spec: DatasetSpec) -> str:
             )
         fold = split.removeprefix("train")
         return evaluation + fold if evaluation + fold in TARGETS[name].splits else evaluation
-    if is_manifest(name):
-        splits = manifest_splits(spec)
+    if is_manifest(name) or is_packed(name):
+        splits = (packed_splits if is_packed(name) else manifest_splits)(spec)
         found = [s for s in ("test", "val", "validation") if s in splits]
         found += [s for s in ("test", "val") if named_like(s, splits)]
     else:
@@ -140,6 +146,11 @@ def evaluation_split(spec: DatasetSpec) -> str:
         found += [s for s in ("test", "val") if find_split(Path(name), s)]
     if found:
         return found[0]
+    if is_packed(name):
+        raise MissingData(
+            f"{name} has no split test or val, only {', '.join(splits)}; name one with "
+            "--test-split, or train without evaluation: --test-split none"
+        )
     lacking = "rows of a split test or val" if is_manifest(name) else "test or val folder"
     raise MissingData(
         f"no {lacking} in {name}; add {'some' if is_manifest(name) else 'one'}, or train without "

@@ -14,6 +14,7 @@ from PIL import Image
 from sskt.teacher_cache.errors import BadImage, InputError
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.targets.base import Names, Target
+from sskt.teacher_cache.targets.files.scan import check_unique
 from sskt.teacher_cache.targets.registry import IMAGE_POLICY
 
 Int64 = NDArray[np.int64]
@@ -76,14 +77,16 @@ def open_dataset(
     split: str = "train",
     classes: Sequence[str] | None = None,
     labels: Any = None,
+    ids: Sequence[str] | None = None,
     fingerprint: str = "",
     limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Target:
-    """Opens a map-style dataset as a target: sample i is item i, and its id is ``i``.
+    """Opens a map-style dataset as a target: sample i is item i.
 
     Every image is read once, so that the identity of the target covers the pixels; with
-    ``fingerprint`` nothing is read but labels that are not known.
+    ``fingerprint`` nothing is read but labels that are not known. In both cases the identity
+    covers the ids in their order.
 
     Args:
         dataset: Has a length and items (image, label): PIL images or uint8 arrays ``[H, W, 3]``,
@@ -93,8 +96,9 @@ def open_dataset(
         classes: Names of the classes; default: ``dataset.classes``, else the numbers.
         labels: True classes, int ``[N]``, or 0 and 1 ``[N, C]`` if a sample may have several;
             default: ``dataset.targets``, else those of the items.
+        ids: A name for each item, such as its file; default: ``0``, ``1``, ...
         fingerprint: What identifies the data instead of the pixels, such as a version; change it
-            whenever an image changes.
+            whenever an image changes, and without ``ids`` also whenever their order does.
         limit: Use only this many samples, all classes alike.
         progress: Called with the number of images read, and of all.
 
@@ -125,13 +129,14 @@ def open_dataset(
             progress(i + 1, count)
         given = found
     truth = _truth(given, count, name)
+    sample_ids = [str(i) for i in range(count)] if ids is None else _ids(ids, count, name)
     names = classes if classes is not None else getattr(dataset, "classes", None)
     target = Target(
         name,
         split,
         _class_names(names, truth, name),
         truth,
-        Names(str(i) for i in range(count)),
+        Names(sample_ids),
         reader=images,
         policy=IMAGE_POLICY,
     ).limited(limit)
@@ -159,6 +164,17 @@ def _require_same_again(images: DatasetImages) -> None:
                 f"item {sample} of dataset {images.name} has other pixels when it is read again; "
                 "open the dataset without random transforms, which the view policy replaces"
             )
+
+
+def _ids(given: Sequence[str], count: int, name: str) -> list[str]:
+    ids = [str(each) for each in given]
+    if len(ids) != count or not all(ids) or any("\0" in each or "\n" in each for each in ids):
+        raise InputError(
+            f"dataset {name}: expected {count} ids, one line of text each; found {len(ids)}; give "
+            "a name for each item"
+        )
+    check_unique(ids, f"ids= of dataset {name}")
+    return ids
 
 
 def _truth(given: Any, count: int, name: str) -> Int64:

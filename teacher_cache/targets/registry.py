@@ -147,6 +147,9 @@ TARGETS: dict[str, TargetInfo] = {
 }
 
 
+PACKED = ("hf:", "wds:", "parquet:")
+"""How ``--target`` begins where the images lie in files of many samples."""
+
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
 
 
@@ -160,13 +163,53 @@ def is_function(name: str) -> bool:
     return _FUNCTION.fullmatch(name) is not None
 
 
+def is_packed(name: str) -> bool:
+    """Whether ``--target`` names files of many samples each: ``hf:``, ``wds:``, ``parquet:``."""
+    return name.startswith(PACKED)
+
+
 def is_own(name: str) -> bool:
-    """Whether ``--target`` names a user's folder or manifest rather than a known target."""
+    """Whether ``--target`` names a user's folder, manifest or packed files, not a known target."""
+    if is_packed(name):
+        return True
     return (
         name not in TARGETS
         and not is_function(name)
         and (os.sep in name or name in (".", "..") or Path(name).is_dir() or is_manifest(name))
     )
+
+
+def hub_name(name: str) -> tuple[str, str]:
+    """The path or name of a ``hf:`` target, and its configuration or the empty string."""
+    rest = name.removeprefix("hf:")
+    if Path(rest).exists() or ":" not in rest:
+        return rest, ""
+    path, _, configuration = rest.rpartition(":")
+    return path, configuration
+
+
+def is_of_hub(name: str) -> bool:
+    """Whether ``--target`` names a dataset that would be looked for on the Hugging Face hub."""
+    return name.startswith("hf:") and not Path(hub_name(name)[0]).exists()
+
+
+def own_name(name: str) -> str:
+    """The name in the cache of a user's folder, manifest or packed files.
+
+    That of the folder; of a file without its ending; of a pattern that of its folder; of a
+    dataset of the Hugging Face hub without its owner, followed by its configuration.
+    """
+    if name.startswith("hf:"):
+        found, configuration = hub_name(name)
+        last = Path(found).resolve().name if Path(found).exists() else found.rpartition("/")[2]
+        return f"{last}-{configuration}" if configuration else last
+    packed = is_packed(name)
+    path = Path(name.partition(":")[2] if packed else name)
+    if packed and not path.exists():
+        return path.parent.resolve().name
+    if is_manifest(str(path)) or (packed and path.is_file()):
+        return path.stem
+    return path.resolve().name
 
 
 def default_policy(name: str, *, clips: bool = False) -> str:

@@ -18,6 +18,7 @@ from sskt.teacher_cache.targets.registry import (
     is_function,
     is_manifest,
     is_own,
+    is_packed,
 )
 
 _RECORDED_IF_SET = ("partial", "strict", "columns", "label_separator", "allow_outside_root")
@@ -42,7 +43,8 @@ class DatasetSpec:
     """One split of a dataset, as a command line names it.
 
     Attributes:
-        target: A known target, a folder of class folders, or a CSV or Parquet manifest.
+        target: A known target, a folder of class folders, a CSV or Parquet manifest, or packed
+            files: ``hf:NAME_OR_PATH[:CONFIGURATION]``, ``wds:PATH``, ``parquet:PATH``.
         split: Name of the split.
         root: Folder of the data of a known target or a manifest; default: ``$SSKT_DATA``, else
             ``data``, or the folder of the manifest.
@@ -51,8 +53,8 @@ class DatasetSpec:
         partial: Whether an official list may name files that are missing.
         decoder: Decoder of clips: ``pyav`` or ``decord``.
         strict: Whether the identity covers the contents of files, not only names and sizes.
-        columns: Manifests only: names of the columns that have another name, such as
-            ``path=file,label=tag``.
+        columns: Manifests and packed files only: names of the columns that have another name,
+            such as ``path=file,label=tag``, or ``image=img,label=fine_label``.
         label_separator: Manifests only: what separates several labels of a sample; ``none`` if a
             label is always one name. Default: ``|`` in a column ``labels``.
         allow_outside_root: Manifests only: whether files may lie outside the folder of the data.
@@ -126,7 +128,11 @@ class DatasetSpec:
     def absolute(self) -> DatasetSpec:
         """The same dataset, whatever the working folder is."""
         target, root = self.target, self.root
-        if is_own(target):
+        if is_packed(target):
+            kind, _, rest = target.partition(":")
+            if kind != "hf" or Path(rest).exists():  # else a dataset of the hub
+                target = f"{kind}:{Path(rest).absolute()}"
+        elif is_own(target):
             path = Path(target)
             # A manifest gives the target its name and its folder, so a link to it is kept.
             target = str(

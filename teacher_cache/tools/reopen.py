@@ -27,7 +27,7 @@ from sskt.teacher_cache.sources.names import (
 )
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.open import load_target
-from sskt.teacher_cache.targets.registry import TARGETS, is_function
+from sskt.teacher_cache.targets.registry import TARGETS, is_function, is_of_hub
 from sskt.teacher_cache.targets.spec import DatasetSpec
 from sskt.teacher_cache.views.frame_sampling import IDENTITY, FrameSampling, parse_frame_sampling
 from sskt.teacher_cache.views.policies import POLICIES, Policy, parse_policy, proposed_policy
@@ -233,8 +233,8 @@ def reopen_target(label_set: LabelSet, instead: Reopen) -> Target:
     """
     spec, provenance = label_set.spec, _provenance(label_set)
     recorded = _text(label_set, "target")
-    if is_function(recorded):  # code that a label set names is not run
-        recorded = ""
+    if is_function(recorded) or is_of_hub(recorded):
+        recorded = ""  # a label set chooses neither code nor what is downloaded
     if instead.target and is_function(instead.target):
         target = load_target(
             DatasetSpec(instead.target, spec["target"]["split"], limit=provenance.get("limit"))

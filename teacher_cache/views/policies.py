@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sskt.teacher_cache.errors import BadImage, InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, require_pixels
 from sskt.teacher_cache.rng import below, draw, unit, words_of
-from sskt.teacher_cache.views import augment
+from sskt.teacher_cache.views import augment, mixing
 from sskt.teacher_cache.views.own_policies import (
     OWN,
     OwnView,
@@ -34,6 +34,8 @@ from sskt.teacher_cache.views.resizing import VERSION, resized
 
 Int64 = NDArray[np.int64]
 
+STRONG = augment.PARAMETERS | mixing.PARAMETERS
+"""Further parameters of the policies with random crops, and their defaults: nothing is done."""
 TRIES = 10
 """Attempts of the random resized crop before it falls back to the centre (torchvision's)."""
 
@@ -266,7 +268,7 @@ class PolicyInfo:
         batched: Makes the views of images of one size; None if that is not faster.
         per_clip: Makes the view of a clip.
         windows: Whether the samples are the windows of ``frames`` frames of the clips.
-        strong: Whether it also has the parameters of ``augment.PARAMETERS``.
+        strong: Whether it also has the parameters ``STRONG``.
         version: The newest version.
         identity: What the spec of a label set has beside the name: the hash of the user's code, and
             for a pipeline its parameters and the version of torchvision. Empty for known policies.
@@ -421,7 +423,7 @@ def parse_policy(text: str, code: str = "") -> Policy:
         raise UnknownName("policy", name, POLICIES)
     newest = POLICIES[name].version
     known = ({"version": newest} if newest > 1 else {}) | POLICIES[name].defaults
-    optional = augment.PARAMETERS if POLICIES[name].strong else {}
+    optional = STRONG if POLICIES[name].strong else {}
     parameters, known = dict(known), known | optional
     for item in filter(None, options.split(",")):
         key, _, value = item.partition("=")
@@ -438,7 +440,9 @@ def parse_policy(text: str, code: str = "") -> Policy:
     if own is None:
         given = {key: parameters.pop(key) for key in optional if key in parameters}
         _check_range(name, parameters)
-        parameters |= augment.resolve(name, given)
+        mixed = {key: given.pop(key) for key in mixing.PARAMETERS if given.get(key)}
+        mixing.require_range(name, mixed)
+        parameters |= augment.resolve(name, given) | mixed
     return Policy(name, version, parameters, own)
 
 

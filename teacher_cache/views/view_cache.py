@@ -28,7 +28,9 @@ from sskt.teacher_cache.storage.atomic import durable_write
 from sskt.teacher_cache.storage.locks import file_lock
 from sskt.teacher_cache.storage.regular_files import require_regular
 from sskt.teacher_cache.targets.files.file_index import measure
-from sskt.teacher_cache.views.views import DecodedViews, Views, check_of
+from sskt.teacher_cache.targets.packed.samples import PackedImages
+from sskt.teacher_cache.views.mixing import Mixed, mixes
+from sskt.teacher_cache.views.views import DecodedViews, Views, check_of, checks_of
 
 Int64 = NDArray[np.int64]
 
@@ -54,6 +56,7 @@ class CachedViews:
         checks: Their view checks, uint32 ``[n]``.
         bad: The other samples, each with the reason.
         failure: Why a view could not be stored; empty if none was refused.
+        mixed: What the views were mixed with; None under a policy that mixes none.
     """
 
     rows: Int64
@@ -61,6 +64,7 @@ class CachedViews:
     checks: NDArray[np.uint32]
     bad: list[tuple[int, str]]
     failure: str = ""
+    mixed: Mixed | None = None
 
 
 class ViewCache:
@@ -128,6 +132,23 @@ class ViewCache:
         Raises:
             MissingData: If a file cannot be opened.
         """
+        own = self._unmixed(samples, seed)
+        if own is None or not mixes(self._views.policy):
+            return own
+
+        def read(rows: Int64, seed: int) -> DecodedViews:
+            found = self._unmixed(rows, seed)
+            if found is None:
+                return self._views.unmixed(rows, [seed])
+            return DecodedViews(found.rows, {seed: found.views}, found.bad)
+
+        found = self._views.mix(DecodedViews(own.rows, {seed: own.views}, own.bad), read)
+        views = found.views[seed]
+        checks = checks_of(views)
+        return CachedViews(own.rows, views, checks, own.bad, own.failure, found.mixed[seed])
+
+    def _unmixed(self, samples: Int64, seed: int) -> CachedViews | None:
+        """The samples' own views. What is stored depends on one file each, also of mixed views."""
         views = np.empty((len(samples), *self._shape), np.uint8)
         checks = np.zeros(len(samples), np.uint32)
         there = np.ones(len(samples), np.bool_)
@@ -139,7 +160,7 @@ class ViewCache:
                 checks[i] = tag["check"]
                 continue
             wanted = [seed, *self._lacking(seed, sample, tag)]
-            decoded = self._views.seen(np.array([sample]), wanted)
+            decoded = self._views.unmixed(np.array([sample]), wanted)
             if decoded.bad:
                 bad += decoded.bad
                 there[i] = False
@@ -159,6 +180,8 @@ class ViewCache:
         tag["written"] = WRITTEN
         if target.paths is not None:  # the identity of own datasets covers their pixels
             tag["bytes"], tag["changed"] = measure(target.paths[sample])
+        elif isinstance(target.reader, PackedImages):
+            tag["bytes"], tag["changed"] = target.reader.stamp(sample)
         return tag
 
     def _place(self, seed: int, sample: int) -> int | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.augment import augmented, augmented_batch
 from sskt.teacher_cache.views.frame_sampling import CENTER, IDENTITY, FrameSampling
+from sskt.teacher_cache.views.mixing import Mixed, mixed, mixes, partners
 from sskt.teacher_cache.views.policies import POLICIES, Policy, PolicyInfo, clip_frames
 
 Int64 = NDArray[np.int64]
@@ -63,11 +64,13 @@ class DecodedViews:
         rows: The samples that could be read, int64 ``[n]``.
         views: Their views by seed: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
         bad: The other samples, each with the reason.
+        mixed: What the views of a seed were mixed with; empty under a policy that mixes none.
     """
 
     rows: Int64
     views: dict[int, UInt8]
     bad: list[tuple[int, str]]
+    mixed: dict[int, Mixed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Views:
 
     def __getitem__(self, key: tuple[int, int]) -> UInt8:
         sample, seed = key
+        if mixes(self.policy):
+            view: UInt8 = self.batch(np.array([sample]), seed)[0]
+            return view
         return self._of_sample(sample, [seed])[seed]
 
     def of_image(self, image: UInt8, sample: int, seed: int) -> UInt8:
@@ -191,6 +197,65 @@ class Views:
             MissingData: If a file cannot be opened.
             InputError: If the views differ in size.
         """
+        seen = self.unmixed(samples, seeds)
+        if not mixes(self.policy):
+            return seen
+        return self.mix(seen, lambda rows, seed: self.unmixed(rows, [seed]))
+
+    def label_text(self, sample: int, seed: int) -> str | None:
+        """The class of a view in words; of a mixed view those of both samples, with their weights.
+
+        Args:
+            sample: Number of the sample.
+            seed: View seed.
+
+        Returns:
+            The text; None if no class is known.
+        """
+        text = self.target.label_text
+        if not mixes(self.policy):
+            return text(sample)
+        seen = self.seen(np.array([sample]), [seed])
+        if seen.bad:
+            return text(sample)
+        other, weight = int(seen.mixed[seed].partners[0]), float(seen.mixed[seed].weights[0])
+        return (
+            f"{text(sample) or 'unknown'} ({weight:.0%}) and {text(other) or 'unknown'} "
+            f"({1 - weight:.0%}, sample {other})"
+        )
+
+    def mix(self, seen: DecodedViews, read: Callable[[Int64, int], DecodedViews]) -> DecodedViews:
+        """Mixes each view with that of its partner, unless that cannot be decoded.
+
+        Args:
+            seen: What ``unmixed`` returned.
+            read: Gives the partners' own views, as ``unmixed`` under one seed.
+
+        Returns:
+            What ``seen`` returns for these samples.
+
+        Raises:
+            InputError: If the views differ in size.
+        """
+        count, found = len(self.target), DecodedViews(seen.rows, {}, seen.bad)
+        for seed, views in seen.views.items():
+            others = partners(self.policy, seen.rows, seed, count)
+            decoded = read(np.unique(others), seed)
+            place = {row: i for i, row in enumerate(decoded.rows.tolist())}
+            made, weights = views.copy(), np.ones(len(others), np.float32)
+            if place:
+                self._stacked(
+                    [views[0], decoded.views[seed][0]], [int(seen.rows[0]), int(decoded.rows[0])]
+                )
+            for i, (row, other) in enumerate(zip(seen.rows.tolist(), others.tolist(), strict=True)):
+                if other in place:
+                    theirs = decoded.views[seed][place[other]]
+                    made[i], weights[i] = mixed(self.policy, views[i], theirs, row, seed)
+            found.views[seed], found.mixed[seed] = made, Mixed(others, weights)
+        return found
+
+    def unmixed(self, samples: Int64, seeds: Sequence[int]) -> DecodedViews:
+        """Each sample's own views, as ``seen`` gives them under policies that do not mix."""
         if self.target.images is not None:
             images = self.target.images[samples]
             made = {seed: self.of_images(images, samples, seed) for seed in seeds if len(samples)}

@@ -115,8 +115,8 @@ def test_what_fails_or_is_lacking_is_named_and_the_others_go_on(
 
 
 def test_an_unknown_comparison_is_bad_input(sskt: Sskt) -> None:
-    status, _, err = sskt("bench", "label")
-    assert status == 2 and "label" in err and "labels" in err
+    status, _, err = sskt("bench", "labelss")
+    assert status == 2 and "labelss" in err and "labels" in err
 
 
 def test_comparisons_are_chosen_in_one_order() -> None:

@@ -197,6 +197,21 @@ def test_with_a_fingerprint_nothing_is_read_but_labels_that_are_not_known() -> N
     assert dataset.reads <= 6
 
 
+def test_ids_of_an_own_dataset_are_part_of_its_identity() -> None:
+    names = [f"photos/{i}.jpg" for i in range(30)]
+    target = own(ids=names, fingerprint="v1")
+    assert list(target.ids) == names
+    turned = own(ids=names[::-1], fingerprint="v1")
+    assert target.identity() != turned.identity() != own(fingerprint="v1").identity()
+    for wrong, message in (
+        (names[:-1], "expected 30 ids, one line of text each; found 29"),
+        ([*names[:-1], "a\nb"], "one line of text each"),
+        ([*names[:-1], names[0]], r"ids= of dataset mine has 'photos/0.jpg' twice"),
+    ):
+        with pytest.raises(InputError, match=message):
+            own(ids=wrong)
+
+
 def test_names_of_classes_of_an_own_dataset() -> None:
     names = ["apple", "bear", "cup", "none"]
     assert own(classes=names).classes == tuple(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,9 @@ import torch
 from support.servers import serving
 from support.transcripts import ROOT
 
+from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.media.video import count_frames, read_frames
+from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
@@ -28,6 +31,7 @@ CONTRIBUTING = "CONTRIBUTING.md"  # its blocks run in tests/test_docs.py
 TESTED = {
     "README.md": 1,
     "docs/format.md": 1,
+    "docs/guides/frameworks.md": 3,
     "docs/guides/other-tools.md": 3,
     "docs/guides/sources-and-targets.md": 1,
     "docs/guides/training.md": 3,
@@ -151,6 +155,22 @@ def test_a_set_opens_from_elsewhere(
         code = changed(archive, ("xarray.open", "data = xarray.open"))
         left = run(f"{imports}{code}row = data.labels[0, 0].values", "other-tools.md")
     assert np.isclose(np.exp(left["row"].astype(np.float64)).sum(), 1, atol=1e-3)
+
+
+def test_the_page_on_frameworks(images: Path, tmp_path: Path, tiny: Source) -> None:
+    for package in ("timm.task", "lightning"):
+        pytest.importorskip(package)
+    student, task, module = blocks("docs/guides/frameworks.md")
+    left = run(student, "frameworks.md")
+    assert len(left["model"].target.stage_widths) == 4
+    left = run(module, "frameworks.md", sskt=left["sskt"])
+    labels = left["Labels"](open_target(str(images)), tiny, tmp_path)
+    labels.prepare_data()
+    loader = labels.train_dataloader()
+    network = importlib.import_module("timm").create_model("resnet10t", num_classes=12)
+    left = run(task, "frameworks.md", sskt=left["sskt"], loader=loader, student=network)
+    left["loss"].backward()
+    assert network.fc.weight.grad.abs().sum() > 0
 
 
 def test_reading_from_the_server_without_sskt(label_cache: Path) -> None:

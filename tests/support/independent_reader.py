@@ -452,6 +452,61 @@ def augmented(frames: UInt8, views: dict[str, Any], sample: int, seed: int) -> U
 Int64 = NDArray[np.int64]
 
 
+def mixed_view_of(
+    own: Callable[[int], UInt8], views: dict[str, Any], sample: int, seed: int, count: int
+) -> tuple[UInt8, int, float]:
+    """A view under mixup or cutmix, the partner, and the weight; ``own`` gives unmixed views.
+
+    ``own`` raises OSError for a sample that cannot be decoded.
+    """
+    p, words = views["parameters"], words_of(views, sample, seed, stream=7)
+    alphas = {kind: p[kind] for kind in ("mixup", "cutmix") if kind in p}
+    view, other = own(sample), _partner(views, sample, seed, count)
+    if not alphas:
+        return view, sample, 1.0
+    try:
+        theirs = own(other)
+    except OSError:
+        return view, other, 1.0
+    w0, w1, w2, _ = words(0)
+    kind = ("mixup", "cutmix")[below(w0, 2)] if len(alphas) == 2 else next(iter(alphas))
+    q = 32768
+    for block in range(1, 65):
+        x, y = (((w + 0.5) / 2**32) ** (1 / alphas[kind]) for w in words(block)[:2])
+        if x + y <= 1:
+            q = half_up(65536 * (x / (x + y)))
+            break
+    if kind == "mixup":
+        mixed = _blend(view.astype(np.int64), theirs.astype(np.int64), q)
+        return mixed.astype(np.uint8), other, q / 65536
+    height, width = view.shape[-3:-1]
+    side = math.sqrt((65536 - q) / 65536)
+    down, across = math.floor(height * side) // 2, math.floor(width * side) // 2
+    y, x = below(w1, height), below(w2, width)
+    rows = slice(max(0, y - down), min(height, y + down))
+    columns = slice(max(0, x - across), min(width, x + across))
+    made = view.copy()
+    made[..., rows, columns, :] = theirs[..., rows, columns, :]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return made, other, 1 - area / (height * width)
+
+
+def _partner(views: dict[str, Any], sample: int, seed: int, count: int) -> int:
+    rows = next(a for a in itertools.count(1) if a * a >= count)
+    columns = math.ceil(count / rows)
+    at = sample
+    while True:
+        high, low = divmod(at, columns)
+        for number in range(6):
+            if number % 2 == 0:
+                high = (high + below(words_of(views, low, seed, 8)(number)[0], rows)) % rows
+            else:
+                low = (low + below(words_of(views, high, seed, 8)(number)[0], columns)) % columns
+        at = high * columns + low
+        if at < count:
+            return at
+
+
 def _u(a: int, b: int) -> int:
     return (2 * 65536 * a + b) // (2 * b)
 
@@ -828,6 +883,20 @@ class Agreement:
     worst_exact: float = 0.0
 
 
+def _unmixed(
+    reader: Reader, folder: Files, seed: int, decoded: dict[int, list[Any]], sample: int
+) -> UInt8:
+    """The own view of a sample; ``decoded``: frames by sample."""
+    views = reader.spec["views"]
+    if reader.label(seed, sample) is None:
+        raise OSError(f"sample {sample} cannot be decoded")
+    if views["f_s"] == "identity":
+        return view_of(folder.image(sample), views, sample, seed)
+    start = None if folder.starts is None else folder.starts[sample]
+    frames = decoded.get(sample) or frames_of(folder.files[sample])
+    return clip_of(frames, views, sample, seed, start)
+
+
 def compare(reader: Reader, folder: Files, network: Any, every: int = 1) -> Agreement:
     """Replays the views of every ``every``-th sample under all seeds and recomputes the labels.
 
@@ -854,14 +923,10 @@ def compare(reader: Reader, folder: Files, network: Any, every: int = 1) -> Agre
             if stored is None:
                 found.skipped += 1
                 continue
-            if clips:
-                frames = frames or frames_of(folder.files[sample])
-                start = None if folder.starts is None else folder.starts[sample]
-                view = clip_of(frames, views, sample, seed, start)
-                stills = view[stills_of(views["f_s"], len(view), sample, seed)]
-            else:
-                view = view_of(folder.image(sample), views, sample, seed)
-                stills = view[None]
+            frames = frames or (frames_of(folder.files[sample]) if clips else [])
+            own = functools.partial(_unmixed, reader, folder, seed, {sample: frames})
+            view, _, _ = mixed_view_of(own, views, sample, seed, reader.samples)
+            stills = view[stills_of(views["f_s"], len(view), sample, seed)] if clips else view[None]
             found.wrong_views += crc_of(view) != reader.check(seed, sample)
             each = [log_probabilities(network, source["preprocessing"], still) for still in stills]
             live = np.logaddexp.reduce(each) - math.log(len(each))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sskt.teacher_cache.views.augment import is_strong
+from sskt.teacher_cache.views.mixing import mixes
 from sskt.teacher_cache.views.policies import crop_words
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.data.loader import Batch
@@ -58,7 +59,7 @@ def resident_feed(views: Views, device: torch.device) -> ResidentFeed | None:
     images = views.target.images
     if images is None or views.policy.name not in ("none", "pad-crop-flip"):
         return None
-    if is_strong(views.policy):
+    if is_strong(views.policy) or mixes(views.policy):
         return None
     padding = int(views.policy.parameters.get("padding", 0))
     n, height, width, _ = images.shape

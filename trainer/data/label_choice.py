@@ -15,7 +15,7 @@ from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import is_served, open_cache
 from sskt.teacher_cache.targets.open import load_target, policy_of
-from sskt.teacher_cache.targets.registry import default_policy, is_function, is_own
+from sskt.teacher_cache.targets.registry import default_policy, is_function, is_own, own_name
 from sskt.teacher_cache.views.policies import (
     POLICIES,
     is_own_policy,
@@ -223,9 +223,7 @@ def _of_target(
     if is_function(name):
         name = load_target(dataset_of(config, config.split)).name
     elif is_own(name):
-        name = Path(name).resolve().name
-    if Path(name).suffix.lower() in (".csv", ".parquet"):
-        name = Path(name).stem
+        name = own_name(name)
     return readable_sets(cache, {"name": name, "split": config.split}, wanted)
 
 

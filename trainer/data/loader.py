@@ -24,6 +24,7 @@ from sskt.teacher_cache.views.loader_processes import (
     LoaderWatch,
     raise_open_files,
 )
+from sskt.teacher_cache.views.mixing import Mixed
 from sskt.teacher_cache.views.view_cache import ViewCache
 from sskt.teacher_cache.views.views import Views, checks_of
 
@@ -47,6 +48,7 @@ class Batch:
         checks: View checks, uint32 ``[n]``; None if they are not computed here.
         bad: A message for each sample that could not be read.
         error: Why there is no batch; empty if there is one.
+        mixed: What the views were mixed with; None under a policy that mixes none.
         not_stored: Why a view could not be stored; empty if none was refused.
     """
 
@@ -55,6 +57,7 @@ class Batch:
     checks: NDArray[np.uint32] | None
     bad: list[str]
     error: str = ""
+    mixed: Mixed | None = None
     not_stored: str = ""
 
     def pin_memory(self) -> Batch:
@@ -84,14 +87,22 @@ class _Batches(Dataset[Batch]):
             if cached is not None:
                 bad = [message for _, message in cached.bad]
                 checks = cached.checks if feed.checked else None
-                return Batch(cached.rows, cached.views, checks, bad, not_stored=cached.failure)
+                return Batch(
+                    cached.rows,
+                    cached.views,
+                    checks,
+                    bad,
+                    not_stored=cached.failure,
+                    mixed=cached.mixed,
+                )
         try:
             seen = feed.views.seen(samples, [seed])
         except InputError as error:
             return Batch(samples, nothing, None, [], str(error))
         views = seen.views.get(seed, nothing)
         checks = checks_of(views) if feed.checked else None
-        return Batch(seen.rows, views, checks, [message for _, message in seen.bad])
+        bad = [message for _, message in seen.bad]
+        return Batch(seen.rows, views, checks, bad, mixed=seen.mixed.get(seed))
 
 
 def has_shared_memory(size: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sskt.teacher_cache.views.mixing import Mixed
 from sskt.trainer.data.soft_labels import BatchLabels, WindowLabels
 
 Int64 = NDArray[np.int64]
@@ -27,12 +28,18 @@ class SoftLabelBatch:
         samples: Row numbers of the samples in the target: int64 ``[n]``, a numpy array.
         views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips, on the device.
         labels: True classes on the device: int64 ``[n]``; ``[n, C]`` if a sample may have several
-            classes (1 present, 0 absent, -1 difficult).
+            classes (1 present, 0 absent, -1 difficult). Under a policy that mixes samples
+            float32 ``[n, C]``: the classes of both samples by their weights, as
+            ``cross_entropy`` and ``binary_cross_entropy_with_logits`` take them.
         position: The window of the epoch that the batch belongs to, and its number in it.
         whole: Samples of the batch in all processes together.
         unreadable: Samples of this process that were left out since the batch before because they
             cannot be read.
         checked: Views of the batch that were compared with the stored checks.
+        partners: Row numbers of the samples that the views were mixed with: int64 ``[n]``, a numpy
+            array; None under a policy that mixes none.
+        weights: The share of the sample itself in its view: float32 ``[n]``, a numpy array; or
+            None.
     """
 
     def __init__(
@@ -47,11 +54,14 @@ class SoftLabelBatch:
         whole: int | None = None,
         unreadable: int = 0,
         checked: int = 0,
+        mixed: Mixed | None = None,
     ) -> None:
         self.samples, self.views, self.labels = samples, views, labels
         self.position, self.unreadable, self.checked = position, unreadable, checked
         self.whole = len(samples) if whole is None else whole
         self._window, self._normalise = soft_labels, normalise
+        self.partners = None if mixed is None else mixed.partners
+        self.weights = None if mixed is None else mixed.weights
         self._images: Tensor | None = None
         self._soft: BatchLabels | None = None
 
@@ -62,7 +72,11 @@ class SoftLabelBatch:
     def __getitem__(self, rows: slice) -> SoftLabelBatch:
         """Some of the samples as a batch of their own, as gradient accumulation needs them."""
         return self._changed(
-            samples=self.samples[rows], views=self.views[rows], labels=self.labels[rows]
+            samples=self.samples[rows],
+            views=self.views[rows],
+            labels=self.labels[rows],
+            partners=None if self.partners is None else self.partners[rows],
+            weights=None if self.weights is None else self.weights[rows],
         )
 
     @property

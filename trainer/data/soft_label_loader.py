@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
+from sskt.teacher_cache.views.mixing import Mixed
 from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_view_cache
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
@@ -107,7 +109,6 @@ class SoftLabelLoader:
         views: The target under the policy.
         epoch: The epoch of the next iteration, or of the one that is running.
         label_wait_seconds: Seconds in which the loader waited for labels so far.
-
     Raises:
         MissingData: If there are no labels of this target from a source.
         SpecMismatch: If the label sets were made from other data or under another policy.
@@ -243,6 +244,7 @@ class SoftLabelLoader:
         self._late = _LateChecks()
         self.truth = torch.from_numpy(self.views.target.labels).to(device)
         self.epoch, self.label_wait_seconds = 0, 0.0
+        self.recent: deque[SoftLabelBatch] = deque(maxlen=0)  # TimmTeacher wants more
         self._begin = self._position = (0, 0)
 
     @property
@@ -368,7 +370,9 @@ class SoftLabelLoader:
                 unreadable += len(found.bad)
                 # With several processes, one without a readable sample takes part all the same.
                 if len(found.samples) or order.ranks.world > 1:
-                    yield self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    batch = self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    self.recent.append(batch)
+                    yield batch
                     unreadable = 0
         self.finish_checks()
         self.seek(epoch + 1)
@@ -399,14 +403,30 @@ class SoftLabelLoader:
         return SoftLabelBatch(
             found.samples,
             found.views.to(self.device, non_blocking=True),
-            self.truth[rows],
+            self._truth(rows, found.mixed),
             labels,
             self._normalise,
             position=position,
             whole=whole,
             unreadable=unreadable,
             checked=checked,
+            mixed=found.mixed,
         )
+
+    def _truth(self, rows: Tensor, mixed: Mixed | None) -> Tensor:
+        """True classes of samples; if they were mixed, those of both by their weights."""
+        if mixed is None:
+            return self.truth[rows]
+        weights = torch.from_numpy(mixed.weights).to(self.device)[:, None]
+        partners = torch.from_numpy(mixed.partners).to(self.device)
+
+        def present(truth: Tensor) -> Tensor:
+            if self.views.target.multi_label:
+                return (truth > 0).float()
+            known = (truth >= 0).float()[:, None]  # a class that is not known is none
+            return known * F.one_hot(truth.clamp_min(0), len(self.views.target.classes))
+
+        return weights * present(self.truth[rows]) + (1 - weights) * present(self.truth[partners])
 
     def _check(self, found: Batch, labels: WindowLabels) -> int:
         """Compares all views of a batch with the stored checks, now or soon; how many."""

@@ -21,8 +21,10 @@ from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.storage.base import Storage
 from sskt.teacher_cache.storage.http.storage import Fetching
 from sskt.teacher_cache.storage.open import is_served, open_cache, open_served
+from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.targets.registry import default_policy
 from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
+from sskt.teacher_cache.views.mixing import mixes
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, TrainConfig, code_of
@@ -33,7 +35,7 @@ from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.data.test_labels import find_test_sets
 from sskt.trainer.distributed import Ranks, join
 from sskt.trainer.loop.preflight import require_present
-from sskt.trainer.losses import parse_loss, parse_source_weights, resolve_loss
+from sskt.trainer.losses import PRIMARY, parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.methods.maxl import LOSSES
 from sskt.trainer.methods.maxl import SOURCE as MAXL
 from sskt.trainer.models.base import TargetNetwork, parameters_of
@@ -247,6 +249,8 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
             f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
             f"found --loss {'+'.join(loss)} over {config.target}"
         )
+    if mixes(views.policy):
+        _require_mixable(config, loss, target)
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
     for label_set in sets.values():
         if config.follow is None or label_set.seeds < min(seeds, config.epochs):
@@ -311,6 +315,20 @@ def _test_views(config: TrainConfig, views: Views, *, download: bool) -> Views |
             "measured on it; choose another --test-split, or none"
         )
     return open_views(test, evaluation_policy(views.policy))
+
+
+def _require_mixable(config: TrainConfig, loss: tuple[str, str], target: Target) -> None:
+    """Raises ``InputError`` for what cannot take the classes of mixed samples."""
+    if config.method == MAXL:
+        raise InputError(
+            f"--method maxl splits the one class of a sample, and --policy {config.policy} mixes "
+            "samples; leave mixup and cutmix out"
+        )
+    if target.multi_label and loss[0] not in PRIMARY:
+        raise InputError(
+            f"--policy {config.policy} mixes samples: their classes are weights from 0 to 1, which "
+            f"the primary loss {loss[0]} may take for 1 and 0; use bce"
+        )
 
 
 def _usual_model(views: Views) -> str:

@@ -51,6 +51,7 @@ class Step:
         config = plan.config
         self._config, self._ranks, self._device = config, plan.ranks, plan.device
         self._normalise, self._method = plan.normalise, method
+        self._multi_label = plan.views.target.multi_label
         self.network = to_channels_last(network) if config.channels_last else network
         self.optimizer = build_optimizer(config, self.network.parameters())
         self.average = moving_average(self.network, config.ema) if config.ema else None
@@ -113,7 +114,8 @@ class Step:
 
         Returns:
             The loss, a scalar; and its parts (``loss``, ``loss_primary``, ``loss_NAME`` of each
-            source, and for one class a sample ``right``, a count).
+            source, and for one class a sample ``right``, a count; a mixed sample counts by the
+            weight of the class that is predicted).
         """
         truth, x = batch.labels, batch.images
         soft = self._method.soft_labels(batch)
@@ -126,6 +128,8 @@ class Step:
         scalars |= {f"loss_{name}": part for name, part in parts.items()}
         if truth.ndim == 1:
             scalars["right"] = (logits.argmax(1) == truth).sum()
+        elif batch.weights is not None and not self._multi_label:
+            scalars["right"] = truth.gather(1, logits.argmax(1, keepdim=True)).sum()
         return loss, scalars
 
     def auxiliary_loss(self, logits: dict[str, Tensor], soft: dict[str, Tensor]) -> Tensor:

@@ -87,7 +87,7 @@ class SSKTNetwork(nn.Module):
             layers over the pooled features.
         classes: Number of classes C of the target; not with a ``TargetNetwork``, which has them.
         taps: Names of the modules whose outputs ``[n, c, h, w]`` are the stages, in order; known
-            networks have theirs.
+            networks and those of timm have theirs.
         size: Pixels of the images. Small ones make ``auto`` stems keep their resolution; an own
             module is run on one black image of this size, 224 by default.
         stem: ``cifar`` for small images, ``imagenet``, or ``auto`` by ``size``.
@@ -169,8 +169,10 @@ def _target_network(
         raise InputError("classes= is missing: the number of classes of the target")
     if isinstance(target, str):
         return build_network(target, classes, stem=stem, taps=taps, size=size)
-    from sskt.trainer.models.tapped import USUAL, TappedNetwork
+    from sskt.trainer.models.tapped import USUAL, TappedNetwork, is_of_timm, timm_target
 
+    if is_of_timm(target):
+        return timm_target(type(target).__name__, target, classes, taps, size)
     return TappedNetwork(type(target).__name__, target, classes, taps, size or USUAL)
 
 

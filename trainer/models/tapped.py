@@ -25,6 +25,10 @@ from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNe
 PROBE = 32
 """Pixels of the image that finds the stages' widths of known networks."""
 USUAL = 224
+QUARTERS = 4
+"""Stages that are taken of a network with one resolution."""
+FIRST_REDUCTION = 4
+"""The first stage has a quarter of the image's resolution, as in figure 1 of the paper."""
 
 
 class _Pass:
@@ -142,7 +146,7 @@ class _Found:
 def _look(
     name: str, body: nn.Module, classifier: str, taps: Sequence[str], size: int, begin: str
 ) -> _Found:
-    """Runs one black image in eval mode; leaves modes, statistics and generator as they were."""
+    """Looks at one run of a black image."""
     finished: list[str] = []
     outputs: dict[str, tuple[Any, int]] = {}
     first: list[int] = []
@@ -155,7 +159,6 @@ def _look(
 
         return hook
 
-    modes = {module: module.training for module in body.modules()}
     handles = [m.register_forward_hook(leave(key)) for key, m in body.named_modules() if key]
     if taps:
         module = body.get_submodule(begin or taps[0])
@@ -164,11 +167,8 @@ def _look(
         handles.append(
             module.register_forward_pre_hook(lambda *_: first.append(len(finished) if whole else 0))
         )
-    parameter = next(body.parameters(), torch.zeros(0))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            image = torch.zeros(1, 3, size, size, device=parameter.device)
-            output = body.eval()(image)
+        output = run_once(body, size)
     except Exception as error:
         raise InputError(
             f"{name} does not run on images of {size} pixels: {first_line(error)[:200]}"
@@ -176,8 +176,6 @@ def _look(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if output is not outputs.get(classifier, (None, 0))[0] or output.ndim != 2:
         raise InputError(
             f"{name}: its last linear layer, {classifier}, must be its last step (on [n, width]), "
@@ -266,7 +264,9 @@ def timm_network(
 ) -> TappedNetwork:
     """A network of timm's registry with fresh parameters, ``timm/ARCH``.
 
-    Raises ``UnknownName``, and ``InputError`` if it cannot be built or has no such taps.
+    A network that takes images of one size only is built for ``size``. Without ``taps`` its
+    stages are those of ``timm_target``. Raises ``UnknownName``, and ``InputError`` if it cannot be
+    built or has no such taps.
     """
     import timm
 
@@ -275,11 +275,160 @@ def timm_network(
     arch = name.removeprefix(TIMM)
     if not timm.is_model(arch):
         raise UnknownName("network of timm", arch, timm.list_models())
+    known = timm.get_pretrained_cfg(arch)
+    options: dict[str, Any] = {}
+    if known is not None and known.fixed_input_size and size and known.input_size[-1] != size:
+        options = {"img_size": size}
     try:
-        network = timm.create_model(arch, pretrained=False, num_classes=classes)
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"{name} cannot be built: {first_line(error)}") from error
-    return TappedNetwork(name, network, classes, taps, size or USUAL)
+        network = timm.create_model(arch, pretrained=False, num_classes=classes, **options)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        at = f" for images of {size} pixels" if options else ""
+        raise InputError(f"{name} cannot be built{at}: {first_line(error)}") from error
+    return timm_target(name, network, classes, taps, size)
+
+
+def is_of_timm(network: nn.Module) -> bool:
+    """Whether the class of a network is one of timm's, which list their stages."""
+    return type(network).__module__.partition(".")[0] == "timm"
+
+
+def timm_target(
+    name: str, network: nn.Module, classes: int, taps: Sequence[str], size: int | None
+) -> TappedNetwork:
+    """A network of timm as a target.
+
+    Its stages are those that timm lists, one for each resolution from a quarter of the image's
+    on; of a network with one resolution, such as a ViT, the last block of each quarter. They are
+    tapped where the modules return maps ``[n, c, h, w]``, and else taken from
+    ``forward_intermediates``, which reshapes tokens. Raises ``InputError`` as ``TappedNetwork``.
+    """
+    pixels = size or USUAL
+    heads = getattr(network, "default_cfg", {}).get("classifier")
+    if isinstance(heads, tuple | list):
+        raise InputError(
+            f"{name} has {len(heads)} classifiers ({', '.join(heads)}), whose outputs it averages, "
+            "as networks with a distillation token do; take a network with one, or wrap it in "
+            "FILE.py:factory"
+        )
+    stages = _timm_stages(network) if not taps else []
+    if not stages:
+        return TappedNetwork(name, network, classes, taps, pixels)
+    if _are_maps(network, stages, pixels):
+        return TappedNetwork(name, network, classes, [s.module for s in stages], pixels)
+    if not hasattr(network, "forward_intermediates"):
+        return TappedNetwork(name, network, classes, (), pixels)
+    return IntermediatesNetwork(name, network, classes, stages, pixels)
+
+
+@dataclass(frozen=True)
+class _TimmStage:
+    """A stage as timm lists it: its number there, its module and its channels."""
+
+    index: int
+    module: str
+    width: int
+
+
+def _listed(network: nn.Module) -> list[dict[str, Any]]:
+    info = getattr(network, "feature_info", None) or []
+    return list(getattr(info, "info", info))
+
+
+def _timm_stages(network: nn.Module) -> list[_TimmStage]:
+    last: dict[int, _TimmStage] = {}
+    every = []
+    for index, row in enumerate(_listed(network)):
+        stage = _TimmStage(index, row["module"], row["num_chs"])
+        every.append(stage)
+        last[row["reduction"]] = stage
+    if len(last) == 1 and len(every) >= QUARTERS:
+        return [every[len(every) * (i + 1) // QUARTERS - 1] for i in range(QUARTERS)]
+    return [stage for reduction, stage in last.items() if reduction >= FIRST_REDUCTION]
+
+
+def _are_maps(network: nn.Module, stages: Sequence[_TimmStage], size: int) -> bool:
+    """Whether the modules return maps with the channels that timm lists, not changed in place."""
+    modules = dict(network.named_modules())
+    if not all(stage.module in modules for stage in stages):
+        return False
+    outputs: dict[str, list[tuple[Any, int]]] = {stage.module: [] for stage in stages}
+
+    def keep(key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[key].append((output, getattr(output, "_version", 0)))
+
+        return hook
+
+    handles = [modules[s.module].register_forward_hook(keep(s.module)) for s in stages]
+    try:
+        run_once(network, size)
+    except Exception:  # TappedNetwork says what it is
+        return True
+    finally:
+        for handle in handles:
+            handle.remove()
+    return all(
+        len(found := outputs[stage.module]) == 1
+        and isinstance(output := found[0][0], Tensor)
+        and output.ndim == 4
+        and output.shape[1] == stage.width
+        and output._version == found[0][1]
+        for stage in stages
+    )
+
+
+class IntermediatesNetwork(TappedNetwork):
+    """A network of timm whose stages come from its ``forward_intermediates``.
+
+    Raises ``InputError`` if that gives no maps, or other features than ``forward``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        classes: int,
+        stages: Sequence[_TimmStage],
+        size: int,
+    ) -> None:
+        super().__init__(name, network, classes, (), size)
+        self._indices = [stage.index for stage in stages]
+        self.taps = tuple(stage.module for stage in stages)
+        try:
+            found, pooled = run_once(self, size, self.features), run_once(network, size)
+        except Exception as error:
+            raise InputError(
+                f"{name} has no stages for transfer modules: its forward_intermediates fails on "
+                f"images of {size} pixels: {first_line(error)[:200]}"
+            ) from error
+        if not torch.allclose(found.pooled, pooled, rtol=1e-4, atol=1e-5):
+            raise InputError(
+                f"{name} has no stages for transfer modules: its forward_intermediates gives "
+                "other features than its forward"
+            )
+        self.stage_widths = tuple(int(stage.shape[1]) for stage in found.stages)
+        first = f"{_listed(network)[0]['module']}."
+        within = (i for i, key in enumerate(self._finished) if f"{key}.".startswith(first))
+        self._first = next(within, 0)
+
+    def features(self, x: Tensor) -> Features:
+        """Stage outputs and pooled features of float images ``[n, 3, h, w]``."""
+        body: Any = self.body
+        last, stages = body.forward_intermediates(x, indices=self._indices)
+        return Features(list(stages), body.forward_head(last))
+
+
+def run_once(network: nn.Module, size: int, call: Callable[[Tensor], Any] | None = None) -> Any:
+    """Runs a black image in eval mode; leaves modes, statistics and generators as they were."""
+    modes = {module: module.training for module in network.modules()}
+    device = next(network.parameters(), torch.zeros(0)).device
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            network.eval()
+            return (call or network)(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _shrink(name: str, network: nn.Module) -> None:

@@ -58,9 +58,11 @@ def count_clips(target: Target, progress: Progress = lambda done, total: None) -
             found = count(path)
             return f"{found.frames} {found.header} {found.problem}"
 
-        known = _known(target, f"frames{COUNTING}-{target.decoder}", counted, progress)
+        assert target.paths is not None
+        known = known_of_files(
+            target.paths, f"frames{COUNTING}-{target.decoder}", counted, progress
+        )
     values = [value.split(" ", 2) for value in known]
-    assert target.paths is not None
     damaged = {
         i: _damage(target.paths[i], frames, header, problem)
         for i, (frames, header, problem) in enumerate(values)
@@ -103,7 +105,10 @@ def hash_contents(target: Target, progress: Progress = lambda done, total: None)
     remembered like counts. Raises ``MissingData`` as ``count_clips`` does.
     """
     digest = hashlib.sha256()
-    for sample, value in zip(target.ids, _known(target, "sha256", _hashed, progress), strict=True):
+    assert target.paths is not None
+    together = 1 if target.clips else HASHED_TOGETHER
+    known = known_of_files(target.paths, "sha256", _hashed, progress, together)
+    for sample, value in zip(target.ids, known, strict=True):
         digest.update(f"{sample}\0{value}\n".encode("utf-8", "surrogateescape"))
     return f"sha256:{digest.hexdigest()}"
 
@@ -158,10 +163,29 @@ def _damage(path: Path, frames: str, header: str, problem: str) -> str:
 # --- every file once ---------------------------------------------------------------------------
 
 
-def _known(target: Target, kind: str, make: Callable[[Path], str], progress: Progress) -> list[str]:
-    """What ``make`` says of each sample's file: remembered, or made now and remembered."""
-    assert target.paths is not None
-    folder, names = _names(target.paths)
+def known_of_files(
+    paths: Sequence[Path],
+    kind: str,
+    make: Callable[[Path], str],
+    progress: Progress = lambda done, total: None,
+    together: int = 1,
+) -> list[str]:
+    """Computes something of each file once, and remembers it by the file's size and time of change.
+
+    Args:
+        paths: The files. Those of ``Files`` are remembered in one file for their folder.
+        kind: What is remembered, as part of the name of that file.
+        make: Text without NUL of a file.
+        progress: Called with the number of files done, and of all.
+        together: Files of one task of the threads.
+
+    Returns:
+        A text for each file.
+
+    Raises:
+        MissingData: If a file cannot be read, or changes meanwhile.
+    """
+    folder, names = _names(paths)
     index = _Index(_place(folder, kind))
     now = {name: measure(_full(folder, name)) for name in dict.fromkeys(names)}
     todo = [name for name, seen in now.items() if index.entries.get(name, ())[:2] != seen]
@@ -173,7 +197,7 @@ def _known(target: Target, kind: str, make: Callable[[Path], str], progress: Pro
     pool = ThreadPoolExecutor(_workers())
     try:
         for batch in _pieces(todo, BATCH):
-            chunks = _pieces(batch, 1 if target.clips else HASHED_TOGETHER)
+            chunks = _pieces(batch, together)
             work = {pool.submit(of_several, chunk): chunk for chunk in chunks}
             for future in as_completed(work):
                 for name, value in zip(work[future], future.result(), strict=True):

@@ -109,6 +109,17 @@ def test_encodings(made: Path, tiny: Source, tmp_path: Path, encoding: str) -> N
     agrees(reader, open_folder(made, "train", 3, clips=True), worst=5e-3)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_strong_and_mixed_clips(made: Path, tiny: Source, tmp_path: Path, damaged: bool) -> None:
+    """Also where a partner is unreadable: what would be mixed with it stays as it is."""
+    folder = shutil.copytree(made, tmp_path / "clips")
+    if damaged:
+        (folder / "train/run/video 0/image_00007.jpg").write_bytes(b"no image")
+    policy = f"{TRAINING}:{SMALL},trivial=1,jitter=0.4,erase=0.5,mixup=0.8,cutmix=1"
+    reader = label(tmp_path, open_target(str(folder)), tiny, policy, "uniform-2", on_error="skip")
+    agrees(reader, open_folder(folder, "train", None, clips=True), skipped=2 * damaged)
+
+
 @pytest.mark.parametrize("limit", [None, 3])
 def test_windows(made: Path, tiny: Source, tmp_path: Path, limit: int | None) -> None:
     target = open_target(str(made), limit=limit, strict=True)

@@ -279,3 +279,39 @@ def test_one_decoding_makes_a_bounded_number_of_views(
     cache = cache_of(tmp_path / "cache", views)
     assert passed(cache, decoded) == [2] * COUNT
     assert passed(cache, decoded) == [0] * COUNT
+
+
+@pytest.mark.parametrize("mixing", ["mixup=0.4", "cutmix=1,trivial=1"])
+def test_mixed_views_are_made_of_kept_ones(
+    photos: Path, tmp_path: Path, decoded: Counter[int], mixing: str
+) -> None:
+    """Nothing is decoded twice, and a partner's file that has changed is read again."""
+    policy = parse_policy(f"{CROP},{mixing}")
+    views = Views(open_target(str(photos)), policy)
+    cache = open_view_cache(tmp_path / "kept", GIB, views, SEEDS)
+    assert cache is not None
+    for _ in range(2):
+        for seed in range(SEEDS):
+            found, expected = cache.seen(ALL, seed), views.seen(ALL, [seed])
+            assert found is not None and found.mixed is not None
+            np.testing.assert_array_equal(found.views, expected.views[seed])
+            np.testing.assert_array_equal(found.checks, checks_of(expected.views[seed]))
+            np.testing.assert_array_equal(found.mixed.weights, expected.mixed[seed].weights)
+            np.testing.assert_array_equal(found.mixed.partners, expected.mixed[seed].partners)
+    decoded.clear()
+    for seed in range(SEEDS):
+        cache.seen(ALL, seed)
+    assert not decoded
+    before = cache.seen(ALL, 0)
+    assert before is not None and before.mixed is not None
+    changed = 2
+    assert views.target.paths is not None
+    path = views.target.paths[changed]
+    write_images(path.parent, np.full((1, 22, 28, 3), 200, np.uint8))
+    assert path.name == "0000.png"
+    after, expected = cache.seen(ALL, 0), Views(open_target(str(photos)), policy).seen(ALL, [0])
+    assert after is not None
+    np.testing.assert_array_equal(after.views, expected.views[0])
+    by_partner = (before.mixed.partners == changed) & (changed != ALL)
+    differ = (after.views != before.views).any((1, 2, 3))
+    assert differ[by_partner & (before.mixed.weights < 1)].all() and differ.sum() <= 2

@@ -1,0 +1,1 @@
+"""Images that lie in files of many samples: Hugging Face datasets, WebDataset tars, Parquet."""
