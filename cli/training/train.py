@@ -68,6 +68,7 @@ GROUPS = {
         "label_cache_size",
         "label_wait",
         "seeds",
+        "views_per_image",
         "live",
         "weights",
         "preprocessing",

@@ -25,6 +25,8 @@ class SoftLabelBatch:
 
     Attributes:
         samples: Row numbers of the samples in the target: int64 ``[n]``, a numpy array.
+        seeds: The view seed of each view: int64 ``[n]``, a numpy array; None where all views of
+            the epoch have one.
         views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips, on the device.
         labels: True classes on the device: int64 ``[n]``; ``[n, C]`` if a sample may have several
             classes (1 present, 0 absent, -1 difficult).
@@ -47,9 +49,11 @@ class SoftLabelBatch:
         whole: int | None = None,
         unreadable: int = 0,
         checked: int = 0,
+        seeds: Int64 | None = None,
     ) -> None:
         self.samples, self.views, self.labels = samples, views, labels
         self.position, self.unreadable, self.checked = position, unreadable, checked
+        self.seeds = seeds
         self.whole = len(samples) if whole is None else whole
         self._window, self._normalise = soft_labels, normalise
         self._images: Tensor | None = None
@@ -62,7 +66,10 @@ class SoftLabelBatch:
     def __getitem__(self, rows: slice) -> SoftLabelBatch:
         """Some of the samples as a batch of their own, as gradient accumulation needs them."""
         return self._changed(
-            samples=self.samples[rows], views=self.views[rows], labels=self.labels[rows]
+            samples=self.samples[rows],
+            views=self.views[rows],
+            labels=self.labels[rows],
+            seeds=None if self.seeds is None else self.seeds[rows],
         )
 
     @property
@@ -90,7 +97,7 @@ class SoftLabelBatch:
             InputError: If the labels are stored as top-k, which is wrong at this temperature.
         """
         if self._soft is None:
-            self._soft = self._window.of(self.samples, self.views)
+            self._soft = self._window.of(self.samples, self.views, self.seeds)
         return self._soft.soft(source, temperature).to(self.views.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SoftLabelBatch:

@@ -26,7 +26,7 @@ from sskt.teacher_cache.views.frame_sampling import parse_frame_sampling
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, TrainConfig, code_of
-from sskt.trainer.data.epoch_order import EpochOrder
+from sskt.trainer.data.epoch_order import EpochOrder, require_repeats, seeds_needed
 from sskt.trainer.data.label_choice import choose_label_sets, require_identity
 from sskt.trainer.data.soft_labels import Window
 from sskt.trainer.data.splits import open_split, split_to_test
@@ -95,6 +95,7 @@ class Plan:
             config.seed,
             config.memory * 2**30 / ranks.local,
             ranks,
+            config.views_per_image,
         )
 
     def windows(self, epoch: int) -> list[Window]:
@@ -247,9 +248,12 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
             f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
             f"found --loss {'+'.join(loss)} over {config.target}"
         )
-    seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
+    repeats = config.views_per_image
+    every = -(-config.epochs // repeats) * repeats
+    seeds = config.seeds or min([s.seeds for s in sets.values()], default=every)
+    require_repeats(repeats, seeds, config.batch_size, ranks.world)
     for label_set in sets.values():
-        require_seeds(label_set, min(seeds, config.epochs), ask=ask)
+        require_seeds(label_set, seeds_needed(seeds, config.epochs, repeats), ask=ask)
         error = label_set.attributes.get("error")
         require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
     if config.batch_size < ranks.world:
