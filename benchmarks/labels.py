@@ -208,15 +208,11 @@ class TinyViT:
             records.tofile(folder / f"{seed}.bin")
 
     def open(self) -> None:
-        self._files = [path.open("rb") for path in sorted(self._folder.glob("*.bin"))]
+        paths = sorted(self._folder.glob("*.bin"))
+        self._records = [np.memmap(path, self._record, "r") for path in paths]
 
     def read(self, seed: int, samples: NDArray[np.int64]) -> Tensor:
-        file, size = self._files[seed], self._record.itemsize
-        parts = []
-        for sample in samples.tolist():
-            file.seek(sample * size)
-            parts.append(file.read(size))
-        records = np.frombuffer(b"".join(parts), self._record)
+        records = self._records[seed][samples]
         return _filled(records["index"], records["value"])
 
 

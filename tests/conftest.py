@@ -28,9 +28,17 @@ TRAIN_EACH, TEST_EACH = 200, 50
 SAFELY: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cuda",
+        help="Device of the tests marked gpu; with cpu they run without a GPU.",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips tests that need a GPU on a machine without one."""
-    if not torch.cuda.is_available():
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
@@ -45,6 +53,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("SSKT_DATA", "SSKT_CACHE", "SSKT_LABELS"):
             patch.delenv(name, raising=False)
         yield folder
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where a test marked gpu runs."""
+    return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

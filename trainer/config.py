@@ -156,6 +156,9 @@ class TrainConfig:
         label_cache: Folder that keeps what a label server sent. Default: a temporary one.
         label_cache_size: GiB that this folder may take. Default: 50, of a temporary one 20.
         label_wait: Minutes to wait for a label server that cannot be reached.
+        follow: Train while labels are still being written: an epoch waits for the labels of its
+            own view seed. Minutes that labels may stay missing while no process writes them.
+            Default: missing labels are an error.
         out: Folder of this run. Default: runs/NAME.
         device: Device: cpu, cuda, cuda:1. auto: cuda if there is one.
         precision: Arithmetic of the target network.
@@ -237,6 +240,7 @@ class TrainConfig:
     label_cache: Folder | None = None
     label_cache_size: Above0 | None = None
     label_wait: AtLeast0 = 60.0
+    follow: Above0 | None = None
     out: Folder | None = None
     device: str = "auto"
     precision: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
@@ -299,7 +303,7 @@ WITH_OWN = frozenset(
 """The fields of these that also take a function of the user."""
 AUXILIARY = frozenset(
     ("tm", "alpha", "temperature", "source_weight", "force_topk", "cache", "labels", "label_cache")
-)
+) | frozenset(("follow",))
 """Fields of the auxiliary task: with one of them given, labels are trained from."""
 FOLLOWED: dict[str, Any] = {
     "policy": AUTO,
@@ -316,7 +320,15 @@ FOLLOWED: dict[str, Any] = {
 INDIFFERENT = frozenset(
     ("root", "cache", "out", "device", "workers", "memory", "download", "save_minutes", "labels")
 ) | frozenset(
-    ("label_cache", "label_cache_size", "label_wait", "on_error", "view_cache", "view_cache_size")
+    (
+        "label_cache",
+        "label_cache_size",
+        "label_wait",
+        "follow",
+        "on_error",
+        "view_cache",
+        "view_cache_size",
+    )
 )
 """Fields that may change between a run and its resumption."""
 

@@ -67,6 +67,7 @@ GROUPS = {
         "label_cache",
         "label_cache_size",
         "label_wait",
+        "follow",
         "seeds",
         "views_per_image",
         "live",

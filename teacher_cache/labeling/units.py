@@ -97,7 +97,8 @@ def units(
 
     From files, the seeds of a block share a unit, as many as ``memory`` GiB allow when two units
     are open at once, and few enough that each of ``world`` processes has one. Images in RAM
-    need no decoding: one shard a unit.
+    need no decoding: one shard a unit. The units of the first seeds come first, so that a training
+    that follows can begin with them.
     """
     found: list[Unit] = []
     for rows in sorted({s.shard_rows for s in sets}):
@@ -111,7 +112,7 @@ def units(
             found += [
                 Unit(rows, tuple(shards[i : i + together])) for i in range(0, seeds, together)
             ]
-    return found
+    return sorted(found, key=lambda unit: unit.shards[0].seed)
 
 
 def seeds_together(

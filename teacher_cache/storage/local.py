@@ -150,7 +150,11 @@ class LocalStorage:
                 sync_folder(folder)
 
     def locks(self, name: str) -> Locks:
-        return Locks(self.path / LOCKS / f"{name}.lock")
+        return Locks(self.lock_path(name))
+
+    def lock_path(self, name: str) -> Path:
+        """The file whose bytes are the locks of a label set of this cache."""
+        return self.path / LOCKS / f"{name}.lock"
 
     def close(self) -> None:
         """Does nothing: no method waits."""
@@ -164,7 +168,7 @@ class LocalStorage:
             found = _PARTIAL.fullmatch(leftover.name)
             if not found or not leftover.is_dir():
                 continue
-            lock = self.path / LOCKS / f"{found[1]}.lock"
+            lock = self.lock_path(found[1])
             if not Locks.open_here(lock):
                 with contextlib.closing(Locks(lock)) as locks:
                     if locks.acquire(METADATA) and locks.abandoned(leftover):

@@ -7,6 +7,7 @@ when the loader has gone on to other batches.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_vie
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
 from sskt.trainer.data.epoch_order import EpochOrder, require_repeats, seeds_needed
+from sskt.trainer.data.following import Follow
 from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
 from sskt.trainer.data.label_choice import find_labels
 from sskt.trainer.data.loader import Batch, Feed, in_memory
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from sskt.trainer.loop.setup import Plan
 
 Int64 = NDArray[np.int64]
+
+_log = logging.getLogger("sskt")
 
 LATE = 4
 """Batches after which views that were made on the device must have been compared."""
@@ -94,6 +98,9 @@ class SoftLabelLoader:
         on_error: What an unreadable sample does: ``fail`` raises ``BadImage``, ``skip`` leaves it
             out.
         force_topk: Whether to decode top-k labels at a temperature other than 1.
+        follow: Waits for labels that are still being written: minutes that they may stay missing
+            while no process is known to write them. The logger ``sskt`` is told of each wait.
+            Default: labels that are missing are an error.
         rank: Number of this process among those that share each batch; default: as in
             ``torch.distributed`` if it is initialised, else 0.
         world_size: Number of these processes; default: as in ``torch.distributed``, else 1.
@@ -131,6 +138,7 @@ class SoftLabelLoader:
         view_cache_size: float = DEFAULT_GIB,
         on_error: str = "fail",
         force_topk: bool = False,
+        follow: float | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -152,7 +160,9 @@ class SoftLabelLoader:
             seeds = min((s.seeds for s in sets.values()), default=ENDLESS)
         require_repeats(views_per_image, seeds, batch_size, ranks.world)
         for label_set in sets.values():
-            require_seeds(label_set, seeds_needed(seeds, epochs or seeds, views_per_image))
+            needed = seeds_needed(seeds, epochs or seeds, views_per_image)
+            if follow is None or label_set.seeds < needed:
+                require_seeds(label_set, needed)
         if dist.is_available() and dist.is_initialized() and ranks.world == dist.get_world_size():
             seeds = min(ranks.gathered(seeds))  # a set may grow while the processes open it
         order = EpochOrder(
@@ -166,6 +176,7 @@ class SoftLabelLoader:
             views_per_image,
         )
         place = usable_device(str(device))
+        waiting = None if follow is None else Follow(follow, _log.warning)
         self._set_up(
             views,
             [],
@@ -178,17 +189,22 @@ class SoftLabelLoader:
             force_topk,
             None if view_cache is None else Path(view_cache),
             view_cache_size,
+            waiting,
         )
 
     @classmethod
     def of_plan(
-        cls, plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None
+        cls,
+        plan: Plan,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        note: Callable[[str], None] = lambda sentence: None,
     ) -> SoftLabelLoader:
         """Makes the loader of a planned training, whose sources may be live.
 
         Args:
             plan: The plan.
             progress: Called with the number of images that were decoded into RAM, and of all.
+            note: Called with a sentence when the training begins to wait for labels.
 
         Returns:
             The loader, before the first epoch.
@@ -206,6 +222,7 @@ class SoftLabelLoader:
             config.force_topk,
             config.view_cache,
             config.view_cache_size,
+            None if config.follow is None else Follow(config.follow, note),
             progress,
         )
         return self
@@ -223,6 +240,7 @@ class SoftLabelLoader:
         force_topk: bool,
         view_cache: Path | None,
         view_cache_size: float,
+        follow: Follow | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.views = held_in_memory(views, order.memory, progress)
@@ -230,7 +248,9 @@ class SoftLabelLoader:
         self._normalise, self._epochs = normalise, epochs
         self._classes = {source.name: source.classes for source in live}
         self._classes |= {name: s.classes for name, s in order.sets.items()}
-        self._labels = labels_over(self.views, order.sets, live, device, force_topk=force_topk)
+        self._labels = labels_over(
+            self.views, order.sets, live, device, force_topk=force_topk, follow=follow
+        )
         seeds = seeds_needed(order.seeds, epochs or order.seeds, order.repeats)
         cache = open_view_cache(view_cache, view_cache_size, self.views, seeds)
         checked = bool(order.sets)

@@ -25,6 +25,7 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.views.views import Views
+from sskt.trainer.data.following import Follow
 
 Int64 = NDArray[np.int64]
 UInt32 = NDArray[np.uint32]
@@ -152,11 +153,12 @@ def labels_over(
     device: torch.device,
     *,
     force_topk: bool = False,
+    follow: Follow | None = None,
 ) -> Labels:
     """The soft labels of views: from ``live`` sources, else from label sets, else none."""
     if live:
         return LiveLabels(live, views)
-    return StoredLabels(sets, device, force_topk=force_topk) if sets else NoLabels()
+    return StoredLabels(sets, device, force_topk=force_topk, follow=follow) if sets else NoLabels()
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,13 @@ class _StoredBatch:
         require_temperature(
             label_set.encoding, temperature, error, force=self.window_labels.force_topk
         )
+        encoded = self.window_labels.encoded[source]
+        if self.window_labels.on_device and device.type == "cuda":
+            # Their memory is that of another stream, which may use it again once they are dropped.
+            for values in encoded.values():
+                values.record_stream(torch.cuda.current_stream(device))
         rows = {
-            key: values[self.rows].to(device, non_blocking=True)
-            for key, values in self.window_labels.encoded[source].items()
+            key: values[self.rows].to(device, non_blocking=True) for key, values in encoded.items()
         }
         return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
 
@@ -264,9 +270,15 @@ class StoredLabels:
     """
 
     def __init__(
-        self, sets: Mapping[str, LabelSet], device: torch.device, *, force_topk: bool = False
+        self,
+        sets: Mapping[str, LabelSet],
+        device: torch.device,
+        *,
+        force_topk: bool = False,
+        follow: Follow | None = None,
     ) -> None:
         self._sets, self._device, self._force_topk = dict(sets), device, force_topk
+        self._follow = follow
         row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets.values())
         self._rows_there = 0
         if device.type == "cuda":
@@ -276,6 +288,9 @@ class StoredLabels:
         self._current: _StoredWindow | None = None
 
     def _read(self, window: Window) -> _StoredWindow:
+        if self._follow is not None:
+            for seed in window.seeds:
+                self._follow.wait(self._sets, seed, window.ranges)
         encoded: dict[str, EncodedTensors] = {}
         count, turns = len(window.samples), len(window.seeds)
         on_device = count * turns <= self._rows_there
@@ -332,6 +347,9 @@ class StoredLabels:
         """See ``Labels``. Raises ``IncompleteLabels`` or ``CorruptStore``."""
         if self._current is None or window != self._current.window:
             ahead, self._current = self._ahead, None
+            if self._follow is not None:
+                for seed in window.seeds:
+                    self._follow.announce(self._sets, seed, window.ranges)
             self._current = (
                 ahead[1].result() if ahead and ahead[0] == window else self._read(window)
             )
@@ -341,7 +359,9 @@ class StoredLabels:
         return self._current
 
     def close(self) -> None:
-        """Stops reading ahead, and what waits for a label server."""
+        """Stops reading ahead, and what waits for labels or for a label server."""
+        if self._follow is not None:
+            self._follow.close()
         for label_set in self._sets.values():
             label_set.storage.close()
         self._pool.shutdown(cancel_futures=True)

@@ -19,7 +19,8 @@ class Hooks:
     """How a caller follows a run.
 
     Steps of an epoch, images loaded, batches tested, and the record of an epoch. ``note`` gets
-    what a user must know of the run, one sentence a call, before the first epoch.
+    what a user must know of the run, one sentence a call: before the first epoch, and when the
+    training waits for labels.
     """
 
     step: Callable[[int, int, int], None] = lambda epoch, done, total: None

@@ -253,7 +253,9 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     seeds = config.seeds or min([s.seeds for s in sets.values()], default=every)
     require_repeats(repeats, seeds, config.batch_size, ranks.world)
     for label_set in sets.values():
-        require_seeds(label_set, seeds_needed(seeds, config.epochs, repeats), ask=ask)
+        needed = seeds_needed(seeds, config.epochs, repeats)
+        if config.follow is None or label_set.seeds < needed:
+            require_seeds(label_set, needed, ask=ask)
         error = label_set.attributes.get("error")
         require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
     if config.batch_size < ranks.world:

@@ -67,7 +67,7 @@ class Trainer:
         self.early = EarlyStop(config.early_stop)
         # First the test split: with little room for views, its are those of every epoch.
         self.evaluation = Evaluation(plan, self.step, self.method, self.hooks)
-        self.loader = SoftLabelLoader.of_plan(plan, self.hooks.load)
+        self.loader = SoftLabelLoader.of_plan(plan, self.hooks.load, self.hooks.note)
         self._autosave = checkpoints.Autosave(self)
         self.epoch = 0
         self.progress = Progress()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
@@ -138,13 +139,17 @@ def test_constants_of_the_preprocessing_can_be_used_after_inference(tiny: Source
 
 
 @pytest.mark.gpu
-def test_forward_does_not_wait_for_the_accelerator(tiny: Source) -> None:
-    source = freeze("t", "t", tiny.network, tiny.preprocessing, tiny.classes, device="cuda")
-    views = clips(8, 2).pin_memory()
+def test_forward_does_not_wait_for_the_accelerator(tiny: Source, device: torch.device) -> None:
+    network = copy.deepcopy(tiny.network)
+    source = freeze("t", "t", network, tiny.preprocessing, tiny.classes, device=device)
+    cuda = device.type == "cuda"
+    views = clips(8, 2).pin_memory() if cuda else clips(8, 2)
     source.forward(views)
-    torch.cuda.set_sync_debug_mode("error")
+    if cuda:
+        torch.cuda.set_sync_debug_mode("error")
     try:
         log_p = source.forward(views)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
     source.require_finite(log_p.cpu().numpy())

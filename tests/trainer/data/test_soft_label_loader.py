@@ -226,7 +226,12 @@ def test_a_changed_image_is_named(target: Target, label_cache: Path) -> None:
     ],
 )
 def test_one_changed_image_of_a_batch_is_named(
-    images: Path, tiny: Source, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    images: Path,
+    tiny: Source,
+    tmp_path: Path,
+    where: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One of 60 in a single batch, whose file keeps its size (PNGs without compression)."""
     folder = shutil.copytree(images, tmp_path / "images")
@@ -242,7 +247,7 @@ def test_one_changed_image_of_a_batch_is_named(
     def loader() -> SoftLabelLoader:
         given: dict[str, Any] = {"memory": memory, "batch_size": 60}
         given["workers"] = 2 if "workers" in where else 0
-        given |= {"device": "cuda"} if where in GPU else {}
+        given |= {"device": str(device)} if where in GPU else {}
         return loader_of(open_target(str(folder)), tmp_path / "cache", **given)
 
     (batch,) = loader()
