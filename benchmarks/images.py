@@ -1,4 +1,8 @@
-"""Images a second that reach the network, against torchvision's reference way, in turn.
+"""Images to views, against torchvision, in turn.
+
+First one JPEG file to its view on one core: torchvision's reference way over PIL, its faster way
+(``decode_image`` and transforms v2 on uint8 tensors), ours, and ours with four view seeds from one
+decoding. Then images a second that reach the network.
 
 The reference: PIL images, torchvision's transforms one sample at a time, a DataLoader with as
 many workers as ours. Images in RAM (real CIFAR-10, crop and flip) and JPEG files (real ImageNet
@@ -9,17 +13,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from sskt.benchmarks.common import cifar_folder, data_folder, interleaved, paired_ratio, report
+from sskt.benchmarks.common import (
+    cifar_folder,
+    data_folder,
+    interleaved,
+    paired_ratio,
+    report,
+    sized,
+)
 from sskt.teacher_cache.api import open_target
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
@@ -61,6 +74,7 @@ def main() -> None:
             rows.append((f"{name}: {way}", count / float(np.median(taken)), "images/s"))
         ratio = paired_ratio(seconds["torchvision"], seconds["ours"])
         rows.append((f"{name}: ours / torchvision", ratio, "x"))
+    rows += file_to_view(imagenet)
     report(f"views for the network, {WORKERS} workers", rows, {"batch": BATCH})
     shutil.rmtree(cifar.parent)
     shutil.rmtree(imagenet)
@@ -74,6 +88,46 @@ def imagenet_folder() -> Path:
         for copy in range(3):
             (folder / "train" / f"class{i % 10}" / f"{copy}-{path.name}").symlink_to(path)
     return folder
+
+
+def file_to_view(folder: Path) -> list[tuple[str, float, str]]:
+    """CPU time from an ImageNet file to its 224-pixel view, one thread, the ways in turn."""
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    views = Views(open_target(str(folder)), parse_policy("random-resized-crop-flip"))
+    paths = [str(path) for path in views.target.paths or ()]
+    files = range(0, len(paths), 3)  # the folder has each image three times
+    by_pil = transforms.Compose(
+        [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    )
+    by_tensor = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
+    ways: dict[str, Callable[[int], object]] = {
+        "torchvision over PIL": lambda i: np.asarray(by_pil(Image.open(paths[i]).convert("RGB"))),
+        "torchvision on tensors": lambda i: by_tensor(decode_image(paths[i], ImageReadMode.RGB)),
+        "ours": lambda i: views.seen(np.array([i]), [0]),
+        "ours, four seeds": lambda i: views.seen(np.array([i]), [0, 1, 2, 3]),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(sized(ROUNDS, 2) + 1):
+        for i in files:
+            for name, way in ways.items():
+                begin = time.thread_time()
+                way(i)
+                if turn:
+                    seconds[name].append(time.thread_time() - begin)
+    torch.set_num_threads(threads)
+    seconds["ours, four seeds"] = [taken / 4 for taken in seconds["ours, four seeds"]]
+    rows = [
+        (f"one file to a view: {name}", 1000 * float(np.median(taken)), "ms")
+        for name, taken in seconds.items()
+    ]
+    for name in ("ours", "ours, four seeds"):
+        ratio = paired_ratio(seconds["torchvision on tensors"], seconds[name])
+        rows.append((f"one file to a view: {name} / torchvision on tensors", ratio, "x"))
+    return rows
 
 
 def by_us(views: Views, device: torch.device, size: int) -> Callable[[], None]:
@@ -115,8 +169,6 @@ class InRam(Dataset[tuple[Tensor, int]]):
         return len(self._held)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
         image, label = self._held[index]
         return self._transform(Image.fromarray(image)), label
 

@@ -102,7 +102,9 @@ class InMemory:
     def __init__(self, views: np.ndarray[Any, Any]) -> None:
         self._views = torch.from_numpy(views)
 
-    def __call__(self, batches: Sequence[np.ndarray[Any, Any]], seed: int) -> Iterator[Batch]:
+    def __call__(
+        self, batches: Sequence[np.ndarray[Any, Any]], seed: int, others: Sequence[int] = ()
+    ) -> Iterator[Batch]:
         for samples in batches:
             yield Batch(samples, self._views[torch.from_numpy(samples)], None, [])
 

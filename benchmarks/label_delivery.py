@@ -90,10 +90,14 @@ class Decoded:
     def checked(self) -> bool:
         return False
 
-    def check(self, samples: NDArray[Any], checks: NDArray[Any]) -> int:
+    def check(
+        self, samples: NDArray[Any], checks: NDArray[Any], seeds: NDArray[Any] | None = None
+    ) -> int:
         return 0
 
-    def of(self, samples: NDArray[Any], views: Tensor) -> BatchLabels:
+    def of(
+        self, samples: NDArray[Any], views: Tensor, seeds: NDArray[Any] | None = None
+    ) -> BatchLabels:
         return DecodedBatch(self.stored, torch.from_numpy(samples), views.device)
 
 

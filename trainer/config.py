@@ -126,6 +126,8 @@ class TrainConfig:
         preprocessing: With --live: [NAME:]size=..,mean=a/b/c,... Repeat.
         epochs: Passes over the training split.
         seeds: View seeds S to cycle through: epoch e sees seed e mod S. Default: all stored.
+        views_per_image: Views K of each image in a batch, under K view seeds, from one decoding. K
+            epochs visit the pairs of image and view seed of K epochs with one view.
         seed: Seed of initialisation and order.
         batch_size: Images of a step, of all processes together.
         accumulate: Forward a batch in this many parts, then step once.
@@ -213,6 +215,7 @@ class TrainConfig:
     preprocessing: Texts = field(default_factory=list)
     epochs: Count = 200
     seeds: Count | None = None
+    views_per_image: Count = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     batch_size: Count = 128
     accumulate: Count = 1

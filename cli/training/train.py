@@ -69,6 +69,7 @@ GROUPS = {
         "label_wait",
         "follow",
         "seeds",
+        "views_per_image",
         "live",
         "weights",
         "preprocessing",

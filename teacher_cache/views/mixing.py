@@ -9,7 +9,7 @@ an independent reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,14 @@ class Mixed:
 
     partners: Int64
     weights: NDArray[np.float32]
+
+
+def all_mixed(parts: Sequence[Mixed]) -> Mixed:
+    """What the views of several batches were mixed with, one batch after the other."""
+    return Mixed(
+        np.concatenate([part.partners for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+    )
 
 
 def require_range(name: str, parameters: dict[str, int | float]) -> None:

@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,23 @@ _log = logging.getLogger("sskt")
 
 @dataclass(frozen=True)
 class CachedViews:
-    """Views of several samples under one seed.
+    """Views of several samples under several seeds.
 
     Attributes:
         rows: The samples that could be read, int64 ``[n]``.
-        views: Their views, uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
-        checks: Their view checks, uint32 ``[n]``.
+        views: Their views by seed: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips.
+        checks: Their view checks by seed: uint32 ``[n]``.
         bad: The other samples, each with the reason.
         failure: Why a view could not be stored; empty if none was refused.
-        mixed: What the views were mixed with; None under a policy that mixes none.
+        mixed: What the views of a seed were mixed with; empty under a policy that mixes none.
     """
 
     rows: Int64
-    views: UInt8
-    checks: NDArray[np.uint32]
+    views: dict[int, UInt8]
+    checks: dict[int, NDArray[np.uint32]]
     bad: list[tuple[int, str]]
     failure: str = ""
-    mixed: Mixed | None = None
+    mixed: dict[int, Mixed] = field(default_factory=dict)
 
 
 class ViewCache:
@@ -117,14 +118,14 @@ class ViewCache:
         """Whether all views of a seed are likely to be stored; those that are not are made."""
         return self._filled and self._storing and self._rows >= (seed + 1) * len(self._views.target)
 
-    def seen(self, samples: Int64, seed: int) -> CachedViews | None:
+    def seen(self, samples: Int64, seeds: Sequence[int]) -> CachedViews | None:
         """Reads the views of several samples, and makes and stores those that are missing.
 
         A sample that is decoded gets its views under the other seeds of the training too.
 
         Args:
             samples: int64 ``[n]``.
-            seed: View seed.
+            seeds: View seeds.
 
         Returns:
             The views; None if one has another shape than the first view of the target.
@@ -132,46 +133,54 @@ class ViewCache:
         Raises:
             MissingData: If a file cannot be opened.
         """
-        own = self._unmixed(samples, seed)
+        own = self._unmixed(samples, seeds)
         if own is None or not mixes(self._views.policy):
             return own
 
         def read(rows: Int64, seed: int) -> DecodedViews:
-            found = self._unmixed(rows, seed)
+            found = self._unmixed(rows, [seed])
             if found is None:
                 return self._views.unmixed(rows, [seed])
-            return DecodedViews(found.rows, {seed: found.views}, found.bad)
+            return DecodedViews(found.rows, found.views, found.bad)
 
-        found = self._views.mix(DecodedViews(own.rows, {seed: own.views}, own.bad), read)
-        views = found.views[seed]
-        checks = checks_of(views)
-        return CachedViews(own.rows, views, checks, own.bad, own.failure, found.mixed[seed])
+        found = self._views.mix(DecodedViews(own.rows, own.views, own.bad), read)
+        checks = {seed: checks_of(views) for seed, views in found.views.items()}
+        return replace(own, views=found.views, checks=checks, mixed=found.mixed)
 
-    def _unmixed(self, samples: Int64, seed: int) -> CachedViews | None:
+    def _unmixed(self, samples: Int64, seeds: Sequence[int]) -> CachedViews | None:
         """The samples' own views. What is stored depends on one file each, also of mixed views."""
-        views = np.empty((len(samples), *self._shape), np.uint8)
-        checks = np.zeros(len(samples), np.uint32)
+        views = {seed: np.empty((len(samples), *self._shape), np.uint8) for seed in seeds}
+        checks = {seed: np.zeros(len(samples), np.uint32) for seed in seeds}
         there = np.ones(len(samples), np.bool_)
         bad: list[tuple[int, str]] = []
         failure = ""
         for i, sample in enumerate(samples.tolist()):
             tag = self._tag_of(sample)
-            if self._read(seed, sample, tag, views[i]):
-                checks[i] = tag["check"]
+            missing = []
+            for seed in seeds:
+                check = self._read(seed, sample, tag, views[seed][i])
+                if check is None:
+                    missing.append(seed)
+                else:
+                    checks[seed][i] = check
+            if not missing:
                 continue
-            wanted = [seed, *self._lacking(seed, sample, tag)]
-            decoded = self._views.unmixed(np.array([sample]), wanted)
-            if decoded.bad:
-                bad += decoded.bad
+            ahead = self._lacking(missing[0], sample, tag)
+            made = self._views.unmixed(np.array([sample]), list(dict.fromkeys((*missing, *ahead))))
+            if made.bad:
+                bad += made.bad
                 there[i] = False
                 continue
-            if any(made.shape[1:] != self._shape for made in decoded.views.values()):
+            if any(some.shape[1:] != self._shape for some in made.views.values()):
                 return None
-            views[i] = decoded.views[seed][0]
-            checks[i] = check_of(views[i])
-            failure = failure or self._store(decoded, sample, tag)
+            for seed in missing:
+                views[seed][i] = made.views[seed][0]
+                checks[seed][i] = check_of(views[seed][i])
+            failure = failure or self._store(made, sample, tag)
         if bad:
-            samples, views, checks = samples[there], views[there], checks[there]
+            samples = samples[there]
+            views = {seed: some[there] for seed, some in views.items()}
+            checks = {seed: some[there] for seed, some in checks.items()}
         return CachedViews(samples, views, checks, bad, failure)
 
     def _tag_of(self, sample: int) -> NDArray[Any]:
@@ -195,18 +204,19 @@ class ViewCache:
             weakref.finalize(self, os.close, self._handle)
         return self._handle
 
-    def _read(self, seed: int, sample: int, tag: NDArray[Any], out: UInt8) -> bool:
-        """Reads a view into ``out`` and its check into ``tag``; whether it was there."""
+    def _read(self, seed: int, sample: int, tag: NDArray[Any], out: UInt8) -> int | None:
+        """Reads a view into ``out``. Returns its check; None if it is not there."""
         place = self._place(seed, sample)
         if place is None:
-            return False
+            return None
         found = np.zeros((), _TAG)
         try:
             got = os.preadv(self._file(), [_bytes(found), _bytes(out)], place)
         except OSError:
-            return False
-        tag["check"] = check_of(out)
-        return got == self._stride and bool(found == tag)
+            return None
+        expected, check = tag.copy(), check_of(out)
+        expected["check"] = check
+        return check if got == self._stride and found == expected else None
 
     def _lacking(self, seed: int, sample: int, tag: NDArray[Any]) -> list[int]:
         """The other seeds whose view of a sample can be stored and is not there, next ones first.
@@ -228,9 +238,9 @@ class ViewCache:
                 lacking.append(other)
         return lacking[: TOGETHER_BYTES // self._stride]
 
-    def _store(self, decoded: DecodedViews, sample: int, tag: NDArray[Any]) -> str:
+    def _store(self, made: DecodedViews, sample: int, tag: NDArray[Any]) -> str:
         """Stores the views of one sample. Returns why not; empty if they are stored."""
-        for seed, (view,) in decoded.views.items():
+        for seed, (view,) in made.views.items():
             place = self._place(seed, sample) if self._storing else None
             if place is None:
                 continue

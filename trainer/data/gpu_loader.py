@@ -31,10 +31,15 @@ class ResidentFeed:
     views: Views
     images: Tensor
 
-    def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
-        """Batches with views uint8 ``[n, H, W, 3]`` on the device."""
+    def __call__(
+        self, batches: Sequence[Int64], seed: int, others: Sequence[int] = ()
+    ) -> Iterator[Batch]:
+        """Batches with views uint8 ``[n, H, W, 3]`` on the device; see ``Feed``."""
+        seeds = (seed, *others)
         for samples in batches:
-            yield Batch(samples, self.seen(samples, seed), None, [])
+            views = torch.cat([self.seen(samples, each) for each in seeds])
+            of_view = np.repeat(seeds, len(samples)) if others else None
+            yield Batch(np.tile(samples, len(seeds)), views, None, [], of_view)
 
     def seen(self, samples: Int64, seed: int) -> Tensor:
         """Views of ``samples`` under ``seed``: uint8 ``[n, H, W, 3]``."""

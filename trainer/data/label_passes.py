@@ -100,7 +100,8 @@ def evaluation_pass(config: TrainConfig, sources: Sequence[str]) -> LabelPass:
 
 def view_seeds(config: TrainConfig) -> int:
     """View seeds that a training sees."""
-    return min(config.seeds or config.epochs, config.epochs)
+    seen = -(-config.epochs // config.views_per_image) * config.views_per_image
+    return min(config.seeds or seen, seen)
 
 
 def cache_command(wanted: LabelPass, more: Sequence[str] = ()) -> str:

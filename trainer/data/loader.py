@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sskt.teacher_cache.errors import BadImage, InputError, MissingData, SsktError
+from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.targets.base import Target
 from sskt.teacher_cache.views.loader_processes import (
     LoaderFailure,
     LoaderWatch,
     raise_open_files,
 )
-from sskt.teacher_cache.views.mixing import Mixed
+from sskt.teacher_cache.views.mixing import Mixed, all_mixed
 from sskt.teacher_cache.views.view_cache import ViewCache
 from sskt.teacher_cache.views.views import Views, checks_of
 
@@ -42,11 +43,12 @@ class Batch:
     """Views of the readable samples of a batch.
 
     Attributes:
-        samples: Their row numbers: int64 ``[n]``.
+        samples: Their row numbers: int64 ``[n]``; each K times if it has K views.
         views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips. An array on its way from
             a worker where shared memory is scarce, else a tensor.
         checks: View checks, uint32 ``[n]``; None if they are not computed here.
         bad: A message for each sample that could not be read.
+        seeds: The view seed of each view, int64 ``[n]``; None: the one that was asked for.
         error: Why there is no batch; empty if there is one.
         mixed: What the views were mixed with; None under a policy that mixes none.
         not_stored: Why a view could not be stored; empty if none was refused.
@@ -56,6 +58,7 @@ class Batch:
     views: Any
     checks: NDArray[np.uint32] | None
     bad: list[str]
+    seeds: Int64 | None = None
     error: str = ""
     mixed: Mixed | None = None
     not_stored: str = ""
@@ -66,8 +69,10 @@ class Batch:
 
 
 class _Batches(Dataset[Batch]):
-    def __init__(self, feed: Feed, batches: Sequence[Int64], seed: int, workers: int) -> None:
-        self._feed, self._batches, self._seed = feed, batches, seed
+    def __init__(
+        self, feed: Feed, batches: Sequence[Int64], seeds: Sequence[int], workers: int
+    ) -> None:
+        self._feed, self._batches, self._seeds = feed, batches, tuple(seeds)
         self._in_flight = workers * (LEAD + 1)
 
     def __len__(self) -> int:
@@ -81,28 +86,50 @@ class _Batches(Dataset[Batch]):
         return replace(batch, views=torch.from_numpy(batch.views))
 
     def _read(self, samples: Int64) -> Batch:
-        feed, seed, nothing = self._feed, self._seed, np.zeros(0, np.uint8)
+        feed, seeds, nothing = self._feed, self._seeds, np.zeros(0, np.uint8)
         if feed.cache is not None:
-            cached = feed.cache.seen(samples, seed)
+            cached = feed.cache.seen(samples, seeds)
             if cached is not None:
-                bad = [message for _, message in cached.bad]
-                checks = cached.checks if feed.checked else None
-                return Batch(
+                return self._joined(
                     cached.rows,
-                    cached.views,
-                    checks,
-                    bad,
-                    not_stored=cached.failure,
-                    mixed=cached.mixed,
+                    list(cached.views.values()),
+                    list(cached.checks.values()) if feed.checked else [],
+                    cached.bad,
+                    list(cached.mixed.values()),
+                    cached.failure,
                 )
         try:
-            seen = feed.views.seen(samples, [seed])
+            seen = feed.views.seen(samples, seeds)
         except InputError as error:
-            return Batch(samples, nothing, None, [], str(error))
-        views = seen.views.get(seed, nothing)
-        checks = checks_of(views) if feed.checked else None
-        bad = [message for _, message in seen.bad]
-        return Batch(seen.rows, views, checks, bad, mixed=seen.mixed.get(seed))
+            return Batch(samples, nothing, None, [], error=str(error))
+        views = [seen.views.get(seed, nothing) for seed in seeds]
+        checks = [checks_of(some) for some in views] if feed.checked else []
+        return self._joined(seen.rows, views, checks, seen.bad, list(seen.mixed.values()))
+
+    def _joined(
+        self,
+        rows: Int64,
+        views: list[UInt8],
+        checks: list[NDArray[np.uint32]],
+        bad: list[tuple[int, str]],
+        mixed: list[Mixed],
+        not_stored: str = "",
+    ) -> Batch:
+        """One batch of the views under all seeds, one seed after the other."""
+        messages = [message for _, message in bad]
+        if len(self._seeds) == 1:
+            made = checks[0] if checks else None
+            what = mixed[0] if mixed else None
+            return Batch(rows, views[0], made, messages, not_stored=not_stored, mixed=what)
+        return Batch(
+            np.tile(rows, len(self._seeds)),
+            np.concatenate(views),
+            np.concatenate(checks) if checks else None,
+            messages,
+            np.repeat(self._seeds, len(rows)),
+            not_stored=not_stored,
+            mixed=all_mixed(mixed) if mixed else None,
+        )
 
 
 def has_shared_memory(size: int) -> bool:
@@ -160,12 +187,15 @@ class Feed:
     checked: bool = False
     cache: ViewCache | None = None
 
-    def __call__(self, batches: Sequence[Int64], seed: int) -> Iterator[Batch]:
+    def __call__(
+        self, batches: Sequence[Int64], seed: int, others: Sequence[int] = ()
+    ) -> Iterator[Batch]:
         """Reads batches.
 
         Args:
             batches: Row numbers of the samples of each batch.
             seed: View seed.
+            others: Further view seeds: each sample is decoded once, and has a view under each.
 
         Yields:
             A batch for each; an empty one if none of its samples can be read.
@@ -176,8 +206,9 @@ class Feed:
             SsktError: If a loader process was killed, or sends nothing.
         """
         workers = min(self._processes(), len(batches))
-        read = self._by_threads if self._stored(seed) and workers else self._by_processes
-        for batch in read(batches, seed, workers):
+        seeds = (seed, *others)
+        read = self._by_threads if self._stored(seeds) and workers else self._by_processes
+        for batch in read(batches, seeds, workers):
             if batch.error:
                 raise InputError(batch.error)
             if batch.not_stored and self.cache is not None:
@@ -188,14 +219,16 @@ class Feed:
         if self.cache is not None:
             self.cache.filled()
 
-    def _stored(self, seed: int) -> bool:
-        return self.cache is not None and self.cache.holds(seed)
+    def _stored(self, seeds: Sequence[int]) -> bool:
+        return self.cache is not None and all(map(self.cache.holds, seeds))
 
-    def _by_threads(self, batches: Sequence[Int64], seed: int, threads: int) -> Iterator[Batch]:
+    def _by_threads(
+        self, batches: Sequence[Int64], seeds: Sequence[int], threads: int
+    ) -> Iterator[Batch]:
         """Batches of stored views. Threads start at once and hold no copies for each other."""
         if self.views.target.reader:  # an own dataset need not bear several threads
             threads = 1
-        made = _Batches(self, batches, seed, 0)
+        made = _Batches(self, batches, seeds, 0)
         with ThreadPoolExecutor(threads, thread_name_prefix="sskt-views") as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
@@ -211,11 +244,13 @@ class Feed:
     def _pinned(self, batch: Batch) -> Batch:
         return batch.pin_memory() if self.pin else batch
 
-    def _by_processes(self, batches: Sequence[Int64], seed: int, workers: int) -> Iterator[Batch]:
+    def _by_processes(
+        self, batches: Sequence[Int64], seeds: Sequence[int], workers: int
+    ) -> Iterator[Batch]:
         if workers:
             raise_open_files()
         loader = DataLoader(
-            _Batches(self, batches, seed, workers),
+            _Batches(self, batches, seeds, workers),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=LEAD if workers else None,

@@ -26,6 +26,8 @@ class SoftLabelBatch:
 
     Attributes:
         samples: Row numbers of the samples in the target: int64 ``[n]``, a numpy array.
+        seeds: The view seed of each view: int64 ``[n]``, a numpy array; None where all views of
+            the epoch have one.
         views: uint8 ``[n, H, W, 3]``, or ``[n, D, H, W, 3]`` for clips, on the device.
         labels: True classes on the device: int64 ``[n]``; ``[n, C]`` if a sample may have several
             classes (1 present, 0 absent, -1 difficult). Under a policy that mixes samples
@@ -55,9 +57,11 @@ class SoftLabelBatch:
         unreadable: int = 0,
         checked: int = 0,
         mixed: Mixed | None = None,
+        seeds: Int64 | None = None,
     ) -> None:
         self.samples, self.views, self.labels = samples, views, labels
         self.position, self.unreadable, self.checked = position, unreadable, checked
+        self.seeds = seeds
         self.whole = len(samples) if whole is None else whole
         self._window, self._normalise = soft_labels, normalise
         self.partners = None if mixed is None else mixed.partners
@@ -77,6 +81,7 @@ class SoftLabelBatch:
             labels=self.labels[rows],
             partners=None if self.partners is None else self.partners[rows],
             weights=None if self.weights is None else self.weights[rows],
+            seeds=None if self.seeds is None else self.seeds[rows],
         )
 
     @property
@@ -104,7 +109,7 @@ class SoftLabelBatch:
             InputError: If the labels are stored as top-k, which is wrong at this temperature.
         """
         if self._soft is None:
-            self._soft = self._window.of(self.samples, self.views)
+            self._soft = self._window.of(self.samples, self.views, self.seeds)
         return self._soft.soft(source, temperature).to(self.views.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SoftLabelBatch:

@@ -32,7 +32,7 @@ from sskt.teacher_cache.views.mixing import Mixed
 from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_view_cache
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
-from sskt.trainer.data.epoch_order import EpochOrder
+from sskt.trainer.data.epoch_order import EpochOrder, require_repeats, seeds_needed
 from sskt.trainer.data.following import Follow
 from sskt.trainer.data.gpu_loader import ResidentFeed, resident_feed
 from sskt.trainer.data.label_choice import find_labels
@@ -85,6 +85,9 @@ class SoftLabelLoader:
         seed: Seed of the order.
         policy: View policy ``NAME[:key=value,...]``; ``auto``: that of the label sets.
         seeds: View seeds S to cycle through; default: all that are stored.
+        views_per_image: Views K of each image in a batch, under K view seeds, from one decoding; a
+            batch of B samples then has B / K images. K epochs together visit the pairs of image
+            and view seed of K ordinary ones: each visits a K-th of the images.
         epochs: Epochs of the training. After the last one nothing is read ahead.
         normalise: Makes ``images`` of uint8 views: ``imagenet`` (mean and standard deviation),
             ``kinetics`` (0 to 255 minus the mean), or a function of uint8 ``[n, H, W, 3]``.
@@ -127,6 +130,7 @@ class SoftLabelLoader:
         seed: int = 0,
         policy: str = AUTO,
         seeds: int | None = None,
+        views_per_image: int = 1,
         epochs: int | None = None,
         normalise: str | Normalise = "imagenet",
         workers: int | None = None,
@@ -155,12 +159,23 @@ class SoftLabelLoader:
         views, sets = find_labels(target, cache, sources, policy)
         if seeds is None:
             seeds = min((s.seeds for s in sets.values()), default=ENDLESS)
+        require_repeats(views_per_image, seeds, batch_size, ranks.world)
         for label_set in sets.values():
-            if follow is None or label_set.seeds < min(seeds, epochs or seeds):
-                require_seeds(label_set, min(seeds, epochs or seeds))
+            needed = seeds_needed(seeds, epochs or seeds, views_per_image)
+            if follow is None or label_set.seeds < needed:
+                require_seeds(label_set, needed)
         if dist.is_available() and dist.is_initialized() and ranks.world == dist.get_world_size():
             seeds = min(ranks.gathered(seeds))  # a set may grow while the processes open it
-        order = EpochOrder(len(views.target), sets, seeds, batch_size, seed, memory * 2**30, ranks)
+        order = EpochOrder(
+            len(views.target),
+            sets,
+            seeds,
+            batch_size,
+            seed,
+            memory * 2**30,
+            ranks,
+            views_per_image,
+        )
         place = usable_device(str(device))
         waiting = None if follow is None else Follow(follow, _log.warning)
         self._set_up(
@@ -237,7 +252,7 @@ class SoftLabelLoader:
         self._labels = labels_over(
             self.views, order.sets, live, device, force_topk=force_topk, follow=follow
         )
-        seeds = min(order.seeds, epochs or order.seeds)
+        seeds = seeds_needed(order.seeds, epochs or order.seeds, order.repeats)
         cache = open_view_cache(view_cache, view_cache_size, self.views, seeds)
         checked = bool(order.sets)
         self.feed = feed_of(self.views, device, workers, on_error, checked=checked, cache=cache)
@@ -337,6 +352,7 @@ class SoftLabelLoader:
             "seeds": order.seeds,
             "seed": order.seed,
             "batch_size": order.batch_size,
+            "views_per_image": order.repeats,
             "world_size": order.ranks.world,
             "rows of labels at a time": len(order.windows(0)[0].samples),
         }
@@ -365,12 +381,13 @@ class SoftLabelLoader:
             batches = order.batches(window, labels.skipped, epoch)
             first = begin[1] if i == begin[0] else 0
             parts = [order.ranks.part(batch) for batch in batches[first:]]
-            for j, found in enumerate(self.feed(parts, window.seed), first):
+            for j, found in enumerate(self.feed(parts, window.seed, window.others), first):
                 self._position = (i, j + 1)
                 unreadable += len(found.bad)
                 # With several processes, one without a readable sample takes part all the same.
                 if len(found.samples) or order.ranks.world > 1:
-                    batch = self._batch(found, labels, (i, j), len(batches[j]), unreadable)
+                    whole = len(batches[j]) * order.repeats
+                    batch = self._batch(found, labels, (i, j), whole, unreadable)
                     self.recent.append(batch)
                     yield batch
                     unreadable = 0
@@ -411,6 +428,7 @@ class SoftLabelLoader:
             unreadable=unreadable,
             checked=checked,
             mixed=found.mixed,
+            seeds=found.seeds,
         )
 
     def _truth(self, rows: Tensor, mixed: Mixed | None) -> Tensor:
@@ -435,7 +453,7 @@ class SoftLabelLoader:
         if found.checks is None:
             self._late.add(found, labels)
             return len(found.samples)
-        return labels.check(found.samples, found.checks)
+        return labels.check(found.samples, found.checks, found.seeds)
 
     def finish_checks(self) -> None:
         """Waits until all views that were delivered have been compared.
@@ -473,14 +491,15 @@ class _LateChecks:
             views.copy_(found.views, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self._pending.append(self._pool.submit(self._compare, found.samples, views, event, labels))
+        compared = self._pool.submit(self._compare, found, views, event, labels)
+        self._pending.append(compared)
         self.finish(LATE)
 
     @staticmethod
-    def _compare(samples: Int64, views: Tensor, event: Any, labels: WindowLabels) -> int:
+    def _compare(found: Batch, views: Tensor, event: Any, labels: WindowLabels) -> int:
         if event is not None:
             event.synchronize()
-        return labels.check(samples, checks_of(views.numpy()))
+        return labels.check(found.samples, checks_of(views.numpy()), found.seeds)
 
     def finish(self, left: int = 0) -> None:
         while len(self._pending) > left:

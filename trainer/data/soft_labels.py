@@ -40,10 +40,34 @@ FAULTY_ROWS = 2048
 
 @dataclass(frozen=True)
 class Window:
-    """A part of an epoch whose labels are in RAM together: view seed and sample ranges."""
+    """A part of an epoch whose labels are in RAM together.
+
+    A row of it is a sample under a view seed: all samples under the first seed come first.
+
+    Attributes:
+        seed: The first view seed.
+        ranges: Sample ranges.
+        others: Further view seeds, where a batch has several views of an image.
+    """
 
     seed: int
     ranges: tuple[tuple[int, int], ...]
+    others: tuple[int, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All view seeds."""
+        return (self.seed, *self.others)
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """View seed, first sample and end of each run of rows."""
+        return [(seed, start, stop) for seed in self.seeds for start, stop in self.ranges]
+
+    def pair(self, row: int) -> tuple[int, int]:
+        """The sample and the view seed of a row."""
+        turn, place = divmod(row, len(self.samples))
+        return int(self.samples[place]), self.seeds[turn]
 
     @property
     def samples(self) -> Int64:
@@ -52,12 +76,18 @@ class Window:
 
 
 def epoch_windows(
-    samples: int, view_seed: int, rows: int, block: int, seed: int, epoch: int
+    samples: int,
+    view_seed: int,
+    rows: int,
+    block: int,
+    seed: int,
+    epoch: int,
+    others: tuple[int, ...] = (),
 ) -> list[Window]:
     """The whole epoch if ``rows`` allow it, else shuffled blocks in groups of about ``rows``."""
     stub = samples % block if samples % block < block // STUB else 0
     if rows >= samples or samples - stub <= block:
-        return [Window(view_seed, ((0, samples),))]
+        return [Window(view_seed, ((0, samples),), others)]
     # A stub of a block could make a window of its own, too small for a batch.
     count = -(-samples // block) - (stub > 0)
     blocks = permutation(np.arange(count), seed, epoch)
@@ -69,6 +99,7 @@ def epoch_windows(
             tuple(
                 (int(b) * block, samples if b == count - 1 else (int(b) + 1) * block) for b in group
             ),
+            others,
         )
         for group in groups
     ]
@@ -86,17 +117,23 @@ class WindowLabels(Protocol):
 
     @property
     def skipped(self) -> NDArray[np.bool_]:
-        """Which samples of the window to leave out: bool ``[n]``."""
+        """Which samples of the window to leave out: bool ``[n]``, one for each sample."""
 
     @property
     def checked(self) -> bool:
         """Whether the labels have view checks to compare with."""
 
-    def check(self, samples: Int64, checks: UInt32) -> int:
+    def check(self, samples: Int64, checks: UInt32, seeds: Int64 | None = None) -> int:
         """Compares the view checks of a batch with the stored ones; how many were compared."""
 
-    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
-        """The labels of a batch: its samples, and its uint8 views on the device."""
+    def of(self, samples: Int64, views: Tensor, seeds: Int64 | None = None) -> BatchLabels:
+        """The labels of a batch.
+
+        Args:
+            samples: int64 ``[n]``.
+            views: Their uint8 views on the device.
+            seeds: The view seed of each, int64 ``[n]``; default: the window's first one.
+        """
 
 
 class Labels(Protocol):
@@ -142,23 +179,32 @@ class _StoredWindow:
     def checked(self) -> bool:
         return True
 
-    def check(self, samples: Int64, checks: UInt32) -> int:
+    def _rows(self, samples: Int64, seeds: Int64 | None) -> Int64:
+        rows: Int64 = self.place[samples]
+        if seeds is None or not self.window.others:
+            return rows
+        turn: Int64 = np.argmax(seeds[:, None] == np.array(self.window.seeds), axis=1)
+        return rows + turn * len(self.skipped)
+
+    def check(self, samples: Int64, checks: UInt32, seeds: Int64 | None = None) -> int:
         """See ``WindowLabels``. Raises ``ViewMismatch`` naming the first sample."""
-        stored = self.checks[self.place[samples]]
+        rows = self._rows(samples, seeds)
+        stored = self.checks[rows]
         wrong = np.flatnonzero(checks != stored)
         if wrong.size:
             first = wrong[0]
+            sample, seed = self.window.pair(int(rows[first]))
             raise ViewMismatch(
-                f"sample {samples[first]} under view seed {self.window.seed} is not the image that "
+                f"sample {sample} under view seed {seed} is not the image that "
                 f"the sources saw (checksum {checks[first]:08x}, stored {stored[first]:08x}; "
                 f"{wrong.size} of {len(samples)} views of the batch differ): the image, its "
                 "decoder or the augmentation changed; restore the image, or cache the labels again"
             )
         return len(stored)
 
-    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+    def of(self, samples: Int64, views: Tensor, seeds: Int64 | None = None) -> BatchLabels:
         """See ``WindowLabels``."""
-        rows = torch.from_numpy(self.place[samples])
+        rows = torch.from_numpy(self._rows(samples, seeds))
         if self.on_device:
             rows = rows.to(self.device, non_blocking=True)
         return _StoredBatch(self, rows)
@@ -193,13 +239,13 @@ def _named(table: Mapping[str, Any], source: str) -> Any:
 
 
 def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
-    return np.concatenate([label_set.read_checks(window.seed, a, b) for a, b in window.ranges])
+    return np.concatenate([label_set.read_checks(*part) for part in window.parts])
 
 
 def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -> None:
     """Raises ``CorruptStore`` if a row that is not empty is no probability distribution."""
     encoding, classes = label_set.encoding, len(label_set.classes)
-    for start in range(0, len(window.samples), FAULTY_ROWS):
+    for start in range(0, len(next(iter(rows.values()))), FAULTY_ROWS):
         part = {key: values[start : start + FAULTY_ROWS] for key, values in rows.items()}
         asked = np.arange(len(next(iter(part.values()))))
         if encoding.name in ("f16", "f32"):
@@ -208,10 +254,10 @@ def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -
             asked = np.flatnonzero(~((total - 1).abs() < ROW_SUM_TOLERANCE / 2).numpy())
         faulty = encoding.faulty({key: values[asked] for key, values in part.items()}, classes)
         if faulty.any():
-            sample = window.samples[start + asked[faulty][0]]
+            sample, seed = window.pair(int(start + asked[faulty][0]))
             raise CorruptStore(
                 f"label set {label_set.name}: the label of sample {sample} under view seed "
-                f"{window.seed} is no probability distribution; run sskt verify, and cache its "
+                f"{seed} is no probability distribution; run sskt verify, and cache its "
                 "shard again"
             )
 
@@ -243,20 +289,24 @@ class StoredLabels:
 
     def _read(self, window: Window) -> _StoredWindow:
         if self._follow is not None:
-            self._follow.wait(self._sets, window.seed, window.ranges)
+            for seed in window.seeds:
+                self._follow.wait(self._sets, seed, window.ranges)
         encoded: dict[str, EncodedTensors] = {}
-        on_device = len(window.samples) <= self._rows_there
-        skipped = np.zeros(len(window.samples), bool)
+        count, turns = len(window.samples), len(window.seeds)
+        on_device = count * turns <= self._rows_there
+        skipped = np.zeros(count * turns, bool)
         for name, label_set in self._sets.items():
-            parts = [label_set.read(window.seed, a, b) for a, b in window.ranges]
+            parts = [label_set.read(*part) for part in window.parts]
             rows = {
                 key: np.concatenate([p[key] for p in parts]) if len(parts) > 1 else parts[0][key]
                 for key in parts[0]
             }
             empty = label_set.encoding.skipped(rows)
-            if (empty & (_checks(label_set, window) != 0)).any():
+            lost = np.flatnonzero(empty & (_checks(label_set, window) != 0))
+            if lost.size:
+                _, seed = window.pair(int(lost[0]))
                 raise CorruptStore(
-                    f"label set {label_set.name}: labels of seed {window.seed} are empty though "
+                    f"label set {label_set.name}: labels of seed {seed} are empty though "
                     "their views were seen; run sskt verify"
                 )
             _require_distributions(label_set, window, rows)
@@ -268,13 +318,13 @@ class StoredLabels:
         checks = self._checks(window, skipped)
         samples = next(iter(self._sets.values())).samples
         place = np.full(samples, -1, np.int64)
-        place[window.samples] = np.arange(len(window.samples))
+        place[window.samples] = np.arange(count)
         return _StoredWindow(
             self._sets,
             window,
             encoded,
             checks,
-            skipped,
+            np.logical_or.reduce(skipped.reshape(turns, count)),
             place,
             self._device,
             on_device,
@@ -286,10 +336,10 @@ class StoredLabels:
         differ = np.flatnonzero((np.stack(by_set) != by_set[0]).any(axis=0) & ~skipped)
         if len(differ):
             names = " and ".join(s.name for s in self._sets.values())
+            sample, seed = window.pair(int(differ[0]))
             raise ViewMismatch(
-                f"label sets {names} saw different images of sample "
-                f"{window.samples[differ[0]]} under view seed {window.seed} "
-                f"({len(differ)} samples differ); cache one of them again"
+                f"label sets {names} saw different images of sample {sample} under view seed "
+                f"{seed} ({len(differ)} samples differ); cache one of them again"
             )
         return by_set[0]
 
@@ -298,7 +348,8 @@ class StoredLabels:
         if self._current is None or window != self._current.window:
             ahead, self._current = self._ahead, None
             if self._follow is not None:
-                self._follow.announce(self._sets, window.seed, window.ranges)
+                for seed in window.seeds:
+                    self._follow.announce(self._sets, seed, window.ranges)
             self._current = (
                 ahead[1].result() if ahead and ahead[0] == window else self._read(window)
             )
@@ -344,7 +395,7 @@ class _Unchecked:
     def checked(self) -> bool:
         return False
 
-    def check(self, samples: Int64, checks: UInt32) -> int:
+    def check(self, samples: Int64, checks: UInt32, seeds: Int64 | None = None) -> int:
         return 0
 
 
@@ -353,10 +404,18 @@ class _LiveWindow(_Unchecked):
     sources: Mapping[str, Source]
     views: Views
 
-    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+    def of(self, samples: Int64, views: Tensor, seeds: Int64 | None = None) -> BatchLabels:
         if self.views.target.clips:
-            stills = self.views.stills(views.cpu().numpy(), samples, self.window.seed)
-            views = torch.from_numpy(stills).to(views.device)
+            if seeds is None:
+                seeds = np.full(len(samples), self.window.seed)
+            clips, several = views.cpu().numpy(), np.unique(seeds).tolist()
+            by_seed = [np.flatnonzero(seeds == seed) for seed in several]
+            stills = [
+                self.views.stills(clips[rows], samples[rows], seed)
+                for rows, seed in zip(by_seed, several, strict=True)
+            ]
+            order = np.argsort(np.concatenate(by_seed))
+            views = torch.from_numpy(np.concatenate(stills)[order]).to(views.device)
         return _LiveBatch(self.sources, views)
 
 
@@ -383,5 +442,5 @@ class NoLabels:
 
 @dataclass(frozen=True)
 class _NoWindow(_Unchecked):
-    def of(self, samples: Int64, views: Tensor) -> BatchLabels:
+    def of(self, samples: Int64, views: Tensor, seeds: Int64 | None = None) -> BatchLabels:
         return _LiveBatch({}, views)

@@ -108,7 +108,7 @@ class Epoch:
             )
         if "right" in means:
             means["train_top1"] = 100 * means.pop("right")
-        samples = len(self._loader.views.target)
+        samples = self._plan.order.view_count(epoch)
         return {
             "epoch": epoch,
             "view_seed": self._plan.windows(epoch)[0].seed,

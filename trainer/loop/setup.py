@@ -28,7 +28,7 @@ from sskt.teacher_cache.views.mixing import mixes
 from sskt.teacher_cache.views.policies import evaluation_policy, parse_policy
 from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, TrainConfig, code_of
-from sskt.trainer.data.epoch_order import EpochOrder
+from sskt.trainer.data.epoch_order import EpochOrder, require_repeats, seeds_needed
 from sskt.trainer.data.label_choice import choose_label_sets, require_identity
 from sskt.trainer.data.soft_labels import Window
 from sskt.trainer.data.splits import open_split, split_to_test
@@ -97,6 +97,7 @@ class Plan:
             config.seed,
             config.memory * 2**30 / ranks.local,
             ranks,
+            config.views_per_image,
         )
 
     def windows(self, epoch: int) -> list[Window]:
@@ -251,10 +252,14 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
         )
     if mixes(views.policy):
         _require_mixable(config, loss, target)
-    seeds = config.seeds or min([s.seeds for s in sets.values()], default=config.epochs)
+    repeats = config.views_per_image
+    every = -(-config.epochs // repeats) * repeats
+    seeds = config.seeds or min([s.seeds for s in sets.values()], default=every)
+    require_repeats(repeats, seeds, config.batch_size, ranks.world)
     for label_set in sets.values():
-        if config.follow is None or label_set.seeds < min(seeds, config.epochs):
-            require_seeds(label_set, min(seeds, config.epochs), ask=ask)
+        needed = seeds_needed(seeds, config.epochs, repeats)
+        if config.follow is None or label_set.seeds < needed:
+            require_seeds(label_set, needed, ask=ask)
         error = label_set.attributes.get("error")
         require_temperature(label_set.encoding, config.temperature, error, force=config.force_topk)
     if config.batch_size < ranks.world:

@@ -77,11 +77,11 @@ def cache_of(folder: Path, views: Views, gib: float = GIB, seeds: int = SEEDS) -
 def require_same(cache: ViewCache, views: Views, seeds: int = SEEDS) -> None:
     """All views of the cache are those of the policy."""
     for seed in range(seeds):
-        seen = cache.seen(ALL, seed)
+        seen = cache.seen(ALL, [seed])
         assert seen is not None and not seen.bad and not seen.failure
         expected = views.batch(ALL, seed)
-        np.testing.assert_array_equal(seen.views, expected)
-        np.testing.assert_array_equal(seen.checks, checks_of(expected))
+        np.testing.assert_array_equal(seen.views[seed], expected)
+        np.testing.assert_array_equal(seen.checks[seed], checks_of(expected))
         np.testing.assert_array_equal(seen.rows, ALL)
 
 
@@ -89,7 +89,7 @@ def passed(cache: ViewCache, decoded: Counter[int], seeds: int = SEEDS) -> list[
     """Decodings of each sample in a pass over all seeds."""
     decoded.clear()
     for seed in range(seeds):
-        assert cache.seen(ALL, seed) is not None
+        assert cache.seen(ALL, [seed]) is not None
     return [decoded[i] for i in range(COUNT)]
 
 
@@ -122,9 +122,9 @@ def test_another_policy_another_target_and_a_changed_file_are_decoded(
     for other in others:
         cache, samples = cache_of(tmp_path / "cache", other), np.arange(len(other.target))
         decoded.clear()
-        seen = cache.seen(samples, 1)
+        seen = cache.seen(samples, [1])
         assert seen is not None and len(decoded) == len(samples)
-        np.testing.assert_array_equal(seen.views, other.batch(samples, 1))
+        np.testing.assert_array_equal(seen.views[1], other.batch(samples, 1))
     [changed] = [p for p in folder.rglob("*") if "5" in str(p.relative_to(folder)) and p.is_file()][
         :1
     ]
@@ -201,9 +201,9 @@ def test_a_full_disk_ends_the_storing_only(
     monkeypatch.setattr(os, "pwrite", full)
     failures = set()
     for seed in range(SEEDS):
-        seen = cache.seen(ALL, seed)
+        seen = cache.seen(ALL, [seed])
         assert seen is not None
-        np.testing.assert_array_equal(seen.views, views.batch(ALL, seed))
+        np.testing.assert_array_equal(seen.views[seed], views.batch(ALL, seed))
         failures.add(seen.failure)
         if seen.failure:
             cache.stop(seen.failure)
@@ -244,12 +244,12 @@ def test_a_bad_image_and_views_of_several_sizes(photos: Path, tmp_path: Path) ->
     sample = list(views.target.ids).index(str(second.relative_to(photos / "train")))
     second.write_bytes(second.read_bytes()[:-30])
     for _ in range(2):
-        seen = cache_of(tmp_path / "cache", views).seen(ALL, 0)
-        assert seen is not None and len(seen.views) == len(seen.checks) == COUNT - 1
+        seen = cache_of(tmp_path / "cache", views).seen(ALL, [0])
+        assert seen is not None and len(seen.views[0]) == len(seen.checks[0]) == COUNT - 1
         assert [s for s, _ in seen.bad] == [sample] == list(set(ALL) - set(seen.rows))
-        np.testing.assert_array_equal(seen.views, views.seen(ALL, [0]).views[0])
+        np.testing.assert_array_equal(seen.views[0], views.seen(ALL, [0]).views[0])
     whole = open_views(views.target, parse_policy("none"))
-    assert cache_of(tmp_path / "cache", whole).seen(ALL, 0) is None
+    assert cache_of(tmp_path / "cache", whole).seen(ALL, [0]) is None
 
 
 def test_what_needs_no_cache_and_what_cannot_be_one(photos: Path, tmp_path: Path) -> None:
@@ -290,28 +290,31 @@ def test_mixed_views_are_made_of_kept_ones(
     views = Views(open_target(str(photos)), policy)
     cache = open_view_cache(tmp_path / "kept", GIB, views, SEEDS)
     assert cache is not None
+    seeds = range(SEEDS)
+    expected = views.seen(ALL, seeds)
     for _ in range(2):
-        for seed in range(SEEDS):
-            found, expected = cache.seen(ALL, seed), views.seen(ALL, [seed])
-            assert found is not None and found.mixed is not None
-            np.testing.assert_array_equal(found.views, expected.views[seed])
-            np.testing.assert_array_equal(found.checks, checks_of(expected.views[seed]))
-            np.testing.assert_array_equal(found.mixed.weights, expected.mixed[seed].weights)
-            np.testing.assert_array_equal(found.mixed.partners, expected.mixed[seed].partners)
+        found = cache.seen(ALL, seeds)
+        assert found is not None
+        for seed in seeds:
+            np.testing.assert_array_equal(found.views[seed], expected.views[seed])
+            np.testing.assert_array_equal(found.checks[seed], checks_of(expected.views[seed]))
+            ours, theirs = found.mixed[seed], expected.mixed[seed]
+            np.testing.assert_array_equal(ours.weights, theirs.weights)
+            np.testing.assert_array_equal(ours.partners, theirs.partners)
     decoded.clear()
-    for seed in range(SEEDS):
-        cache.seen(ALL, seed)
+    cache.seen(ALL, seeds)
     assert not decoded
-    before = cache.seen(ALL, 0)
-    assert before is not None and before.mixed is not None
+    before = cache.seen(ALL, [0])
+    assert before is not None
     changed = 2
     assert views.target.paths is not None
     path = views.target.paths[changed]
     write_images(path.parent, np.full((1, 22, 28, 3), 200, np.uint8))
     assert path.name == "0000.png"
-    after, expected = cache.seen(ALL, 0), Views(open_target(str(photos)), policy).seen(ALL, [0])
+    after, expected = cache.seen(ALL, [0]), Views(open_target(str(photos)), policy).seen(ALL, [0])
     assert after is not None
-    np.testing.assert_array_equal(after.views, expected.views[0])
-    by_partner = (before.mixed.partners == changed) & (changed != ALL)
-    differ = (after.views != before.views).any((1, 2, 3))
-    assert differ[by_partner & (before.mixed.weights < 1)].all() and differ.sum() <= 2
+    np.testing.assert_array_equal(after.views[0], expected.views[0])
+    mixed = before.mixed[0]
+    by_partner = (mixed.partners == changed) & (changed != ALL)
+    differ = (after.views[0] != before.views[0]).any((1, 2, 3))
+    assert differ[by_partner & (mixed.weights < 1)].all() and differ.sum() <= 2
