@@ -10,6 +10,7 @@ What was opened is then compared with the spec.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,7 +277,7 @@ def reopen_policy(label_set: LabelSet, given: str | None = None) -> Policy:
         given: ``FILE.py:function`` of the person who asks, for a policy of the user.
 
     Raises:
-        CorruptStore: If this version does not know the policy.
+        CorruptStore: If this version does not know the policy, or its parameters are out of range.
         InputError: If it is code, and was not given.
         SpecMismatch: If it is another file than the one that made the labels; it was not run.
     """
@@ -294,8 +295,19 @@ def reopen_policy(label_set: LabelSet, given: str | None = None) -> Policy:
             f"label set {label_set.name} has views of policy {name}, version {version}, which this "
             "version of sskt does not know; update sskt"
         )
-    own = POLICIES[name] if POLICIES[name].identity else None
-    return Policy(name, version, dict(views["parameters"]), own)
+    parameters = dict(views["parameters"])
+    if POLICIES[name].identity:
+        return Policy(name, version, parameters, POLICIES[name])
+    newest = {"version": version} if POLICIES[name].version > 1 else {}
+    text = ",".join(f"{key}={value}" for key, value in (parameters | newest).items())
+    with contextlib.suppress(InputError):
+        policy = parse_policy(f"{name}:{text}")
+        if policy.parameters == parameters:
+            return policy
+    raise CorruptStore(
+        f"label set {label_set.name} has views of policy {name} with parameters out of their "
+        "ranges; it is damaged: delete it, and cache its labels again"
+    )
 
 
 def _provenance(label_set: LabelSet) -> dict[str, Any]:

@@ -17,10 +17,16 @@ from support.helpers import TINY, one_line
 from support.servers import serving
 from torchvision import models
 
-from sskt.teacher_cache.errors import InputError, SpecMismatch
+from sskt.teacher_cache.errors import CorruptStore, InputError, SpecMismatch
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.tools.recompute import recompute
-from sskt.teacher_cache.tools.reopen import Reopen, reopen, reopen_source, reopen_views
+from sskt.teacher_cache.tools.reopen import (
+    Reopen,
+    reopen,
+    reopen_policy,
+    reopen_source,
+    reopen_views,
+)
 from sskt.teacher_cache.tools.verify import Report, probe_pairs
 
 Call = Callable[..., tuple[int, str, str]]
@@ -341,3 +347,26 @@ def test_views_alone_need_no_source(cache: Path) -> None:
     (label_set,) = list_label_sets(cache)
     views = reopen_views(label_set, Reopen())
     np.testing.assert_array_equal(views[3, 1].shape, (24, 24, 3))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"padding": 4, "randaugment": 10**9, "magnitude": 9},
+        {"padding": -1},
+        {"padding": "4,trivial=1"},
+        {"padding": [4]},
+        {"padding": 4, "unknown": 1},
+        {"padding": 4, "jitter": 0.0},
+        {},
+    ],
+)
+def test_parameters_of_a_view_policy_out_of_their_ranges_are_damage(
+    cache: Path, parameters: dict[str, Any]
+) -> None:
+    (label_set,) = list_label_sets(cache)
+    assert label_set.spec["views"]["policy"] == "pad-crop-flip"
+    assert reopen_policy(label_set).parameters == label_set.spec["views"]["parameters"]
+    label_set.spec["views"]["parameters"] = parameters
+    with pytest.raises(CorruptStore, match="parameters out of their ranges"):
+        reopen_policy(label_set)

@@ -96,6 +96,25 @@ def test_hard_labels_are_mixed_by_the_weights_of_the_views(
     assert torch.equal(part.labels, batch.labels[3:7])
 
 
+@pytest.mark.parametrize("view_cache", [False, True])
+def test_several_mixed_views_of_an_image_have_their_own_partners(
+    mixed: TrainConfig, tiny: Source, tmp_path: Path, view_cache: bool
+) -> None:
+    kept = tmp_path / "kept" if view_cache else None
+    config = dataclasses.replace(mixed, views_per_image=2, view_cache=kept, memory=1e-4)
+    trainer, batch = first_batches(config, [tiny])
+    assert batch.seeds is not None and batch.partners is not None and batch.weights is not None
+    assert set(batch.seeds.tolist()) == {0, 1}
+    for seed in (0, 1):
+        rows = np.flatnonzero(batch.seeds == seed)
+        seen = trainer.views.seen(batch.samples[rows], [seed])
+        np.testing.assert_array_equal(batch.views[rows].numpy(), seen.views[seed])
+        np.testing.assert_array_equal(batch.partners[rows], seen.mixed[seed].partners)
+        np.testing.assert_array_equal(batch.weights[rows], seen.mixed[seed].weights)
+    assert torch.isfinite(batch.soft("tiny")).all()  # after the view checks of all of them
+    trainer.loader.close()
+
+
 def test_losses_of_mixed_labels_are_the_mixed_losses() -> None:
     torch.manual_seed(0)
     z, y, other = torch.randn(32, 5), torch.arange(32) % 5, torch.arange(32) * 3 % 5
