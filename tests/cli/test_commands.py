@@ -230,7 +230,9 @@ def test_datasets_and_sources(sskt: Call) -> None:
     status, out, _ = sskt("datasets")
     assert status == 0 and "cifar10" in out and "DIR[/SPLIT]/CLASS/FILE" in out
     names = [t["name"] for t in json.loads(sskt("datasets", "--json")[1])]
-    assert names == [*TARGETS, "a folder", "a manifest"]
+    packed = [name.partition(":")[0] for name in names[len(TARGETS) + 2 :]]
+    assert names[: len(TARGETS) + 2] == [*TARGETS, "a folder", "a manifest"]
+    assert packed == ["hf", "wds", "parquet"]
     status, out, _ = sskt("sources")
     assert status == 0 and "resnet50" in out
     known = {s["name"]: s for s in json.loads(sskt("sources", "--json")[1])}

@@ -257,7 +257,7 @@ def test_grouping_of_seeds_does_not_change_bytes(
     held = 25 * 12 * 2 + 3 * 64 * VIEW_BYTES
     for name, seeds, expected in (
         ("each", 0.5, [1] * 15),
-        ("two", 2.1, [2, 2, 1] * 3),
+        ("two", 2.1, [2] * 6 + [1] * 3),
         ("all", 9, [5] * 3),
     ):
         sizes.clear()

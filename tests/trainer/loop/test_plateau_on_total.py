@@ -213,7 +213,8 @@ def test_the_video_tables_label_the_test_split_too(sskt: Call) -> None:
         passes = [p for p in label_passes(configs) if p.config.split == "test"]
         assert [p.config.target for p in passes] == targets
         for p in passes:
-            assert p.config.policy == "clip-center-crop:frames=16,size=112" and p.seeds == 1
+            assert p.config.policy == "clip-center-crop:version=2,frames=16,size=112"
+            assert p.seeds == 1
             assert p.sources == ("places365:resnet50@112", "imagenet:resnet50@112")
     status, out, err = sskt("reproduce", "table6", "--row", 2, "--dry-run", "--json")
     assert status == 0, err
