@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
-from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -74,8 +74,8 @@ def set_batchnorm(name: str, network: nn.Module, batchnorm: str) -> None:
         batchnorm: ``eval`` or ``batch-B``.
 
     Raises:
-        InputError: In batch mode if there is no BatchNorm layer; in eval mode if a layer keeps no
-            statistics.
+        InputError: In batch mode if there is no BatchNorm layer, or if the ``forward`` of a layer
+            was replaced; in eval mode if a layer keeps no statistics.
     """
     layers = {k: m for k, m in network.named_modules() if isinstance(m, _BatchNorm)}
     for layer in layers.values():
@@ -95,17 +95,20 @@ def set_batchnorm(name: str, network: nn.Module, batchnorm: str) -> None:
             f"source {name}: --batchnorm batch, but the network has no BatchNorm layer; "
             "use --batchnorm eval"
         )
-    for layer in layers.values():
-        # A subclass may do more than normalise (timm's BatchNormAct2d): its forward is kept.
-        forward = functools.partial(_on_its_batch, layer, layer.forward)
-        layer.forward = forward  # type: ignore[method-assign]
+    for key, layer in layers.items():
+        if "forward" in layer.__dict__:
+            raise InputError(
+                f"source {name}: the forward of BatchNorm layer '{key}' was replaced, so it cannot "
+                "take the statistics of its batch; use --batchnorm eval, or a subclass of the layer"
+            )
+        layer.forward = functools.partial(_on_its_batch, layer)  # type: ignore[method-assign]
 
 
-def _on_its_batch(layer: _BatchNorm, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``forward`` of a layer that, without statistics, takes those of its batch even in eval."""
-    mean, variance = layer.running_mean, layer.running_var
-    layer.running_mean = layer.running_var = None
-    try:
-        return forward(x)
-    finally:
-        layer.running_mean, layer.running_var = mean, variance
+def _on_its_batch(layer: _BatchNorm, x: Tensor) -> Tensor:
+    """``forward`` of a layer without running statistics: it takes those of its batch in eval."""
+    # Another thread may hash the layer's state meanwhile, so the layer itself keeps it.
+    bare = copy.copy(layer)
+    bare._buffers = {**layer._buffers, "running_mean": None, "running_var": None}
+    # A subclass may do more than normalise, as BatchNormAct2d of timm does.
+    normalised: Tensor = type(layer).forward(bare, x)
+    return normalised

@@ -166,6 +166,21 @@ def test_an_error_on_the_way_leaves_the_statistics_in_place() -> None:
     assert network[2].running_mean is not None
 
 
+def test_the_state_is_whole_during_a_forward_pass() -> None:
+    """The thread that writes labels hashes the network while the next batch runs."""
+
+    class Watched(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(state_sha256(network))
+            return super().forward(x)
+
+    seen: list[str] = []
+    network = nn.Sequential(nn.Conv2d(3, 3, 8), Watched(3), nn.Flatten())
+    source = frozen(network)
+    source.log_probabilities(images(4, 8))
+    assert seen and set(seen) == {source.weights}
+
+
 # --- networks of all kinds --------------------------------------------------------------------
 
 
@@ -211,6 +226,13 @@ def test_a_network_can_be_frozen_again_in_the_other_mode(tiny: Source, batch6: S
 def test_batch_mode_without_batchnorm_is_refused() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(InputError, match="the network has no BatchNorm layer; use --batchnorm ev"):
+        frozen(network)
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused_in_batch_mode() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3), nn.Flatten())
+    network[1].forward = network[1].forward
+    with pytest.raises(InputError, match="forward of BatchNorm layer '1' was replaced"):
         frozen(network)
 
 
