@@ -39,7 +39,13 @@ def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
         "source": source.identity(),
         "views": views.identity(),
         "encoding": encoding.identity(),
+        **({"output": source.output.identity()} if source.output else {}),
     }
+
+
+def width_of(spec: Mapping[str, Any]) -> int:
+    """Entries of a decoded row: C, or D of features."""
+    return int(spec.get("output", {}).get("width", spec["source"]["classes"]["count"]))
 
 
 def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
