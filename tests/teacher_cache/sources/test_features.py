@@ -140,8 +140,8 @@ def test_outputs_that_are_refused() -> None:
         frozen("feature")
     with pytest.raises(InputError, match="expected soft-labels, features"):
         frozen("logits:fc")
-    with pytest.raises(UnknownName, match=r"module of the network 'hiden'.*'hidden'"):
-        frozen("features:hiden")
+    with pytest.raises(UnknownName, match=r"module of the network 'hidde'.*'hidden'"):
+        frozen("features:hidde")
 
     class Odd(Net):
         def forward(self, x: Tensor) -> Tensor:
