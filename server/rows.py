@@ -132,7 +132,7 @@ class RowCache:
         """Arrays for that many rows: view checks, then those of the encoding."""
         arrays = self._templates.get(label_set.digest)
         if arrays is None:
-            own = label_set.encoding.arrays(len(label_set.classes)).items()
+            own = label_set.encoding.arrays(label_set.width).items()
             arrays = {"view_check": np.empty(0, "<u4")}
             arrays |= {name: np.empty((0, width), dtype) for name, (dtype, width, _) in own}
             self._templates[label_set.digest] = arrays
@@ -337,11 +337,11 @@ def _read(label_set: LabelSet, seed: int, start: int, stop: int) -> Encoded:
     if not label_set.has(label_set.shard(seed, start // label_set.shard_rows)):
         label_set.storage.refresh()  # a bucket's listing may be older than the shard
     labels = label_set.read(seed, start, stop)
-    faulty = np.flatnonzero(label_set.encoding.faulty(labels, len(label_set.classes)))
+    faulty = np.flatnonzero(label_set.encoding.faulty(labels, label_set.width))
     if len(faulty):
         raise CorruptStore(
             f"label set {label_set.name}: the row of sample {start + faulty[0]} in seed {seed} is "
-            "no probability distribution; run sskt verify, remove the shard that it names and "
+            "no label; run sskt verify, remove the shard that it names and "
             "cache it again"
         )
     return {"view_check": label_set.read_checks(seed, start, stop)} | labels

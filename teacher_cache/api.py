@@ -15,6 +15,7 @@ from torch import nn
 
 from sskt.teacher_cache.errors import InputError, MissingData, first_line
 from sskt.teacher_cache.format.encodings import parse_encoding
+from sskt.teacher_cache.format.features import SOFT_LABELS
 from sskt.teacher_cache.label_sets import create as store
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -26,10 +27,11 @@ from sskt.teacher_cache.locations import label_location
 from sskt.teacher_cache.sources import registry
 from sskt.teacher_cache.sources import source as frozen
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
+from sskt.teacher_cache.sources.features import parse_output
 from sskt.teacher_cache.sources.names import SourceName, parse_source
 from sskt.teacher_cache.sources.outputs import count_outputs, parse_outputs
 from sskt.teacher_cache.sources.preprocessing import class_names
-from sskt.teacher_cache.sources.source import Preprocessing, Source
+from sskt.teacher_cache.sources.source import Preprocessing, Source, with_output
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.http.published import NotPublished, is_published
 from sskt.teacher_cache.storage.open import is_served, open_cache
@@ -332,6 +334,7 @@ def cache_teachers(
     seeds: int = 10,
     policy: str = AUTO,
     encoding: str = "f16",
+    output: str = SOFT_LABELS,
     frame_sampling: str = "",
     device: str | torch.device = AUTO,
     batch_size: int = 64,
@@ -353,7 +356,9 @@ def cache_teachers(
         seeds: View seeds S: 0 to S - 1.
         policy: View policy ``NAME[:key=value,...]``; ``auto``: the target's default.
         encoding: How labels are stored: ``f16``, ``root4``, ``root4-coarse``, ``u8``,
-            ``topk-K`` or ``f32``.
+            ``topk-K`` or ``f32``; features and logits: ``f16`` or ``u8``.
+        output: What is stored: ``soft-labels``; ``features``, the input of the network's last
+            layer, with that layer, or ``features:MODULE``, the output of a module; ``logits``.
         frame_sampling: Clips only: f_s, the stills that a source sees; default: the centre frame.
         device: Device of the sources that are given as texts.
         batch_size: Samples of a forward pass.
@@ -379,13 +384,14 @@ def cache_teachers(
             f"seeds must be at least 1 and on_error 'fail' or 'skip', found {seeds}, {on_error!r}"
         )
     seen = open_views(target, policy, frame_sampling)
-    how, given = parse_encoding(encoding), sources
+    parse_output(output)
+    how, given = parse_encoding(encoding, output), sources
     if isinstance(given, str | Source):
         given = [given]
     opened = [
-        Opened(one, {"source": "", "weights": None, "preprocessing": ""})
+        Opened(with_output(one, output), {"source": "", "weights": None, "preprocessing": ""})
         if isinstance(one, Source)
-        else open_sources([one], [], [], "float32", str(device))[0]
+        else open_sources([one], [], [], "float32", str(device), output=output)[0]
         for one in given
     ]
     more = {"frame_sampling": frame_sampling} if frame_sampling else {}

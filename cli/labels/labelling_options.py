@@ -30,7 +30,15 @@ GROUPS = {
         "frame_sampling",
         "logits_are",
     ),
-    "Views and labels": ("seeds", "policy", "encoding", "cache", "shard_rows", "on_error"),
+    "Views and labels": (
+        "seeds",
+        "policy",
+        "output",
+        "encoding",
+        "cache",
+        "shard_rows",
+        "on_error",
+    ),
     "Running": ("device", "precision", "compile", "batch_size", "workers", "memory", "share"),
     "Ray": ("engine", "address", "task_gpus", "task_cpus"),
     "Estimate": ("machines", "epochs", "probe"),
@@ -88,7 +96,17 @@ _OPTIONS = (
         **completing(encodings),
         default="f16",
         show_default=True,
-        help="Encoding of the labels: f16, root4, root4-coarse, u8, topk-K or f32.",
+        help="Encoding of the labels: f16, root4, root4-coarse, u8, topk-K or f32; of features and "
+        "logits: f16 or u8.",
+    ),
+    click.option(
+        "--output",
+        default="soft-labels",
+        show_default=True,
+        metavar="soft-labels|features[:MODULE]|logits",
+        help="What is stored. features: the input of the network's last linear layer, with that "
+        "layer, which give soft labels at any temperature. features:MODULE: the output of a "
+        "module. logits: for classes that do not exclude each other.",
     ),
     click.option(
         "--limit",

@@ -160,7 +160,7 @@ class ComputeWorker:
 
     def _most(self, label_set: LabelSet, views: Views, batch: int) -> int:
         """How many seeds are labelled in one pass."""
-        label = label_set.encoding.bytes_per_label(len(label_set.classes))
+        label = label_set.encoding.bytes_per_label(label_set.width)
         return seeds_together(views, label_set.shard_rows, label, SEEDS_TOGETHER, batch, MEMORY)
 
     def _label(self, group: list[Entry], opened: _Opened, batch: int) -> int:

@@ -58,7 +58,7 @@ def coverage_of(label_set: LabelSet) -> Coverage:
     """Looks at every file of a set. Raises ``SsktError`` if its storage cannot be reached."""
     size = _sizes(label_set)
     stored = np.zeros((label_set.seeds, label_set.blocks), bool)
-    documents = [GROUP, *(f"{a}/{GROUP}" for a in label_set.arrays), *label_set.coordinate_keys()]
+    documents = [GROUP, *(f"{a}/{GROUP}" for a in label_set.arrays), *label_set.constant_keys()]
     total = sum(size(key) or 0 for key in documents)
     for shard in label_set.shards(range(label_set.seeds)):
         if size(label_set.commit_key(shard)) is None:

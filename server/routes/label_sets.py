@@ -228,7 +228,7 @@ async def readyz(request: Request) -> Response:
 def arrays_of(label_set: LabelSet, root: str = "") -> dict[str, Any]:
     """Shapes, types and paths of the arrays of a label set."""
     shape = [label_set.seeds, label_set.samples]
-    arrays = label_set.encoding.arrays(len(label_set.classes)).items()
+    arrays = label_set.encoding.arrays(label_set.width).items()
     found = {
         key: {"shape": [*shape, width], "dtype": dtype.name} for key, (dtype, width, _) in arrays
     }

@@ -342,7 +342,7 @@ async def _served(state: State, path: str) -> tuple[LabelSet, str]:
 def metadata_keys(label_set: LabelSet) -> list[str]:
     """The files of a label set that belong to no shard: JSON documents and coordinates."""
     arrays = [f"{array}/{GROUP}" for array in label_set.arrays]
-    return [GROUP, *arrays, *label_set.coordinate_keys()]
+    return [GROUP, *arrays, *label_set.constant_keys()]
 
 
 def answer(request: Request, state: State, label_set: LabelSet, inner: str, file: File) -> Response:

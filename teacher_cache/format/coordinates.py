@@ -25,6 +25,12 @@ SEED, SAMPLE, CLASS = COORDINATES = ("seed", "sample", "class")
 RANK = "rank"
 """The dimension of the arrays of a sparse label, which has no coordinate."""
 
+FEATURE = "feature"
+"""The dimension of features, which has no coordinate."""
+
+ENTRY = "entry"
+"""The dimension of the minimum and the step of a row, which has no coordinate."""
+
 LISTED = "coordinates"
 """Attribute of a label set: which coordinate arrays it has. Sets of version 0.1 have none."""
 
@@ -69,7 +75,7 @@ def seed_chunk(key: str) -> bytes:
 def add_coordinates(
     group: Group,
     seeds: int,
-    classes: Sequence[str],
+    classes: Sequence[str] | None,
     samples: Sequence[str] | None,
     compressors: Callable[[np.dtype[Any]], list[Any]],
 ) -> list[str]:
@@ -78,7 +84,7 @@ def add_coordinates(
     Args:
         group: The Zarr group of the set.
         seeds: S, the number of view seeds.
-        classes: Names of the source's classes.
+        classes: Names of the source's classes; None if a row is not of classes.
         samples: Names of the samples; None if they are not known.
         compressors: Makes the compressors of an array from its dtype.
 
@@ -174,13 +180,13 @@ def read_coordinate(read: Read, name: str, length: int) -> list[str] | list[int]
     if name == SEED:
         numbers: list[int] = []
         for key in coordinate_keys(SEED, length)[1:]:
-            numbers += np.frombuffer(_payload(read(key), 4 * chunk), "<u4").tolist()
+            numbers += np.frombuffer(chunk_payload(read(key), 4 * chunk), "<u4").tolist()
         return numbers[:length]
-    return _texts(_payload(read(f"{name}/c/0"), 4 + (4 + _LONGEST_TEXT) * chunk), length)
+    return _texts(chunk_payload(read(f"{name}/c/0"), 4 + (4 + _LONGEST_TEXT) * chunk), length)
 
 
-def _payload(data: bytes, most: int) -> bytes:
-    """The decompressed content of a chunk. Raises ``ValueError``."""
+def chunk_payload(data: bytes, most: int) -> bytes:
+    """The decompressed content of a chunk, of ``most`` bytes at most. Raises ``ValueError``."""
     from numcodecs import Blosc
 
     payload = without_checksum(data, "its chunk")

@@ -6,6 +6,7 @@ Temperatures are applied on decoding: p^(1/T), renormalised.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -16,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, UnknownName
+from sskt.teacher_cache.format import features as of_features
+from sskt.teacher_cache.format.features import SOFT_LABELS, Head
 from sskt.teacher_cache.rng import STUDENT, draw, unit
 
 if TYPE_CHECKING:  # the label server's workers do without torch
+    import torch
     from torch import Tensor
 
 Shuffle = Literal["shuffle", "noshuffle", "bitshuffle"]
@@ -45,15 +49,19 @@ DECODE = {
     "u8": f"p = (labels / 255) ** {POWER['u8']}; renormalise",
     "root4": f"p = labels ** {POWER['root4']}, 0 read as {BELOW['root4']}; renormalise",
     "topk": "p[index] = exp(value); the rest is uniform",
+    **of_features.DECODE,
 }
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How soft labels are stored; ``parse_encoding`` makes one of its name.
+    """How soft labels, features or logits are stored; ``parse_encoding`` makes one of its name.
+
+    The methods take the ``width`` of a set: C, or D of features.
 
     Attributes:
-        name: ``f32`` or ``f16`` (log-probabilities), ``u8``, ``root4``, ``topk``.
+        name: ``f32`` or ``f16`` (log-probabilities), ``u8``, ``root4``, ``topk``; of features and
+            logits ``features-f16``, ``features-u8``.
         k: Of ``topk``, the number of classes that are kept.
         step: Of ``root4``, the step of its grid in units of 1 / C.
     """
@@ -68,6 +76,11 @@ class Encoding:
             return known.get(self.step, f"{self.name}-{self.step:g}")
         return f"topk-{self.k}" if self.k else self.name
 
+    @property
+    def of_features(self) -> bool:
+        """Whether rows are features or logits, and no probabilities."""
+        return self.name in of_features.ENCODINGS
+
     def identity(self) -> dict[str, Any]:
         """The part of a label set's spec that names this encoding."""
         more = {"k": self.k} if self.k else {"step": self.step} if self.step else {}
@@ -77,7 +90,8 @@ class Encoding:
         """Level and shuffle of Blosc's zstd for a stored array, by what ``benchmarks`` measured."""
         if self.name == "f16":
             return 5, "bitshuffle"
-        return 1 if self.name in POWER else 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+        fast = self.of_features or self.name in POWER
+        return 1 if fast else 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
 
     def compressed(self, rows: NDArray[Any]) -> bytes:
         """Rows of a stored array as its codec compresses them, without checksum."""
@@ -98,34 +112,41 @@ class Encoding:
             return max(step, 2.0**-32), np.dtype("<u4")
         return max(step, smallest), np.dtype("<u2")
 
-    def arrays(self, classes: int) -> dict[str, tuple[np.dtype[Any], int, float]]:
+    def arrays(self, width: int) -> dict[str, tuple[np.dtype[Any], int, float]]:
         """Stored arrays by name: dtype, entries a row, fill value. The last one commits a shard."""
+        if self.of_features:
+            return of_features.arrays(self.name, width)
         if self.name == "topk":
-            if self.k > classes:
-                raise InputError(f"encoding topk-{self.k}: the source has only {classes} classes")
+            if self.k > width:
+                raise InputError(f"encoding topk-{self.k}: the source has only {width} classes")
             return {
-                "index": (np.dtype("<u2" if classes <= 2**16 else "<u4"), self.k, 0),
+                "index": (np.dtype("<u2" if width <= 2**16 else "<u4"), self.k, 0),
                 "value": (np.dtype("<f2"), self.k, np.nan),
             }
         if self.name == "root4":
-            return {"labels": (self.grid(classes)[1], classes, 0)}
+            return {"labels": (self.grid(width)[1], width, 0)}
         dtype = {"f32": "<f4", "f16": "<f2", "u8": "|u1"}[self.name]
-        return {"labels": (np.dtype(dtype), classes, 0 if self.name == "u8" else np.nan)}
+        return {"labels": (np.dtype(dtype), width, 0 if self.name == "u8" else np.nan)}
 
     def described(self, array: str) -> dict[str, str]:
         """Zarr attributes of a stored array, for people and other tools: what its values are."""
+        if self.of_features:
+            about = "minimum and step of the row" if array == of_features.RANGE else "output"
+            return {"long_name": f"{about} of the source", "decode": DECODE[self.name]}
         value = {"index": "class of the rank", "value": "log-probability of the class of the rank"}
         if self.name in POWER:
             value["labels"] = "code of the probability of the class"
         about = value.get(array, "log-probability of the class")
         return {"long_name": about, "decode": DECODE[self.name]}
 
-    def bytes_per_label(self, classes: int) -> int:
+    def bytes_per_label(self, width: int) -> int:
         """Bytes of one row before compression."""
-        return sum(dtype.itemsize * width for dtype, width, _ in self.arrays(classes).values())
+        return sum(dtype.itemsize * entries for dtype, entries, _ in self.arrays(width).values())
 
     def encode(self, log_p: Float32) -> Encoded:
-        """float32 log-probabilities ``[n, C]`` to the stored arrays."""
+        """float32 log-probabilities ``[n, C]``, features or logits to the stored arrays."""
+        if self.of_features:
+            return of_features.encode(self.name, log_p)
         if self.name == "f32":
             return {"labels": log_p.astype("<f4")}
         if self.name == "f16":
@@ -143,40 +164,60 @@ class Encoding:
         value = np.maximum(np.take_along_axis(log_p, order, axis=1), LOWEST)
         return {"index": order.astype(dtype), "value": value.astype("<f2")}
 
-    def empty(self, rows: int, classes: int) -> Encoded:
+    def empty(self, rows: int, width: int) -> Encoded:
         """Rows that all read as skipped."""
-        arrays = self.arrays(classes).items()
-        return {key: np.full((rows, width), fill, dtype) for key, (dtype, width, fill) in arrays}
+        arrays = self.arrays(width).items()
+        return {key: np.full((rows, own), fill, dtype) for key, (dtype, own, fill) in arrays}
 
     def skipped(self, encoded: Encoded) -> NDArray[np.bool_]:
         """Which rows hold no label (bool ``[n]``): all NaN, or for u8 and root4 all zero."""
+        if self.of_features:
+            return of_features.skipped(encoded)
         if self.name in POWER:
             return np.asarray(~encoded["labels"].any(axis=1))
         return np.asarray(
             np.isnan(encoded["value" if self.name == "topk" else "labels"]).all(axis=1)
         )
 
-    def faulty(self, encoded: Encoded, classes: int) -> NDArray[np.bool_]:
-        """Which rows cannot be a probability distribution (bool ``[n]``); skipped ones are not."""
+    def faulty(self, encoded: Encoded, width: int) -> NDArray[np.bool_]:
+        """Which rows cannot be a probability distribution (bool ``[n]``); skipped ones are not.
+
+        Features and logits have to be finite.
+        """
+        if self.of_features:
+            return of_features.faulty(encoded)
         if self.name == "u8":
             wrong = encoded["labels"].max(axis=1) != 255
         elif self.name == "root4":
-            step = self.grid(classes)[0]
+            step = self.grid(width)[0]
             total = encoded["labels"].sum(axis=1, dtype=np.uint64) * step
-            wrong = ~(np.abs(total - 1) <= classes * step / 2 + ROW_SUM_TOLERANCE)
+            wrong = ~(np.abs(total - 1) <= width * step / 2 + ROW_SUM_TOLERANCE)
         else:
             values = encoded["value" if self.name == "topk" else "labels"].astype(np.float32)
             with np.errstate(over="ignore"):  # infinity is faulty
                 total = np.exp(values).sum(axis=1)  # in float64 this takes ten times as long
             wrong = ~(np.abs(total - 1) < ROW_SUM_TOLERANCE)
             if self.name == "topk":
-                beyond = (encoded["index"] >= classes).any(axis=1)
+                beyond = (encoded["index"] >= width).any(axis=1)
                 wrong = ~((total > 0) & (total < 1 + ROW_SUM_TOLERANCE) & ~beyond)
         return np.asarray(wrong & ~self.skipped(encoded) if wrong.any() else wrong)
 
 
-def parse_encoding(text: str) -> Encoding:
-    """``f16``, ``root4``, ``root4-coarse``, ``u8``, ``f32``, ``topk-K``. Raises ``UnknownName``."""
+def parse_encoding(text: str, output: str = SOFT_LABELS) -> Encoding:
+    """Reads ``--encoding``.
+
+    Args:
+        text: ``f16``, ``root4``, ``root4-coarse``, ``u8``, ``f32``, ``topk-K``; of features and
+            logits ``f16`` or ``u8``.
+        output: What is stored: ``soft-labels``, ``features[:MODULE]`` or ``logits``.
+
+    Raises:
+        UnknownName: If there is no such encoding.
+    """
+    if output != SOFT_LABELS:
+        if text not in ("f16", "u8"):
+            raise UnknownName(f"encoding of {output.partition(':')[0]}", text, ("f16", "u8"))
+        return Encoding(f"features-{text}")
     match = re.fullmatch(r"topk-([1-9]\d*)", text)
     if match:
         return Encoding("topk", int(match[1]))
@@ -232,6 +273,24 @@ def require_temperature(
     )
 
 
+def error_text(error: Mapping[str, Any] | None) -> str:
+    """The measured error of a label set for tables.
+
+    Args:
+        error: What ``measured_error`` found; None if it was not measured.
+
+    Returns:
+        For example ``0.002 at T=1, 0.003 at T=3``, the gradient error; of features and logits
+        without a head ``9e-05 of a row, 0.0001 at worst``.
+    """
+    if not error:
+        return "not measured yet"
+    if known := [t for t in ("T=1", "T=3") if t in error]:
+        return ", ".join(f"{error[t]['gradient']:.2g} at {t}" for t in known)
+    relative = error["relative"]
+    return f"{relative['mean']:.2g} of a row, {relative['worst']:.2g} at worst"
+
+
 def gradient_error(error: Mapping[str, Any] | None, *temperatures: str) -> str:
     """The gradient error of a label set in words; empty if it was not measured.
 
@@ -247,11 +306,33 @@ def gradient_error(error: Mapping[str, Any] | None, *temperatures: str) -> str:
 
 
 def soft_labels(
-    encoding: Encoding, encoded: EncodedTensors, classes: int, temperature: float = 1.0
+    encoding: Encoding,
+    encoded: EncodedTensors,
+    classes: int,
+    temperature: float = 1.0,
+    head: Head | None = None,
 ) -> Tensor:
-    """softmax(z_s / T) from stored rows, on the device they are on: float32 ``[n, C]``."""
+    """Decodes stored rows on the device that they are on.
+
+    Args:
+        encoding: The encoding of the rows.
+        encoded: The stored arrays as tensors, ``[n, width]`` each.
+        classes: C, the number of the source's classes.
+        temperature: T of the paper's equation 1.
+        head: Of features, the head.
+
+    Returns:
+        softmax(z_s / T): float32 ``[n, C]``.
+
+    Raises:
+        InputError: For features without head, and for logits.
+    """
     import torch
 
+    if encoding.of_features:
+        rows = of_features.features(encoded)
+        weight, bias = head_tensors(require_head(head), rows.device)
+        return torch.softmax(torch.addmm(bias, rows, weight.T) / temperature, dim=1)
     if encoding.name in POWER:
         codes = encoded["labels"]
         if codes.dtype == torch.int16:  # unsigned, see as_tensors
@@ -268,6 +349,26 @@ def soft_labels(
     p = rest.expand(-1, classes).scatter(1, encoded["index"].long(), top)
     p = p.pow(1 / temperature)
     return (p / p.sum(dim=1, keepdim=True)).float()
+
+
+def require_head(head: Head | None) -> Head:
+    """The head of features. Raises ``InputError`` if there is none."""
+    if head is None:
+        raise InputError(
+            "these rows are features without head, or logits, and give no soft labels; read them "
+            "with LabelSet.features, or cache soft labels with --output soft-labels"
+        )
+    return head
+
+
+@functools.lru_cache(maxsize=8)
+def head_tensors(head: Head, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a head on a device, where they are kept."""
+    import torch
+
+    with torch.inference_mode(False):
+        weight, bias = (torch.tensor(array, device=device) for array in (head.weight, head.bias))
+    return weight, bias
 
 
 def _power(roots: Tensor, encoding: Encoding, temperature: float) -> Tensor:
@@ -290,8 +391,11 @@ def distance_of(encoding: Encoding, one: NDArray[Any], other: NDArray[Any]) -> f
 
     Returns:
         The mean total variation distance of a row, half the sum of absolute differences of
-        probabilities; infinity if they differ in which rows are skipped.
+        probabilities; of features and logits the mean relative error of a row. Infinity if they
+        differ in which rows are skipped.
     """
+    if encoding.of_features:
+        return of_features.distance_of(one, other)
     p, q = (_probabilities(encoding, values) for values in (one, other))
     if (np.isnan(p) != np.isnan(q)).any():
         return math.inf
@@ -333,7 +437,11 @@ def as_tensors(encoded: Encoded) -> EncodedTensors:
 
 
 def decoded(
-    encoding: Encoding, encoded: Encoded, classes: int, temperature: float = 1.0
+    encoding: Encoding,
+    encoded: Encoded,
+    classes: int,
+    temperature: float = 1.0,
+    head: Head | None = None,
 ) -> NDArray[np.float64]:
     """Decodes stored rows without torch, as ``soft_labels`` does.
 
@@ -342,10 +450,16 @@ def decoded(
         encoded: The stored arrays, ``[n, width]`` each.
         classes: C, the number of the source's classes.
         temperature: T of the paper's equation 1.
+        head: Of features, the head.
 
     Returns:
         softmax(z_s / T): float64 ``[n, C]``; NaN where a row holds no label.
+
+    Raises:
+        InputError: For features without head, and for logits.
     """
+    if encoding.of_features:
+        return require_head(head).probabilities(of_features.values(encoded), temperature)
     if encoding.name == "topk":
         top = np.exp(encoded["value"].astype(np.float64))
         rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0) / (classes - encoding.k or 1)
@@ -361,27 +475,38 @@ def decoded(
         return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
-def measured_error(encoding: Encoding, log_p: Float32) -> dict[str, Any]:
+def measured_error(encoding: Encoding, log_p: Float32, head: Head | None = None) -> dict[str, Any]:
     """What the encoding costs on real rows ``[n, C]``, at T = 1, 2, 3, 4 and 6.
 
     Args:
         encoding: The encoding.
-        log_p: Log-probabilities of a source: float32 ``[n, C]``.
+        log_p: Log-probabilities of a source: float32 ``[n, C]``; or features or logits.
+        head: The head of the features, if they have one.
 
     Returns:
-        For each temperature ``kl``, the mean KL(p || stored) in nats, and ``gradient``:
-        ||stored - p|| / ||q - p|| over all rows, the relative error of the gradient T (q - p) of
-        the soft-label loss, for a random student q whose logits are uniform in [-1, 1).
+        Of features and logits ``relative``: the ``mean`` and the ``worst`` relative error of a
+        row. Of soft labels, and of features with a head, for each temperature ``kl``, the mean
+        KL(p || stored) in nats, and ``gradient``: ||stored - p|| / ||q - p|| over all rows, the
+        relative error of the gradient T (q - p) of the soft-label loss, for a random student q
+        whose logits are uniform in [-1, 1).
     """
-    n, classes = log_p.shape
+    report: dict[str, Any] = {"rows": len(log_p)}
+    stored = encoding.encode(log_p)
+    if encoding.of_features:
+        report["relative"] = of_features.measured_error(encoding.name, log_p)
+        if head is None:
+            return report
+    n, classes = len(log_p), log_p.shape[1] if head is None else len(head.bias)
     blocks = -(-classes // 4)
     words = draw(np.arange(n * blocks), 0, stream=STUDENT).reshape(n, -1)[:, :classes]
     reference, student = Encoding("f32"), {"labels": 2 * unit(words) - 1}
-    stored = encoding.encode(log_p)
-    report: dict[str, Any] = {"rows": n}
     for temperature in (1, 2, 3, 4, 6):
-        p = decoded(reference, {"labels": log_p}, classes, temperature)
-        found = decoded(encoding, stored, classes, temperature)
+        p = (
+            decoded(reference, {"labels": log_p}, classes, temperature)
+            if head is None
+            else head.probabilities(log_p, temperature)
+        )
+        found = decoded(encoding, stored, classes, temperature, head)
         q = decoded(reference, student, classes, temperature)
         terms = p * (np.log(np.where(p > 0, p, 1)) - np.log(np.maximum(found, 1e-300)))
         report[f"T={temperature}"] = {

@@ -13,6 +13,8 @@ from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.coordinates import (
     CLASS,
     CONSOLIDATED,
+    ENTRY,
+    FEATURE,
     LISTED,
     RANK,
     SAMPLE,
@@ -23,7 +25,9 @@ from sskt.teacher_cache.format.coordinates import (
     seed_chunk,
 )
 from sskt.teacher_cache.format.encodings import Shuffle, encoding_of
-from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of
+from sskt.teacher_cache.format.features import FEATURES, Head
+from sskt.teacher_cache.format.head import add_head
+from sskt.teacher_cache.format.spec import FORMAT, Spec, digest_of, width_of
 
 CHUNK_ROWS = 512
 GROUP = "zarr.json"
@@ -48,6 +52,7 @@ def new_documents(
     rows: int,
     provenance: Document,
     samples: Sequence[str] | None = None,
+    head: Head | None = None,
 ) -> dict[str, bytes]:
     """Makes the files of a label set without shards.
 
@@ -58,9 +63,11 @@ def new_documents(
         rows: Samples in a shard.
         provenance: How it was made.
         samples: Names of the samples; None if they are not known.
+        head: Of features, the head that the spec names.
 
     Returns:
-        The files by key: the group's metadata, that of the arrays of a shard, and the coordinates.
+        The files by key: the group's metadata, that of the arrays of a shard, the coordinates and
+        the head.
     """
     import zarr
     from zarr.core.buffer import Buffer
@@ -78,11 +85,13 @@ def new_documents(
         BOUND: True,
     }
     require_size(seeds, size, rows)
-    for dtype, width, _ in encoding.arrays(len(classes)).values():
+    arrays = encoding.arrays(width_of(spec))
+    for dtype, width, _ in arrays.values():
         require_size(seeds, size, rows, width * dtype.itemsize)
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes={"sskt": attributes})
-    for key, (dtype, width, fill) in encoding.arrays(len(classes)).items():
+    last = {"labels": CLASS, FEATURES: CLASS if classes and head is None else FEATURE}
+    for key, (dtype, width, fill) in arrays.items():
         group.create_array(
             key,
             shape=(seeds, size, width),
@@ -91,7 +100,7 @@ def new_documents(
             shards=(1, rows, width),
             compressors=_codecs(dtype, *encoding.codec(dtype)),
             fill_value=dtype.type(fill),
-            dimension_names=[SEED, SAMPLE, CLASS if key == "labels" else RANK],
+            dimension_names=[SEED, SAMPLE, last.get(key, RANK if encoding.k else ENTRY)],
             attributes=dict(encoding.described(key)),
         )
     check = np.dtype("<u4")
@@ -106,17 +115,19 @@ def new_documents(
         dimension_names=[SEED, SAMPLE],
         attributes={"long_name": "CRC-32 of the view"},
     )
-    listed = add_coordinates(group, seeds, classes, samples, _codecs)
+    listed = add_coordinates(group, seeds, classes or None, samples, _codecs)
+    if head is not None:
+        add_head(group, head, _codecs)
     found = {key: value.to_bytes() for key, value in files.items()}
     found |= {key: seed_chunk(key) for key in coordinate_keys(SEED, seeds)[1:]}
-    arrays = {
+    documents = {
         key.removesuffix(f"/{GROUP}"): json.loads(data)
         for key, data in found.items()
         if key.endswith(f"/{GROUP}")
     }
     document = json.loads(found[GROUP])
     document["attributes"]["sskt"][LISTED] = listed
-    found[GROUP] = to_json(document | {CONSOLIDATED: consolidated(arrays)})
+    found[GROUP] = to_json(document | {CONSOLIDATED: consolidated(documents)})
     return found
 
 

@@ -23,11 +23,12 @@ Spec = dict[str, Any]
 
 
 TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
-"""Largest total variation distance between labels of two machines, by the source's precision."""
+"""Largest distance between labels of two machines, by the source's precision: total variation, or
+the relative error of features and logits."""
 
 
 def tolerance_of(spec: Mapping[str, Any]) -> float:
-    """How far labels that another machine recomputes may differ (total variation distance)."""
+    """How far labels that another machine recomputes may differ."""
     return TOLERANCE[spec["source"].get("precision", "float32")]
 
 
@@ -39,7 +40,13 @@ def label_set_spec(views: Views, source: Source, encoding: Encoding) -> Spec:
         "source": source.identity(),
         "views": views.identity(),
         "encoding": encoding.identity(),
+        **({"output": source.output.identity()} if source.output else {}),
     }
+
+
+def width_of(spec: Mapping[str, Any]) -> int:
+    """Entries of a decoded row: C, or D of features."""
+    return int(spec.get("output", {}).get("width", spec["source"]["classes"]["count"]))
 
 
 def classes_identity(classes: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sskt.teacher_cache.errors import CorruptStore, InputError, MissingData
 from sskt.teacher_cache.format.encodings import encoding_of
+from sskt.teacher_cache.format.features import Head, output_text
 from sskt.teacher_cache.format.metadata import (
     CHUNK_ROWS,
     GROUP,
@@ -23,7 +24,7 @@ from sskt.teacher_cache.format.metadata import (
     shard_rows_of,
 )
 from sskt.teacher_cache.format.shards import layout_of
-from sskt.teacher_cache.format.spec import Spec, name_of
+from sskt.teacher_cache.format.spec import Spec, name_of, width_of
 from sskt.teacher_cache.label_sets.documents import (
     array_document,
     consolidate,
@@ -73,8 +74,8 @@ def open_label_set(storage: CacheName) -> LabelSet:
     """
     storage = open_set(storage)
     attributes = read_attributes(storage)
-    spec, classes = attributes["spec"], attributes["classes"]
-    arrays = encoding_of(spec["encoding"]).arrays(len(classes))
+    spec = attributes["spec"]
+    arrays = encoding_of(spec["encoding"]).arrays(width_of(spec))
     try:
         document = array_document(storage, "view_check")
         seeds, samples = document["shape"]
@@ -115,6 +116,7 @@ def create_label_set(
     shard_rows: int = SHARD_ROWS,
     provenance: dict[str, Any] | None = None,
     samples: Sequence[str] | None = None,
+    head: Head | None = None,
 ) -> WritableLabelSet:
     """Opens a label set for writing, created in one step if it is new.
 
@@ -126,6 +128,7 @@ def create_label_set(
         shard_rows: Samples in a shard of a new set.
         provenance: Provenance of a new set: arguments and versions, no part of the identity.
         samples: Names of the samples of a new set, by which other tools find them.
+        head: Of features, the head that the spec names.
 
     Returns:
         The label set. Close it.
@@ -138,7 +141,7 @@ def create_label_set(
 
     def documents(rows: int | None, found_seeds: int | None) -> dict[str, bytes]:
         found_seeds, rows = found_seeds or seeds, rows or shard_rows
-        return new_documents(spec, classes, found_seeds, rows, provenance or {}, samples)
+        return new_documents(spec, classes, found_seeds, rows, provenance or {}, samples, head)
 
     return open_for_writing(cache, name_of(spec), documents, seeds)
 
@@ -350,6 +353,7 @@ def summary(label_set: LabelSet, stored: tuple[list[float], int] | None = None) 
         "source": {k: spec["source"].get(k) for k in ("name", "arch", "precision")},
         "views": spec["views"],
         "encoding": str(label_set.encoding),
+        "output": output_text(spec),
         "classes": len(label_set.classes),
         "seeds": label_set.seeds,
         "coverage": coverage,

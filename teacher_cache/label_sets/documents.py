@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sskt.teacher_cache.errors import CorruptStore, MissingData
 from sskt.teacher_cache.format.coordinates import CONSOLIDATED, consolidated
+from sskt.teacher_cache.format.features import require_sound_output
 from sskt.teacher_cache.format.metadata import GROUP, Document, to_json
 from sskt.teacher_cache.format.spec import FORMAT, classes_identity, digest_of
 from sskt.teacher_cache.storage.base import Storage
@@ -62,6 +63,7 @@ def parse_attributes(storage: Storage, data: bytes) -> Document:
             raise CorruptStore(f"label set {storage.name}: its spec does not match its digest")
         if classes_identity(attributes["classes"]) != attributes["spec"]["source"]["classes"]:
             raise CorruptStore(f"label set {storage.name}: its classes do not match its spec")
+        require_sound_output(attributes["spec"], storage.name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptStore(f"{storage.where(GROUP)} is not a label set's metadata") from error
     return attributes
@@ -88,10 +90,10 @@ def consolidate(label_set: LabelSet) -> None:
 
 
 def described(label_set: LabelSet) -> dict[str, Document]:
-    """Reads the metadata of each array of a set, those of the coordinates included.
+    """Reads the metadata of each array of a set, those of the coordinates and the head included.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: As ``array_document``.
     """
-    names = [*label_set.arrays, *label_set.coordinates]
+    names = [*label_set.arrays, *label_set.coordinates, *label_set.head_arrays]
     return {name: array_document(label_set.storage, name) for name in names}

@@ -31,9 +31,21 @@ from sskt.teacher_cache.format.encodings import (
     Encoded,
     Encoding,
     as_tensors,
+    decoded,
     encoding_of,
     soft_labels,
 )
+from sskt.teacher_cache.format.features import (
+    FEATURES,
+    LOGITS,
+    SOFT_LABELS,
+    Float32,
+    Head,
+    features,
+    sigmoid,
+    values,
+)
+from sskt.teacher_cache.format.head import HEAD_ARRAYS, head_keys, read_head
 from sskt.teacher_cache.format.metadata import BOUND, Document
 from sskt.teacher_cache.format.shards import (
     RECORD_ENDING,
@@ -43,7 +55,7 @@ from sskt.teacher_cache.format.shards import (
     layout_of,
     parse_record,
 )
-from sskt.teacher_cache.format.spec import Spec
+from sskt.teacher_cache.format.spec import Spec, width_of
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import Storage
 from sskt.teacher_cache.storage.local import LocalStorage, lost
@@ -136,13 +148,55 @@ class LabelSet:
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
-        """The source's class names."""
+        """The source's class names; none for features without a head."""
         return tuple(self.attributes["classes"])
+
+    @property
+    def output(self) -> str:
+        """What its rows are: ``soft-labels``, ``features`` or ``logits``."""
+        return str(self.spec.get("output", {}).get("kind", SOFT_LABELS))
+
+    @property
+    def width(self) -> int:
+        """Entries of a decoded row: C, or D of features."""
+        return width_of(self.spec)
+
+    @property
+    def contents(self) -> str:
+        """What a row holds, in words: ``1,000 classes``, ``1,280 features``."""
+        classes = f"{len(self.classes):,} classes"
+        if self.output == FEATURES:
+            head = f" with a head of {classes}" if self.head_arrays else ""
+            return f"{self.width:,} features{head}"
+        return f"logits of {classes}" if self.output == LOGITS else classes
+
+    @property
+    def head_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays of its head, if it has one."""
+        return HEAD_ARRAYS if "head" in self.spec.get("output", {}) else ()
+
+    @functools.cached_property
+    def head(self) -> Head | None:
+        """The last layer of the source, of features that are its input; else None.
+
+        Raises:
+            CorruptStore: If it is missing or damaged.
+        """
+        if not self.head_arrays:
+            return None
+        sha256 = self.spec["output"]["head"]
+        try:
+            return read_head(self.storage.read, len(self.classes), self.width, sha256)
+        except CorruptStore as error:
+            raise CorruptStore(
+                f"label set {self.name}: {error}; restore head_weight and head_bias from a copy, "
+                "or delete the set and cache it again"
+            ) from error
 
     @functools.cached_property
     def arrays(self) -> list[str]:
         """Names of its arrays, in the order in which a shard is written."""
-        return ["view_check", *self.encoding.arrays(len(self.classes))]
+        return ["view_check", *self.encoding.arrays(self.width)]
 
     @property
     def coordinates(self) -> list[str]:
@@ -150,9 +204,10 @@ class LabelSet:
         listed = self.attributes.get(LISTED, ())
         return [name for name in COORDINATES if name in listed]
 
-    def coordinate_keys(self) -> list[str]:
-        """The names of all files or objects of the coordinate arrays within the set."""
-        return [key for name in self.coordinates for key in coordinate_keys(name, self.seeds)]
+    def constant_keys(self) -> list[str]:
+        """The names of all files of the arrays without shards: coordinates and head."""
+        found = [key for name in self.coordinates for key in coordinate_keys(name, self.seeds)]
+        return found + (head_keys() if self.head_arrays else [])
 
     def sample_names(self) -> list[str] | None:
         """Reads the names of the samples.
@@ -359,14 +414,66 @@ class LabelSet:
             read when it was labelled is NaN.
 
         Raises:
-            InputError: If an id is not a row of the set, or the temperature is not above 0.
+            InputError: If an id is not a row of the set, the temperature is not above 0, or the
+                rows are features without head, or logits (``features`` reads these).
             IncompleteLabels: If a label is not stored.
             CorruptStore: If a checksum fails.
         """
         if not temperature > 0:
             raise InputError(f"the temperature must be above 0, found {temperature}")
         encoded = as_tensors(self.encoded_rows(seed, ids))
-        return soft_labels(self.encoding, encoded, len(self.classes), temperature)
+        return soft_labels(self.encoding, encoded, len(self.classes), temperature, self.head)
+
+    def features(self, seed: int, ids: ArrayLike) -> Tensor:
+        """Reads the features or logits of some samples, in any order.
+
+        Args:
+            seed: View seed.
+            ids: Row numbers of the samples: one integer, or ``[n]``.
+
+        Returns:
+            float32 ``[n, D]`` on the CPU. The row of a sample that could not be read is NaN.
+
+        Raises:
+            InputError: If an id is not a row of the set, or its rows are soft labels.
+            IncompleteLabels: If a row is not stored.
+            CorruptStore: If a checksum fails.
+        """
+        if self.output == SOFT_LABELS:
+            raise InputError(
+                f"label set {self.name} holds soft labels and no features; read it with rows, or "
+                "cache features with --output features"
+            )
+        return features(as_tensors(self.encoded_rows(seed, ids)))
+
+    def probabilities(self, encoded: Encoded) -> NDArray[np.float64] | None:
+        """Decodes stored rows at T = 1 without torch.
+
+        Args:
+            encoded: The stored arrays, ``[n, width]`` each.
+
+        Returns:
+            float64 ``[n, C]``: softmax(z_s); of logits their sigmoids, as their classes are
+            independent. NaN where a row holds nothing. None for features without a head.
+        """
+        if self.output == LOGITS:
+            return sigmoid(values(encoded))
+        if self.encoding.of_features and self.head is None:
+            return None
+        return decoded(self.encoding, encoded, len(self.classes), head=self.head)
+
+    def decoded(self, encoded: Encoded) -> Float32:
+        """Decodes stored rows without torch, as what they are.
+
+        Args:
+            encoded: The stored arrays, ``[n, width]`` each.
+
+        Returns:
+            float32 ``[n, width]``: soft labels at T = 1, features or logits.
+        """
+        if self.encoding.of_features:
+            return values(encoded)
+        return decoded(self.encoding, encoded, len(self.classes)).astype(np.float32)
 
     def encoded_rows(self, seed: int, ids: ArrayLike) -> Encoded:
         """Reads labels of some samples as they are stored, in any order.
@@ -390,8 +497,8 @@ class LabelSet:
         return RowReader(self, self.layout(self.arrays[-1]).chunk_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out decoded labels, so that a loader process can be started with the set."""
-        return {key: value for key, value in vars(self).items() if key != "_row_reader"}
+        """Leaves out what is read again, so that a loader process can be started with the set."""
+        return {key: v for key, v in vars(self).items() if key not in ("_row_reader", "head")}
 
     def check(self, view: UInt8, row: int, seed: int) -> None:
         """Compares a view with the one that the source saw.

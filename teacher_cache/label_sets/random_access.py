@@ -30,8 +30,8 @@ class RowReader:
 
     def __init__(self, label_set: LabelSet, chunk_rows: int) -> None:
         self._set, self._rows = label_set, chunk_rows
-        self._arrays = label_set.encoding.arrays(len(label_set.classes))
-        row = label_set.encoding.bytes_per_label(len(label_set.classes))
+        self._arrays = label_set.encoding.arrays(label_set.width)
+        row = label_set.encoding.bytes_per_label(label_set.width)
         # An lru_cache has no lock that a forked loader process could find held.
         self._chunk = functools.lru_cache(max(1, CACHED_BYTES // (chunk_rows * row)))(self._read)
 

@@ -14,10 +14,12 @@ import torch
 
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.format.features import SOFT_LABELS
 from sskt.teacher_cache.label_sets.create import SHARD_ROWS
 from sskt.teacher_cache.labeling.run import StageOptions
 from sskt.teacher_cache.labeling.units import MEMORY
 from sskt.teacher_cache.sources.batchnorm import parse_batchnorm
+from sskt.teacher_cache.sources.features import parse_output
 from sskt.teacher_cache.sources.outputs import parse_outputs
 from sskt.teacher_cache.sources.registry import open_source, parse_source
 from sskt.teacher_cache.sources.source import Source, usable_device
@@ -55,6 +57,7 @@ class Job:
     policy: str = "auto"
     frame_sampling: str = ""
     encoding: str = "f16"
+    output: str = SOFT_LABELS
     weights: tuple[str, ...] = ()
     preprocessing: tuple[str, ...] = ()
     batchnorm: str = "eval"
@@ -71,7 +74,7 @@ class Job:
     @property
     def how(self) -> Encoding:
         """The encoding."""
-        return parse_encoding(self.encoding)
+        return parse_encoding(self.encoding, self.output)
 
     def options(self, opened: Sequence[Opened]) -> StageOptions:
         """How the stage runs this job."""
@@ -137,7 +140,8 @@ def _versions() -> dict[str, str]:
 
 def open_job_views(job: Job, progress: Progress = lambda done, total: None) -> Views:
     """The target and its views. Raises what ``load_target`` and ``open_views`` raise."""
-    parse_encoding(job.encoding)
+    parse_output(job.output)
+    parse_encoding(job.encoding, job.output)
     f_s = parse_frame_sampling(job.frame_sampling) if job.frame_sampling else None
     policy = None if job.policy == "auto" else parse_policy(job.policy)
     target = load_target(job.dataset, progress)
@@ -155,6 +159,7 @@ def open_job_sources(job: Job) -> list[Opened]:
         parse_batchnorm(job.batchnorm, job.batch_size),
         job.logits_are,
         job.batch_size if job.compile else None,
+        job.output,
     )
 
 
@@ -167,6 +172,7 @@ def open_sources(
     batchnorm: str = "eval",
     logits_are: Sequence[str] = (),
     compile_batch: int | None = None,
+    output: str = SOFT_LABELS,
 ) -> list[Opened]:
     """Opens sources as a command line names them.
 
@@ -179,6 +185,7 @@ def open_sources(
         batchnorm: ``eval`` or ``batch-B``.
         logits_are: ``[NAME=]KIND`` each, see ``parse_outputs``.
         compile_batch: Images of a forward pass for which networks are compiled; None: they are not.
+        output: What is stored, see ``parse_output``.
 
     Returns:
         The sources, with the arguments that open them again.
@@ -205,6 +212,7 @@ def open_sources(
             batchnorm=batchnorm,
             outputs=parse_outputs(kinds.get(name.name, "")),
             compile_batch=compile_batch,
+            output=output,
         )
         arguments = {
             "source": source_at(text, name.file, full_path(name.file)) if name.file else text,

@@ -140,6 +140,7 @@ def open_sets(
                 shard_rows=rows,
                 provenance=provenance,
                 samples=views.target.ids,
+                head=source.head,
             )
             opened.callback(label_set.close)
             pairs.append(SourceLabels(source, label_set))
@@ -284,8 +285,7 @@ class _Pending:
     def __init__(self, pair: SourceLabels, shard: Shard) -> None:
         self.source, self.label_set, self.shard = pair.source, pair.label_set, shard
         rows = shard.stop - shard.start
-        classes = len(self.label_set.classes)
-        self.encoded: Encoded = self.label_set.encoding.empty(rows, classes)
+        self.encoded: Encoded = self.label_set.encoding.empty(rows, self.label_set.width)
         self.checks = np.zeros(rows, np.uint32)
         self.sample: list[NDArray[np.float32]] = []
 
@@ -302,7 +302,8 @@ class _Pending:
     def store(self) -> None:
         if self.sample:
             rows = np.concatenate(self.sample)[:ERROR_ROWS]
-            self.label_set.add_attribute("error", measured_error(self.label_set.encoding, rows))
+            error = measured_error(self.label_set.encoding, rows, self.source.head)
+            self.label_set.add_attribute("error", error)
         self.label_set.write(self.shard, self.encoded, self.checks)
         if not self.label_set.has(self.shard, fresh=True):  # another writer may have stored it
             raise CorruptStore(f"label set {self.label_set.name}: a shard vanished on writing")

@@ -104,7 +104,7 @@ def units(
     for rows in sorted({s.shard_rows for s in sets}):
         alike = [s for s in sets if s.shard_rows == rows]
         blocks = alike[0].blocks
-        label = sum(s.encoding.bytes_per_label(len(s.classes)) for s in alike)
+        label = sum(s.encoding.bytes_per_label(s.width) for s in alike)
         together = seeds_together(views, rows, label, seeds, batch, memory)
         together = min(together, max(1, seeds * blocks // world))
         for block in range(blocks):

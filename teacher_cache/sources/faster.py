@@ -48,6 +48,11 @@ class FasterNetwork:
     seconds: float = 0.0
 
     @property
+    def batch(self) -> int | None:
+        """Images of a forward pass for which the network was compiled; None: it was not."""
+        return self.run.batch if isinstance(self.run, _InBatches) else None
+
+    @property
     def kind(self) -> str:
         """How it differs from the network, for the provenance of labels."""
         return f"folded ({self.folded})" if self.folded else "compiled"

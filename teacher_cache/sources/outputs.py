@@ -46,11 +46,24 @@ def tensor_of(output: Any) -> Any:
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
+LEAST_ODDS = 2.0**-24
+"""Probabilities of independent classes are clamped to this and its difference from 1, the largest
+float32 below 1. Their logits lie between -16.6 and 16.6."""
+
+
 def as_logits(outputs: Tensor, kind: Outputs) -> Tensor:
     """Outputs as float32 logits; probabilities below float32's smallest normal number become it."""
     if kind != PROBABILITIES:
         return outputs.float()
     return outputs.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def as_independent_logits(outputs: Tensor, kind: Outputs) -> Tensor:
+    """Outputs of classes that do not exclude each other as float32 logits, log(p / (1 - p))."""
+    if kind == LOGITS:
+        return outputs.float()
+    p = outputs.float() if kind == PROBABILITIES else outputs.float().exp()
+    return p.clamp(LEAST_ODDS, 1 - LEAST_ODDS).logit()
 
 
 @contextmanager
@@ -165,7 +178,13 @@ def wrong_kind(run: Run, images: Tensor, outputs: Tensor, declared: Outputs | No
     if not _are_probabilities(outputs) or not _are_probabilities(outputs := run(images)):
         return ""
     how = "and sum to 1, as after a softmax" if _sum_to_1(outputs) else "as after a sigmoid"
-    return f"its outputs are all between 0 and 1 {how}, so that labels would be flat"
+    found = f"its outputs are all between 0 and 1 {how}, so that labels would be flat"
+    if _sum_to_1(outputs):
+        return found
+    return (
+        f"{found} (if its classes do not exclude each other, store their logits with --output "
+        "logits --logits-are probabilities)"
+    )
 
 
 def _are_probabilities(outputs: Tensor) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from sskt.teacher_cache.errors import InputError
+from sskt.teacher_cache.format.features import FEATURES, SOFT_LABELS
 from sskt.teacher_cache.sources.batchnorm import EVAL, parse_batchnorm
 from sskt.teacher_cache.sources.exported import network_file
+from sskt.teacher_cache.sources.features import parse_output
 from sskt.teacher_cache.sources.known_networks import (
     CSAIL_SHA256,
     efficientnet_lite0,
@@ -52,6 +54,7 @@ def open_source(
     code: str = "",
     outputs: Outputs | None = None,
     compile_batch: int | None = None,
+    output: str = SOFT_LABELS,
 ) -> Source:
     """Builds, loads and freezes a source.
 
@@ -67,12 +70,13 @@ def open_source(
             before the file is run; empty: anything.
         outputs: What the network returns, see ``parse_outputs``.
         compile_batch: Images of a forward pass for which the network is compiled; None: it is not.
+        output: What is stored, see ``parse_output``.
 
     Returns:
         The source, in evaluation mode and without gradients.
 
     Raises:
-        UnknownName: If the source is not known.
+        UnknownName: If the source, the output or its module is not known.
         MissingData: If a file, a package or a download is missing.
         BadCheckpoint: If the weights do not belong to the network.
         SpecMismatch: If the file of a user's network is another one than ``code`` says.
@@ -92,7 +96,8 @@ def open_source(
     elif wanted.factory:
         (network, how, classes), found = own_network(wanted, preprocessing, code)
     elif arch.startswith(TIMM):
-        network, how, classes = timm_network(wanted, weights)
+        bare = parse_output(output)[0] == FEATURES
+        network, how, classes = timm_network(wanted, weights, features=bare)
     elif arch == "efficientnet_lite0":
         network, how, classes = efficientnet_lite0(wanted.name, weights)
     elif wanted.name == "places365":
@@ -114,4 +119,5 @@ def open_source(
         batchnorm=batchnorm,
         outputs=outputs,
         compile_batch=compile_batch,
+        output=output,
     )

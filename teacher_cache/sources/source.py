@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, SsktError, TeacherMoved, first_line
+from sskt.teacher_cache.format.features import FEATURES, SOFT_LABELS, Head, Output
 from sskt.teacher_cache.format.spec import classes_identity
 from sskt.teacher_cache.sources.batchnorm import EVAL, batch_of, set_batchnorm
 from sskt.teacher_cache.sources.faster import FasterNetwork, compiled, folded
+from sskt.teacher_cache.sources.features import (
+    FeatureNetwork,
+    find_head,
+    parse_output,
+    require_module,
+)
 from sskt.teacher_cache.sources.outputs import (
     AGAIN_TOLERANCE,
     BATCH_TOLERANCE,
     LOGITS,
     Outputs,
+    as_independent_logits,
     as_logits,
     dependence,
     distance,
@@ -119,7 +127,8 @@ class Source:
     ``batchnorm`` is ``eval`` or ``batch-B``: then a caller passes the B samples that belong
     together (``batch``), and no others with them. ``outputs`` is what the user declared that the
     network returns; None: nothing, and it returns logits. ``faster`` computes the same function,
-    up to the rounding of float32.
+    up to the rounding of float32. ``output`` is what is stored instead of soft labels, if
+    anything; of features, ``network`` returns these, and there are classes only with a head.
     """
 
     name: str
@@ -134,11 +143,26 @@ class Source:
     batchnorm: str = EVAL
     outputs: Outputs | None = None
     faster: FasterNetwork | None = None
+    output: Output | None = None
+
+    @property
+    def width(self) -> int:
+        """Entries of a row of ``forward``: C, or D of features."""
+        return self.output.width if self.output else len(self.classes)
 
     @property
     def run(self) -> Callable[[Tensor], Any]:
         """What a forward pass calls: the network, or what computes the same faster."""
         return self.faster.run if self.faster else self.network
+
+    @property
+    def head(self) -> Head | None:
+        """The last layer of the network, if its input is what is stored."""
+        return self.output.head if self.output else None
+
+    @property
+    def _features(self) -> bool:
+        return self.output is not None and self.output.kind == FEATURES
 
     @property
     def batch(self) -> int | None:
@@ -164,12 +188,15 @@ class Source:
         )
 
     def forward(self, views: Tensor) -> Tensor:
-        """log y_m of a batch, on the device and without waiting for it: float32 ``[n, C]``.
+        """What is stored of a batch, on the device and without waiting for it: float32.
+
+        Of a source without ``output`` it is log y_m: ``[n, C]``.
 
         ``views`` is uint8 ``[n, H, W, 3]``; or ``[n, K, H, W, 3]`` with the K stills that f_s
         took from each clip: then y_m is the mean of their K softmaxes, from one forward pass of
         n * K images. y_m = softmax(h_s_m(x)) of equation 1 is the result's exponential; any
-        temperature follows. Raises ``InputError`` if the network's output is not ``[n, C]``;
+        temperature follows. Features and logits are ``[n, width]``, of a clip the mean of those of
+        its stills. Raises ``InputError`` if the network's output is not ``[n, C]``;
         whether it is finite is for ``require_finite`` to say, once it is off the device.
         """
         clips = views.ndim == 5
@@ -183,7 +210,11 @@ class Source:
         images = views.to(self.device, non_blocking=True)
         images = images.flatten(0, 1) if clips else images
         with torch.inference_mode():
-            logits = as_logits(self.raw_outputs(images), self.outputs or LOGITS)
+            raw, kind = self.raw_outputs(images), self.outputs or LOGITS
+            if self.output is not None:
+                rows = raw.float() if self._features else as_independent_logits(raw, kind)
+                return rows.view(len(views), stills, self.width).mean(dim=1)
+            logits = as_logits(raw, kind)
             log_p = F.log_softmax(logits, dim=1)
             if stills > 1:
                 by_clip = log_p.view(len(views), stills, len(self.classes))
@@ -197,18 +228,18 @@ class Source:
             images: uint8 ``[n, H, W, 3]`` on the device.
 
         Returns:
-            Outputs of the kind ``outputs``: ``[n, C]`` on the device.
+            Outputs of the kind ``outputs``, or features: ``[n, width]`` on the device.
 
         Raises:
             InputError: If the network returns something else.
         """
         with torch.inference_mode(), full_float32(), self.arithmetic():
             found = tensor_of(self.run(self.preprocessing(images)))
-        if not isinstance(found, Tensor) or found.shape != (len(images), len(self.classes)):
+        if not isinstance(found, Tensor) or found.shape != (len(images), self.width):
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(
-                f"source {self.name}: expected logits of shape "
-                f"({len(images)}, {len(self.classes)}), found {what}"
+                f"source {self.name}: expected {'features' if self._features else 'logits'} of "
+                f"shape ({len(images)}, {self.width}), found {what}"
             )
         return found
 
@@ -263,6 +294,7 @@ def freeze(
     batchnorm: str = EVAL,
     outputs: Outputs | None = None,
     compile_batch: int | None = None,
+    output: str = SOFT_LABELS,
 ) -> Source:
     """Makes a source: evaluation mode, no gradients, on the device, weights hashed, and tested.
 
@@ -280,11 +312,13 @@ def freeze(
         batchnorm: ``eval`` or ``batch-B``, see ``parse_batchnorm``.
         outputs: What the network returns; None: logits, unless they look like probabilities.
         compile_batch: Images of a forward pass for which the network is compiled; None: it is not.
+        output: What is stored, see ``parse_output``.
 
     Returns:
         The source.
 
     Raises:
+        UnknownName: If the output is not known, or the network has no such module.
         InputError: If the network does not run on images of its size, has fewer than two classes,
             returns something other than logits, if its outputs are no function of its image, or if
             it cannot be compiled.
@@ -314,7 +348,7 @@ def freeze(
         outputs,
     )
     try:
-        source = _tested(source)
+        source = _tested(_with_output(source, output))
     except SsktError:
         raise
     except Exception as error:
@@ -322,6 +356,70 @@ def freeze(
             f"source {name} does not take input of {preprocessing.size} pixels: {first_line(error)}"
         ) from error
     return source if compile_batch is None else _compiled(source, compile_batch)
+
+
+def with_output(source: Source, output: str) -> Source:
+    """The same network as a source of another output.
+
+    Args:
+        source: A source of soft labels.
+        output: What is stored, see ``parse_output``.
+
+    Returns:
+        The source.
+
+    Raises:
+        As ``freeze``.
+    """
+    if output == SOFT_LABELS and source.output is None:
+        return source
+    if source.output is not None:
+        raise InputError(f"source {source.name} was opened for {source.output.kind}; open it again")
+    compiled_for = None if source.faster is None else source.faster.batch
+    return freeze(
+        source.name,
+        source.arch,
+        source.network,
+        source.preprocessing,
+        source.classes,
+        precision=source.precision,
+        device=source.device,
+        code=source.code,
+        batchnorm=source.batchnorm,
+        outputs=source.outputs,
+        compile_batch=compiled_for,
+        output=output,
+    )
+
+
+def _with_output(source: Source, text: str) -> Source:
+    """A source whose network returns what is stored. Raises ``InputError``, ``UnknownName``."""
+    kind, module = parse_output(text)
+    if kind == SOFT_LABELS:
+        return source
+    if kind == LOGITS:
+        return replace(source, output=Output(kind, len(source.classes)))
+    images = probe_images(source.preprocessing.size)[:2].to(source.device)
+    with torch.inference_mode(), full_float32(), rng_kept(source.device):
+        x = source.preprocessing(images)
+        if module:
+            require_module(source.network, module)
+            network = FeatureNetwork(source.network, module)
+            output = Output(kind, int(network(x).shape[1]), module)
+            return replace(source, network=network, classes=(), output=output)
+        found = find_head(source.network, x)
+    if found is not None:
+        name, head = found
+        network = FeatureNetwork(source.network, name, taken=True)
+        output = Output(kind, head.weight.shape[1], head=head)
+        return replace(source, network=network, output=output)
+    if source.classes != tuple(f"class {i}" for i in range(len(source.classes))):
+        raise InputError(
+            f"source {source.name}: none of its nn.Linear layers returns the outputs of its "
+            f"{len(source.classes):,} classes, so that there are no features before it; name a "
+            "module with --output features:MODULE"
+        )
+    return replace(source, classes=(), output=Output(kind, len(source.classes)))
 
 
 def _compiled(source: Source, batch: int) -> Source:
@@ -358,7 +456,7 @@ def _tested(source: Source) -> Source:
     with rng_kept(source.device):
         outputs = run(pair)
         cause = dependence(run, pair, outputs, in_batches=source.batch is not None)
-        kind = wrong_kind(run, images, outputs, source.outputs)
+        kind = "" if source._features else wrong_kind(run, images, outputs, source.outputs)
         if source.precision != "float32":
             outputs = source.raw_outputs(pair)
         found = source if cause or kind else _folded(source, images[FOLD_PROBE])

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,7 @@ from sskt.teacher_cache.sources.preprocessing import class_names
 from sskt.teacher_cache.sources.source import Preprocessing
 
 
-def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
+def timm_network(wanted: SourceName, file: Path | None, *, features: bool = False) -> Loaded:
     """Builds a network of timm's registry.
 
     Size, mean and std are those of timm's data configuration (its ``input_size``, not
@@ -41,6 +41,7 @@ def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
         wanted: The source.
         file: Weights to load instead of those of timm's tag. The number of classes is then that
             of the file's classifier.
+        features: Whether a network without classifier is accepted, for its features.
 
     Returns:
         The network with its preprocessing and classes.
@@ -59,13 +60,14 @@ def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
     arch = (wanted.arch or "").removeprefix(TIMM)
     config = _configuration(timm, arch)
     state = None if file is None else read_state(file)
-    count = config.num_classes if state is None else _classes_in(state, config, file)
+    bare = features and not config.num_classes
+    count = config.num_classes if state is None or bare else _classes_in(state, config, file)
     expected = SOURCES[wanted.name][0] if wanted.name in SOURCES else count
-    if count != expected or count < 2:
+    if count != expected or (count < 2 and not bare):
         raise InputError(
             f"source {wanted.name}: {wanted.arch} has {count} classes"
             + (f", not {expected}: use a name of your own, NAME:timm/{arch}" if count > 1 else
-               ": it is no classifier")
+               ": it is no classifier; its features are stored with --output features")
         )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         if state is None:
@@ -81,7 +83,11 @@ def timm_network(wanted: SourceName, file: Path | None) -> Loaded:
     how = Preprocessing(int(height), three(found["mean"]), three(found["std"]))
     subset = None if state is not None else data.infer_imagenet_subset(network)
     names = _imagenet_names(data, subset) if subset else None
-    return network, how, class_names(wanted, count, names, "timm")
+    return (
+        network,
+        how,
+        class_names(wanted, count or int(cast(Any, network).num_features), names, "timm"),
+    )
 
 
 def _configuration(timm: Any, arch: str) -> Any:

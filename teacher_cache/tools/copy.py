@@ -120,7 +120,7 @@ def metadata_of(source: LabelSet) -> dict[str, bytes]:
     if problems:
         raise CorruptStore(f"label set {source.name}: {problems[0]}; run sskt verify")
     arrays = [*source.arrays[1:], source.arrays[0]]
-    keys = [GROUP, *(f"{array}/{GROUP}" for array in arrays), *source.coordinate_keys()]
+    keys = [GROUP, *(f"{array}/{GROUP}" for array in arrays), *source.constant_keys()]
     return {key: source.storage.read(key) for key in keys}
 
 

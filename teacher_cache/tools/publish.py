@@ -41,7 +41,7 @@ def _files(label_set: LabelSet) -> dict[str, int]:
     """The sizes of the files of a label set by key: its metadata and its stored shards."""
     sizes = label_set.storage.sizes()
     keys = [GROUP, *(f"{array}/{GROUP}" for array in label_set.arrays)]
-    keys += label_set.coordinate_keys()
+    keys += label_set.constant_keys()
     label_set.refresh()
     for shard in label_set.shards(range(label_set.seeds)):
         if label_set.has(shard):

@@ -184,7 +184,7 @@ def test_sets_of_version_0_1_stay_as_they_are(made: dict[str, LabelSet], tmp_pat
     del document["consolidated_metadata"], document["attributes"]["sskt"]["coordinates"]
     (path / "zarr.json").write_text(json.dumps(document))
     label_set = open_label_set(path)
-    assert label_set.coordinates == [] and label_set.coordinate_keys() == []
+    assert label_set.coordinates == [] and label_set.constant_keys() == []
     assert verify(label_set).problems == []
     writer_of(label_set).grow(5)
     assert "consolidated_metadata" not in (path / "zarr.json").read_text()
@@ -232,7 +232,7 @@ def test_xarray_from_a_bucket(made: dict[str, LabelSet], bucket: str) -> None:
     assert found.sample_names() == made["f16"].sample_names() and verify(found).problems == []
     listed = json.loads(found.storage.read("files.json"))["files"]
     assert listed == {key: size for key, size in found.storage.sizes().items() if key in listed}
-    assert {*found.coordinate_keys(), *found.shard_keys(found.shard(2, 1))} < set(listed)
+    assert {*found.constant_keys(), *found.shard_keys(found.shard(2, 1))} < set(listed)
 
 
 def test_zarr_opens_the_group(made: dict[str, LabelSet], url: str) -> None:

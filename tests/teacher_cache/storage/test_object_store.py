@@ -526,7 +526,7 @@ def test_a_creation_that_nobody_finished(cache: str, local: Path, sskt: Sskt, co
     begun = create_label_set(f"{cache}/model", model.spec, model.classes, 3, shard_rows=20)
     begun.close()
     keys = [f"{model.name}/{array}/zarr.json" for array in ("index", "value", "view_check")]
-    names = [f"{model.name}/{key}" for key in begun.coordinate_keys()]
+    names = [f"{model.name}/{key}" for key in begun.constant_keys()]
     for key in keys[:count]:
         obstore.put(raw(cache), key, objects(f"{cache}/model")[key])
     status, _, err = sskt("verify", "--cache", cache, model.name)
