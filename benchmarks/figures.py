@@ -142,13 +142,13 @@ def _scale(found: dict[str, Measures]) -> Any:
         upper, lower = axes[column], axes[column + len(kinds)]
         linear = kind != "clients"
         upper.set(xscale="log", yscale="log", ylabel="s" if linear else "labels/s", xlabel=kind)
-        lower.set(xscale="log", ylabel="MiB", xlabel=kind, ylim=(0, None))
+        lower.set(xscale="log", ylabel="MiB", xlabel=kind, ylim=(0, 1.3 * lower.get_ylim()[1]))
         if linear:
             first = next(iter(curves[kind].values()))
             (x, y), (last, _) = first[-1], first[0]
             upper.plot((last, x), (y * last / x, y), ":", color="grey", label="linear")
         upper.legend(fontsize=8)
-        lower.legend(fontsize=8)
+        lower.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -59,7 +59,7 @@ MARKER = ".sskt-demo"
 @click.option(
     "--limit",
     type=click.IntRange(1),
-    default=1500,
+    default=1200,
     show_default=True,
     help="Number of training samples, of 2,000.",
 )

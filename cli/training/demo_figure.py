@@ -108,8 +108,10 @@ def _draw_time(axes: Any, result: Mapping[str, Any]) -> None:
         axes.plot(shown, total, "o-", markersize=4, color=colour, label=name)
     if paid in shown:
         axes.axvline(paid, color="0.5", linestyle="--", linewidth=1)
-        place = {"ha": "right", "va": "bottom", "fontsize": 9, "color": INK}
-        axes.text(paid - 0.05, ways["source in every step"][-1], "the cache has paid", **place)
+        # Below both lines, on the side of the mark that has more room.
+        side = "left" if 2 * paid < len(shown) else "right"
+        text = " the cache has paid "
+        axes.text(paid, 0, text, ha=side, va="bottom", fontsize=9, color=INK)
     axes.set_title("Time of a training with the source", fontsize=10)
     axes.set(xlabel="epoch", ylabel="seconds in all")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
