@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sskt.teacher_cache.errors import BadImage, InputError
-from sskt.teacher_cache.media.images import UInt8
+from sskt.teacher_cache.media.images import UInt8, cut
+from sskt.teacher_cache.media.regions import BoxOf
 from sskt.teacher_cache.targets.base import Names, Target
 from sskt.teacher_cache.targets.files.scan import check_unique
 from sskt.teacher_cache.targets.registry import IMAGE_POLICY
@@ -30,8 +31,8 @@ class DatasetImages:
     name: str
     rows: Int64
 
-    def __call__(self, sample: int) -> UInt8:
-        return self.item(sample)[0]
+    def __call__(self, sample: int, box_of: BoxOf | None = None) -> UInt8:
+        return cut(self.item(sample)[0], box_of)
 
     def chosen(self, rows: Int64) -> DatasetImages:
         return replace(self, rows=self.rows[rows])

@@ -7,6 +7,7 @@ function of (policy, seed, sample, pixels).
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Views:
         policy: The augmentation.
         f_s: The frame sampling of the paper's equation 1: the stills of a clip that a source sees.
             For images it is the identity.
+        regions: Whether to decode the crop of an image only, if it is wanted under one seed. The
+            views are the same, but damage elsewhere in a JPEG file may pass unnoticed.
 
     Raises:
         InputError: If the policy or the frame sampling is not for such a target.
@@ -95,6 +98,7 @@ class Views:
     target: Target
     policy: Policy
     f_s: FrameSampling = IDENTITY
+    regions: bool = False
 
     def __post_init__(self) -> None:
         info, name = self.policy.info, self.target.name
@@ -133,6 +137,9 @@ class Views:
         """The view of an image already decoded; uint8 ``[H, W, 3]``, memory of its own."""
         assert self._info.per_sample is not None
         view = self._info.per_sample(self.policy, image, sample, seed)
+        return self._augmented(view, sample, seed)
+
+    def _augmented(self, view: UInt8, sample: int, seed: int) -> UInt8:
         view = augmented(self.policy, view, sample, seed)
         return np.require(view, requirements=["C", "W"])
 
@@ -158,6 +165,10 @@ class Views:
     def _of_sample(self, sample: int, seeds: Sequence[int]) -> dict[int, UInt8]:
         """Views of one sample under several seeds, its file decoded once."""
         target, policy, per_clip = self.target, self.policy, self._info.per_clip
+        per_box = self._info.per_box
+        if self.regions and per_box is not None and len(seeds) == 1:
+            view = per_box(policy, functools.partial(target.read, sample), sample, seeds[0])
+            return {seeds[0]: self._augmented(view, sample, seeds[0])}
         if per_clip is None:
             image = target.read(sample)
             with self._named(sample):

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.teacher_cache.errors import InputError, UnknownName, ViewMismatch
 from sskt.teacher_cache.label_sets.find import require_seeds
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source, usable_device
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.targets.base import Target
-from sskt.teacher_cache.views.mixing import Mixed
+from sskt.teacher_cache.views.mixing import Mixed, mixes
 from sskt.teacher_cache.views.view_cache import DEFAULT_GIB, ViewCache, open_view_cache
 from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.config import AUTO
@@ -381,7 +381,8 @@ class SoftLabelLoader:
             batches = order.batches(window, labels.skipped, epoch)
             first = begin[1] if i == begin[0] else 0
             parts = [order.ranks.part(batch) for batch in batches[first:]]
-            for j, found in enumerate(self.feed(parts, window.seed, window.others), first):
+            for j, made in enumerate(self.feed(parts, window.seed, window.others), first):
+                found = self._proved(made, parts[j - first], window, labels)
                 self._position = (i, j + 1)
                 unreadable += len(found.bad)
                 # With several processes, one without a readable sample takes part all the same.
@@ -394,6 +395,19 @@ class SoftLabelLoader:
         self.finish_checks()
         self.seek(epoch + 1)
 
+    def _proved(self, made: Batch, part: Int64, window: Window, labels: WindowLabels) -> Batch:
+        """A batch from regions of images; from the whole images if a view is not the stored one.
+
+        So damage of a file since it was labelled is reported as such.
+        """
+        if made.checks is None or not self.feed.views.regions:
+            return made
+        try:
+            labels.check(made.samples, made.checks, made.seeds)
+        except ViewMismatch:
+            return next(iter(_of_whole_images(self.feed)([part], window.seed, window.others)))
+        return made
+
     def without_labels(self, number: int) -> Iterator[SoftLabelBatch]:
         """Goes once through all samples in one process, without soft labels.
 
@@ -403,7 +417,7 @@ class SoftLabelLoader:
         order, samples = self.order, np.arange(len(self.views.target))
         batches = batches_of(permutation(samples, order.seed, number), order.batch_size)
         labels = NoLabels().enter(Window(number, ((0, len(samples)),)), None)
-        for i, found in enumerate(self.feed(batches, number)):
+        for i, found in enumerate(_of_whole_images(self.feed)(batches, number)):
             if len(found.samples):
                 yield self._batch(found, labels, (0, i), len(batches[i]), len(found.bad))
 
@@ -520,7 +534,15 @@ def feed_of(
 ) -> Feed | ResidentFeed:
     """What makes batches of views: on the device if the images fit there, else through workers."""
     resident = resident_feed(views, device) if device.type == "cuda" else None
+    # Only stored checks prove what is not decoded whole. A partner that a view is mixed with may
+    # be a sample without a label, whose view has no check.
+    regions = checked and cache is None and not mixes(views.policy)
+    views = dataclasses.replace(views, regions=regions)
     return resident or Feed(views, workers, on_error, device.type == "cuda", checked, cache)
+
+
+def _of_whole_images(feed: Feed | ResidentFeed) -> Feed | ResidentFeed:
+    return dataclasses.replace(feed, views=dataclasses.replace(feed.views, regions=False))
 
 
 def _ranks(rank: int | None, world: int | None) -> Ranks:

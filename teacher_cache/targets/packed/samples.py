@@ -11,6 +11,7 @@ import numpy as np
 
 from sskt.teacher_cache.errors import InputError, UnknownName
 from sskt.teacher_cache.media.images import UInt8, decode_image
+from sskt.teacher_cache.media.regions import BoxOf
 from sskt.teacher_cache.targets.base import Int64
 from sskt.teacher_cache.targets.spec import named_like
 
@@ -41,9 +42,9 @@ class PackedImages:
     store: ImageStore
     rows: Int64
 
-    def __call__(self, sample: int) -> UInt8:
+    def __call__(self, sample: int, box_of: BoxOf | None = None) -> UInt8:
         row = int(self.rows[sample])
-        return decode_image(self.store.read(row), self.store.where(row))
+        return decode_image(self.store.read(row), self.store.where(row), box_of)
 
     def data(self, sample: int) -> bytes:
         """The stored bytes of an image."""
