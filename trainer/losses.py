@@ -1,6 +1,6 @@
 """Losses of SSKT, each with its divisor in its name or docstring.
 
-p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_s logits ``[n, C]`` and f_s features ``[n, D]``
+p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_s logits ``[n, C]`` and v_s features ``[n, D]``
 of a source; z_t is what the auxiliary head returns, of the same width. ``loss_inputs.READS`` says
 which loss takes which of them. Everything is computed in float32, whatever z_t comes in.
 """
@@ -21,7 +21,7 @@ from sskt.teacher_cache.own_code import called, find_function
 
 Reduction = Literal["mean", "sum"]
 Auxiliary = Callable[[Tensor, Tensor, float, float], Tensor]
-"""(z_t, p_s or z_s or f_s, temperature, gamma) to a scalar; gamma is for ``focal`` only."""
+"""(z_t, p_s or z_s or v_s, temperature, gamma) to a scalar; gamma is for ``focal`` only."""
 
 
 class Primary(Protocol):
@@ -201,7 +201,7 @@ def soft_binary_cross_entropy(
 
 
 def cosine_distance(
-    z_t: Tensor, f_s: Tensor, temperature: float = 1.0, gamma: float = 0.0
+    z_t: Tensor, v_s: Tensor, temperature: float = 1.0, gamma: float = 0.0
 ) -> Tensor:
     """The auxiliary loss ``cosine``: 1 - cosine similarity, mean over the batch.
 
@@ -211,18 +211,18 @@ def cosine_distance(
 
     Args:
         z_t: Features of the target network, projected by its auxiliary head: float ``[n, D]``.
-        f_s: Features of the source: float32 ``[n, D]``.
+        v_s: Features of the source: float32 ``[n, D]``.
         temperature: Without a meaning here; the auxiliary losses have one signature.
         gamma: Without a meaning here.
 
     Returns:
         A scalar from 0 to 2, float32.
     """
-    return (1 - F.cosine_similarity(z_t.float(), f_s, dim=1)).mean()
+    return (1 - F.cosine_similarity(z_t.float(), v_s, dim=1)).mean()
 
 
-def squared_error(z_t: Tensor, f_s: Tensor, temperature: float = 1.0, gamma: float = 0.0) -> Tensor:
-    """The auxiliary loss ``mse``: (z_t - f_s)^2, mean over the batch and the D dimensions.
+def squared_error(z_t: Tensor, v_s: Tensor, temperature: float = 1.0, gamma: float = 0.0) -> Tensor:
+    """The auxiliary loss ``mse``: (z_t - v_s)^2, mean over the batch and the D dimensions.
 
     The features are taken as they are, as in FitNets (Romero et al., arXiv:1412.6550, equation 3)
     and SimKD (Chen et al., arXiv:2203.14001): of features of length 1 it would be ``cosine`` times
@@ -231,14 +231,14 @@ def squared_error(z_t: Tensor, f_s: Tensor, temperature: float = 1.0, gamma: flo
 
     Args:
         z_t: Features of the target network, projected by its auxiliary head: float ``[n, D]``.
-        f_s: Features of the source: float32 ``[n, D]``.
+        v_s: Features of the source: float32 ``[n, D]``.
         temperature: Without a meaning here; the auxiliary losses have one signature.
         gamma: Without a meaning here.
 
     Returns:
         A scalar, float32.
     """
-    return F.mse_loss(z_t.float(), f_s)
+    return F.mse_loss(z_t.float(), v_s)
 
 
 def _modulation(log_q: Tensor, gamma: float) -> Tensor:
@@ -304,7 +304,7 @@ def auxiliary_loss(name: str) -> Auxiliary:
 
     Args:
         name: A key of ``AUXILIARY``, or ``FILE.py:function`` or ``module:attribute`` of the user: a
-            function of z_t, of what the label set holds (p_s of soft labels, f_s of features, z_s
+            function of z_t, of what the label set holds (p_s of soft labels, v_s of features, z_s
             of logits), T and gamma.
 
     Returns:

@@ -118,7 +118,7 @@ class SoftLabelBatch:
             source: One of the loader's ``sources``.
 
         Returns:
-            f_s: float32 ``[n, D_m]`` on the device.
+            v_s: float32 ``[n, D_m]`` on the device.
 
         Raises:
             UnknownName: If the loader has no such source.

@@ -120,7 +120,7 @@ class BatchLabels(Protocol):
         """softmax(z_s / T) of a source, on the device: float32 ``[n, C_m]``."""
 
     def features(self, source: str) -> Tensor:
-        """The features f_s of a source, on the device: float32 ``[n, D_m]``."""
+        """The features v_s of a source, on the device: float32 ``[n, D_m]``."""
 
     def logits(self, source: str) -> Tensor:
         """The logits z_s of a source, on the device: float32 ``[n, C_m]``."""
