@@ -23,7 +23,7 @@ loader = sskt.SoftLabelLoader(target, cache=cache, batch_size=32, epochs=EPOCHS)
 model = sskt.SSKTNetwork(  # each auxiliary head projects to the 1,280 features of its source
     "resnet20", loader.source_widths, classes=len(target.classes), tm=True
 ).to(loader.device)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 for epoch in range(EPOCHS):
     loader.set_epoch(epoch)  # view seed = epoch mod S; the next features are read ahead
