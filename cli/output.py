@@ -203,9 +203,9 @@ def human_bytes(count: float) -> str:
 
 def error_text(error: dict[str, Any] | None) -> str:
     """The measured encoding error in words."""
-    if not error:
-        return "not measured yet"
-    return ", ".join(f"{error[t]['gradient']:.2g} at {t}" for t in ("T=1", "T=3"))
+    from sskt.teacher_cache.format import encodings
+
+    return encodings.error_text(error)
 
 
 def input_line(how: dict[str, Any]) -> str:

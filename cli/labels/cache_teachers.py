@@ -162,3 +162,6 @@ def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
         show(f"skipped, unreadable: {', '.join(report.skipped)}")
     rows = [[s["name"], human_bytes(s["bytes"]), error_text(s["error"])] for s in sets]
     print_table(["label set", "size", "gradient error of the encoding"], rows)
+    for label_set in report.label_sets:
+        if label_set.output != "soft-labels":
+            show(f"{label_set.name} holds {label_set.contents}")

@@ -83,13 +83,13 @@ def export(
     from sskt.teacher_cache.tools.export import export_label_set
     from sskt.teacher_cache.tools.mean import NAME, export_mean, mean_of
 
-    wanted = parse_encoding(encoding)
     given = [option for option, value in (("--weights", weights), ("--name", name)) if value]
     averaged = mean or over_seeds
     if not averaged and (given or len(label_sets) > 1):
         what = given[0] if given else f"{len(label_sets)} label sets"
         raise InputError(f"{what}: that is for a mean; add --mean, or name one label set")
     chosen = [_one(cache, text) for text in label_sets]
+    wanted = parse_encoding(encoding, chosen[0].output)
     with resumable("what is exported stays"), progress() as bar:
         if averaged:
             numbers = weights.split(",") if weights else None
@@ -114,7 +114,8 @@ def export(
         return
     sizes = f"{human_bytes(chosen[0].stored_bytes())} as {chosen[0].encoding}"
     show(f"{sizes}, {human_bytes(done.bytes)} as {wanted}")
-    show(f"gradient error relative to the stored labels: {error_text(done.error)}")
+    what = "error" if chosen[0].encoding.of_features else "gradient error"
+    show(f"{what} relative to the stored labels: {error_text(done.error)}")
 
 
 def _one(cache: str, text: str) -> LabelSet:

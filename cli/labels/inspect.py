@@ -75,7 +75,7 @@ def inspect(
     """
     from sskt.teacher_cache.label_sets.find import choose_sets, same_views
     from sskt.teacher_cache.tools.reopen import Reopen, reopen_views, require_named_sources
-    from sskt.teacher_cache.tools.verify import stored_probabilities
+    from sskt.teacher_cache.tools.verify import stored_row
 
     chosen = choose_sets(cache, sets)
     same_views(chosen)
@@ -99,7 +99,7 @@ def inspect(
         "seed": seed,
         "specs": {s.name: s.spec for s in chosen},
     }
-    seen = [s for s in chosen if stored_probabilities(s, sample, seed) is not None]
+    seen = [s for s in chosen if stored_row(s, sample, seed) is not None]
     if (png or clip) and not seen:
         raise InputError(
             f"sample {sample} could not be read when it was labelled under seed {seed}: there is "
@@ -194,33 +194,48 @@ def _write_png(view: Any, path: Path) -> None:
 def _labels_of(
     label_set: LabelSet, sample: int, seed: int, cache: str, instead: Reopen | None
 ) -> dict[str, Any]:
-    import numpy as np
-
-    from sskt.teacher_cache.tools.verify import stored_probabilities
+    from sskt.teacher_cache.tools.verify import stored_row
 
     shown: dict[str, Any] = {
         "label_set": label_set.name,
         "source": label_set.spec["source"]["name"],
     }
     shown["arch"], shown["encoding"] = label_set.spec["source"]["arch"], str(label_set.encoding)
-    p = stored_probabilities(label_set, sample, seed)
-    shown["skipped"] = p is None
-    if p is None:
+    shown["output"] = label_set.output
+    row = stored_row(label_set, sample, seed)
+    shown["skipped"] = row is None
+    if row is None:
         return shown
-    top = np.argsort(-p, kind="stable")[:5]
-    shown["top5"] = [{"class": label_set.classes[i], "p": float(p[i])} for i in top]
+    shown |= _row_of(label_set, row)
     if instead is not None:
         try:
-            p, distance = _recomputed(label_set, sample, seed, cache, instead)
+            live, distance = _recomputed(label_set, sample, seed, cache, instead)
         except SsktError as error:
             shown["live"] = {"error": str(error)}
             return shown
-        best = np.argsort(-p, kind="stable")[:5]
-        shown["live"] = {
-            "distance": distance,
-            "top5": [{"class": label_set.classes[i], "p": float(p[i])} for i in best],
-        }
+        key = "features" if label_set.encoding.of_features else "labels"
+        shown["live"] = {"distance": distance} | _row_of(label_set, {key: live[None]}, stored=False)
     return shown
+
+
+def _row_of(label_set: LabelSet, row: dict[str, Any], *, stored: bool = True) -> dict[str, Any]:
+    """The five most probable classes of a row, if it has classes; of features also figures.
+
+    stored: whether the row is encoded, else it is what the source gives now.
+    """
+    import numpy as np
+
+    found: dict[str, Any] = {}
+    if label_set.output == "features":
+        values = label_set.decoded(row)[0]
+        figures = {"mean": values.mean(), "least": values.min(), "largest": values.max()}
+        found["features"] = {"count": len(values)} | {k: float(v) for k, v in figures.items()}
+    whole = stored or label_set.encoding.of_features
+    p = label_set.probabilities(row) if whole else row["labels"]
+    if p is not None:
+        best = np.argsort(-p[0], kind="stable")[:5]
+        found["top5"] = [{"class": label_set.classes[i], "p": float(p[0][i])} for i in best]
+    return found
 
 
 def _recomputed(
@@ -272,18 +287,31 @@ def _print_inspected(shown: dict[str, Any]) -> None:
             show("  no label: the sample could not be read")
             continue
         live = source.get("live", {})
-        again = live.get("top5", [{"class": "", "p": 0}] * 5)
-        rows = [
-            [f"{a['p']:.4f}", a["class"]]
-            + ([f"{b['p']:.4f}", b["class"]] if "top5" in live else [])
-            for a, b in zip(source["top5"], again, strict=False)
-        ]
-        print_table(["stored", "class"] + (["live", "class"] if "top5" in live else []), rows)
+        _print_row(source, live)
         if "distance" in live:
-            distance = f"{live['distance']:.2e} (total variation)"
+            how = "total variation" if source["output"] == "soft-labels" else "relative error"
+            distance = f"{live['distance']:.2e} ({how})"
             show(f"distance, stored to recomputed label: {distance}")
         if "error" in live:
             show(f"not recomputed: {live['error']}")
+
+
+def _print_row(stored: dict[str, Any], live: dict[str, Any]) -> None:
+    for name, row in (("stored", stored), ("live", live)):
+        if "features" in row:
+            f = row["features"]
+            show(
+                f"  {name}: {f['count']:,} features, mean {f['mean']:.4g}, from {f['least']:.4g} "
+                f"to {f['largest']:.4g}"
+            )
+    if "top5" not in stored:
+        return
+    again = live.get("top5", [{"class": "", "p": 0}] * 5)
+    rows = [
+        [f"{a['p']:.4f}", a["class"]] + ([f"{b['p']:.4f}", b["class"]] if "top5" in live else [])
+        for a, b in zip(stored["top5"], again, strict=False)
+    ]
+    print_table(["stored", "class"] + (["live", "class"] if "top5" in live else []), rows)
 
 
 def _print_source(spec: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from sskt.server.pages.summaries import as_text, summaries_of
 from sskt.server.settings import Settings
 from sskt.server.state import State, state_of
 from sskt.teacher_cache.errors import IncompleteLabels, MissingData, SsktError
+from sskt.teacher_cache.format.features import LOGITS
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 if TYPE_CHECKING:
@@ -184,11 +185,14 @@ def _sample(request: Request, label_set: LabelSet, row: int, seed: int) -> Sampl
 
 @dataclass(frozen=True)
 class Labels:
-    """The label of one source. ``top``: (class, probability). ``why``: why it is missing."""
+    """The label of one source.
+
+    top: (class, probability). entropy: None of logits. why: why the label is missing.
+    """
 
     label_set: LabelSet
     top: tuple[tuple[str, float], ...] = ()
-    entropy: float = 0.0
+    entropy: float | None = None
     why: str = ""
 
 
@@ -208,11 +212,8 @@ def labels_of(label_set: LabelSet, row: int, seed: int) -> Labels:
         return Labels(label_set, why="no label: the sample could not be read")
     best = np.argsort(-p, kind="stable")[:TOP]
     some = p[p > 0].astype(np.float64)
-    return Labels(
-        label_set,
-        tuple((label_set.classes[i], float(p[i])) for i in best),
-        float(-(some * np.log(some)).sum()),
-    )
+    entropy = None if label_set.output == LOGITS else float(-(some * np.log(some)).sum())
+    return Labels(label_set, tuple((label_set.classes[i], float(p[i])) for i in best), entropy)
 
 
 def over_same_views(label_set: LabelSet, sets: list[LabelSet]) -> list[LabelSet]:

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from sskt.server.pages.coverage import Coverage, CoverageCache
 from sskt.server.pages.drawing import Drawing, drawn
+from sskt.teacher_cache.format.encodings import error_text
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 _LIST = re.compile(r"\[\n\s+([-0-9.e+,\s]+?)\n\s+\]")
@@ -46,11 +47,7 @@ class Summary:
     @property
     def error_text(self) -> str:
         """The measured cost of the encoding."""
-        error = self.label_set.attributes.get("error")
-        if not error:
-            return "not measured yet"
-        known = [(t, error[t]["gradient"]) for t in ("T=1", "T=3") if t in error]
-        return ", ".join(f"{value:.2g} at {t}" for t, value in known)
+        return error_text(self.label_set.attributes.get("error"))
 
     @property
     def stored_words(self) -> str:

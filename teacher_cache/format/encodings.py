@@ -88,9 +88,10 @@ class Encoding:
 
     def codec(self, dtype: np.dtype[Any]) -> tuple[int, Shuffle]:
         """Level and shuffle of Blosc's zstd for a stored array, by what ``benchmarks`` measured."""
-        if self.name in ("f16", of_features.F16):
+        if self.name == "f16":
             return 5, "bitshuffle"
-        return 1 if self.name in POWER else 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
+        fast = self.of_features or self.name in POWER
+        return 1 if fast else 5, "shuffle" if dtype.itemsize > 1 else "noshuffle"
 
     def compressed(self, rows: NDArray[Any]) -> bytes:
         """Rows of a stored array as its codec compresses them, without checksum."""

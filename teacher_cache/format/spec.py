@@ -23,11 +23,12 @@ Spec = dict[str, Any]
 
 
 TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
-"""Largest total variation distance between labels of two machines, by the source's precision."""
+"""Largest distance between labels of two machines, by the source's precision: total variation, or
+the relative error of features and logits."""
 
 
 def tolerance_of(spec: Mapping[str, Any]) -> float:
-    """How far labels that another machine recomputes may differ (total variation distance)."""
+    """How far labels that another machine recomputes may differ."""
     return TOLERANCE[spec["source"].get("precision", "float32")]
 
 

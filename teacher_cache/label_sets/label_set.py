@@ -36,6 +36,7 @@ from sskt.teacher_cache.format.encodings import (
     soft_labels,
 )
 from sskt.teacher_cache.format.features import (
+    FEATURES,
     LOGITS,
     SOFT_LABELS,
     Float32,
@@ -159,6 +160,15 @@ class LabelSet:
     def width(self) -> int:
         """Entries of a decoded row: C, or D of features."""
         return width_of(self.spec)
+
+    @property
+    def contents(self) -> str:
+        """What a row holds, in words: ``1,000 classes``, ``1,280 features``."""
+        classes = f"{len(self.classes):,} classes"
+        if self.output == FEATURES:
+            head = f" with a head of {classes}" if self.head_arrays else ""
+            return f"{self.width:,} features{head}"
+        return f"logits of {classes}" if self.output == LOGITS else classes
 
     @property
     def head_arrays(self) -> tuple[str, ...]:

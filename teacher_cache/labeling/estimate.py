@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sskt.teacher_cache.errors import MissingData
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.format.features import SOFT_LABELS
 from sskt.teacher_cache.format.metadata import CHUNK_ROWS, GROUP
 from sskt.teacher_cache.format.spec import label_set_spec, name_of
 from sskt.teacher_cache.label_sets.create import open_label_set
@@ -104,11 +105,13 @@ def plan(
     Raises ``MissingData`` if no sample of the probe can be read.
     """
     samples, seeds = len(views.target), job.seeds
-    label = sum(job.how.bytes_per_label(len(s.classes)) for s in sources)
+    label = sum(job.how.bytes_per_label(s.width) for s in sources)
     together = seeds_together(views, job.shard_rows, label, seeds, job.batch_size, job.memory)
     rate, probe = _probe_reading(job, views, together, seconds / 2)
-    fewest = min(len(source.classes) for source in sources)
-    wanted = [parse_encoding(name) for name in dict.fromkeys([job.encoding, *ENCODINGS])]
+    fewest = min(source.width for source in sources)
+    known = ENCODINGS if job.output == SOFT_LABELS else ("f16", "u8")
+    names = dict.fromkeys([job.encoding, *known])
+    wanted = [parse_encoding(name, job.output) for name in names]
     encodings = [encoding for encoding in wanted if encoding.k <= fewest]
     planned = [_probe_source(s, probe, encodings, seconds / 2 / len(sources)) for s in sources]
     stored = {str(e): [_stored_set(job, views, s, e) for s in sources] for e in encodings}
@@ -149,12 +152,14 @@ def plan(
 
 def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> LabelSet:
     """The label set that the run continues; else an empty one like it."""
+    spec = label_set_spec(views, source, encoding)
     if job.cache:
-        place = open_cache(job.cache).below(name_of(label_set_spec(views, source, encoding)))
+        place = open_cache(job.cache).below(name_of(spec))
         if place.size(GROUP) is not None or lacks_group(place):
             return open_label_set(place)
     samples = len(views.target)
-    attributes = {"spec": {"encoding": encoding.identity()}, "classes": source.classes}
+    spec = label_set_spec(views, source, encoding)
+    attributes = {"spec": spec, "classes": source.classes}
     rows = min(job.shard_rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
     return _NothingStored(LocalStorage(Path(os.devnull)), attributes, job.seeds, samples, rows)
 

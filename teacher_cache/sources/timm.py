@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -83,7 +83,11 @@ def timm_network(wanted: SourceName, file: Path | None, *, features: bool = Fals
     how = Preprocessing(int(height), three(found["mean"]), three(found["std"]))
     subset = None if state is not None else data.infer_imagenet_subset(network)
     names = _imagenet_names(data, subset) if subset else None
-    return network, how, class_names(wanted, count or network.num_features, names, "timm")
+    return (
+        network,
+        how,
+        class_names(wanted, count or int(cast(Any, network).num_features), names, "timm"),
+    )
 
 
 def _configuration(timm: Any, arch: str) -> Any:

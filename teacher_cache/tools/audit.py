@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.format.encodings import decoded
+from sskt.teacher_cache.format.features import LOGITS
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.targets.base import Target
 
@@ -28,9 +28,10 @@ class SeedAudit:
         seed: The view seed.
         rows: Rows that are stored.
         empty: Rows without a label, of samples that could not be read.
-        faulty: Rows that are no probability distribution, which no writer of sskt makes. They are
-            left out of the other figures.
-        entropy: Mean of -sum p log p, in nats.
+        faulty: Rows that are no probability distribution, or features that are not finite, which
+            no writer of sskt makes. They are left out of the other figures.
+        entropy: Mean of -sum p log p, in nats; of features without a head and logits None, as the
+            following ones.
         confidence: Mean of the largest p.
         checked: Share of the labels that have the checksum of their view.
         matched: Labels whose true class the source knows by name.
@@ -91,6 +92,7 @@ class _Sums:
     entropy: float = 0.0
     confidence: float = 0.0
     checked: int = 0
+    decoded: int = 0
     matched: int = 0
     top1: int = 0
     top5: int = 0
@@ -105,8 +107,8 @@ class _Sums:
             self.rows,
             self.empty,
             self.faulty,
-            mean(self.entropy, kept),
-            mean(self.confidence, kept),
+            mean(self.entropy, self.decoded),
+            mean(self.confidence, self.decoded),
             mean(self.checked, kept),
             self.matched,
             mean(self.top1, self.matched),
@@ -123,18 +125,20 @@ def _add(
     truth: Truth | None,
 ) -> None:
     encoded = label_set.read(shard.seed, start, stop)
-    encoding, classes = label_set.encoding, len(label_set.classes)
-    empty, faulty = encoding.skipped(encoded), encoding.faulty(encoded, classes)
+    encoding = label_set.encoding
+    empty, faulty = encoding.skipped(encoded), encoding.faulty(encoded, label_set.width)
     kept = ~(empty | faulty)
     checks = label_set.read_checks(shard.seed, start, stop)
     total.rows += stop - start
     total.empty += int(empty.sum())
     total.faulty += int(faulty.sum())
     total.checked += int((checks[kept] != 0).sum())
-    if not kept.any():
+    if not kept.any() or label_set.output == LOGITS:
         return
-    rows = {key: values[kept] for key, values in encoded.items()}
-    p = decoded(encoding, rows, classes)
+    p = label_set.probabilities({key: values[kept] for key, values in encoded.items()})
+    if p is None:
+        return
+    total.decoded += len(p)
     total.entropy -= float((p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum())
     total.confidence += float(p.max(axis=1).sum())
     if truth is None:
@@ -142,7 +146,7 @@ def _add(
     right = truth.of(np.arange(start, stop)[kept])
     known = right.any(axis=1)
     # of a sparse label, the classes beyond its k are alike: none of them is the fifth
-    best = np.argsort(-p[known], axis=1, kind="stable")[:, : min(5, encoding.k or classes)]
+    best = np.argsort(-p[known], axis=1, kind="stable")[:, : min(5, encoding.k or p.shape[1])]
     hits = np.take_along_axis(right[known], best, axis=1)
     total.matched += int(known.sum())
     total.top1 += int(hits[:, 0].sum())

@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import Any, NoReturn
 
 from sskt.teacher_cache.errors import InputError, MissingData, printable
-from sskt.teacher_cache.format.encodings import gradient_error
+from sskt.teacher_cache.format.encodings import error_text, gradient_error
 from sskt.teacher_cache.format.metadata import GROUP
 from sskt.teacher_cache.format.spec import parents_of
 from sskt.teacher_cache.label_sets.create import open_for_writing
@@ -109,9 +109,10 @@ def markdown_card(label_set: LabelSet) -> str:
     source, target, views = spec["source"], spec["target"], spec["views"]
     parameters = ", ".join(f"{k} {v}" for k, v in views.get("parameters", {}).items())
     parents = [f"{digest} ({w:.4g})" for digest, w in parents_of(spec).items()]
+    error = label_set.attributes.get("error")
     rows = {
         "target": f"{target['name']}, split {target['split']}: {label_set.samples:,} samples",
-        "source": f"{source['name']}, {source['arch']}: {len(label_set.classes):,} classes",
+        "source": f"{source['name']}, {source['arch']}: {label_set.contents}",
         **(
             {"mean of label sets": ", ".join(parents)}
             if parents
@@ -121,10 +122,14 @@ def markdown_card(label_set: LabelSet) -> str:
         + (f" ({parameters})" if parameters else ""),
         "view seeds": f"{label_set.seeds}, of which {coverage.count(1.0)} are whole",
         "encoding": f"{label_set.encoding}: {spec['encoding']['decode']}",
-        "gradient error of the encoding": gradient_error(
-            label_set.attributes.get("error"), "T=1", "T=3"
-        )
-        or "not measured",
+        **(
+            {"error of the encoding": error_text(error)}
+            if label_set.encoding.of_features
+            else {
+                "gradient error of the encoding": gradient_error(error, "T=1", "T=3")
+                or "not measured"
+            }
+        ),
         "digest": label_set.digest,
         "licence": license or "not stated",
     }
@@ -173,7 +178,7 @@ def croissant_card(label_set: LabelSet, url: str = "") -> str:
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": label_set.name,
         "description": f"{_title(label_set)}: {label_set.samples:,} samples, {label_set.seeds} "
-        f"view seeds, {len(label_set.classes):,} classes, stored as {label_set.encoding} in a "
+        f"view seeds, {label_set.contents}, stored as {label_set.encoding} in a "
         "Zarr v3 group.",
         "version": f"{label_set.seeds}.0.0",
         "keywords": ["soft labels", "knowledge distillation", "zarr"],
@@ -201,9 +206,9 @@ def croissant_card(label_set: LabelSet, url: str = "") -> str:
 def _title(label_set: LabelSet) -> str:
     spec = label_set.spec
     source, target = spec["source"], spec["target"]
+    what = label_set.output.capitalize().replace("-", " ")
     return printable(
-        f"Soft labels of {source['name']} ({source['arch']}) over {target['name']} "
-        f"{target['split']}"
+        f"{what} of {source['name']} ({source['arch']}) over {target['name']} {target['split']}"
     )
 
 

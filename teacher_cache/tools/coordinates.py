@@ -1,4 +1,4 @@
-"""Checking the names by which other tools address a label set."""
+"""Checking the arrays of a label set that have no shards: its coordinates and its head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 
 
 def coordinate_problems(label_set: LabelSet) -> list[str]:
-    """Compares the coordinates of a label set with its metadata.
+    """Compares the coordinates and the head of a label set with its metadata.
 
     Args:
         label_set: The label set.
@@ -35,6 +35,10 @@ def coordinate_problems(label_set: LabelSet) -> list[str]:
             found += [f"{name}: {why}" for why in _problems(label_set, name)]
         except (OSError, ValueError, KeyError, TypeError, RecursionError, CorruptStore) as error:
             found.append(f"{name}: the names cannot be read ({error})")
+    try:
+        _ = label_set.head
+    except CorruptStore as error:
+        found.append(str(error))
     return found
 
 

@@ -20,6 +20,7 @@ from sskt.teacher_cache.format.encodings import (
     decoded,
     measured_error,
 )
+from sskt.teacher_cache.format.features import F16, U8, values
 from sskt.teacher_cache.label_sets.create import create_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet, Shard
 from sskt.teacher_cache.label_sets.writable import WritableLabelSet
@@ -29,6 +30,9 @@ from sskt.teacher_cache.tools.card import LICENSE
 
 EXACT = ("topk", "u8", "root4", "f16", "f32")
 """From the coarsest to the reference; ``root4-coarse`` is no finer than ``u8``."""
+
+FEATURE_ENCODINGS = (U8, F16)
+"""The same of features and logits."""
 
 POLL_SECONDS = 0.1
 
@@ -50,21 +54,29 @@ class Exported:
 
 
 def _exactness(encoding: Encoding) -> int:
+    if encoding.of_features:
+        return FEATURE_ENCODINGS.index(encoding.name)
     coarse = encoding.name == "root4" and encoding.step > STEPS["root4"]
     return EXACT.index("u8" if coarse else encoding.name)
 
 
 def require_exportable(found: Encoding, wanted: Encoding, name: str) -> None:
     """Raises ``InputError`` unless ``wanted`` holds less than ``found`` does."""
+    if found.of_features != wanted.of_features:
+        raise InputError(
+            f"label set {name} is stored as {found}, and {wanted} holds something else; export "
+            "features and logits with --encoding u8"
+        )
     if _exactness(wanted) < _exactness(found) or (
         found.name == wanted.name == "topk" and wanted.k < found.k
     ):
         return
     if found == wanted:
         raise InputError(f"label set {name} is stored as {found} already; sskt copy copies it")
+    option = str(wanted).removeprefix("features-")
     raise InputError(
         f"label set {name} is stored as {found}: {wanted} labels made of it would pass for exact "
-        f"ones; cache them with sskt cache-teachers --encoding {wanted} (it needs the source)"
+        f"ones; cache them with sskt cache-teachers --encoding {option} (it needs the source)"
     )
 
 
@@ -95,6 +107,7 @@ def export_label_set(
         shard_rows=source.shard_rows,
         provenance=source.attributes.get("made", {}) | origin,
         samples=source.sample_names(),
+        head=source.head,
     )
     with closing(target):
         if target.attributes["made"].get("exported_from") != source.digest:
@@ -171,8 +184,8 @@ def _export_shard(source: LabelSet, target: WritableLabelSet, shard: Shard) -> N
     if shard.seed == shard.block == 0 and not skipped.all():
         first = {key: rows[:ERROR_ROWS] for key, rows in kept.items()}
         log_p = _log_p(source.encoding, first, len(source.classes))
-        target.add_attribute("error", measured_error(target.encoding, log_p))
-    encoded = target.encoding.empty(len(skipped), len(target.classes))
+        target.add_attribute("error", measured_error(target.encoding, log_p, source.head))
+    encoded = target.encoding.empty(len(skipped), target.width)
     for key, rows in _encode(source, target, kept).items():
         encoded[key][~skipped] = rows
     target.write(shard, encoded, checks)
@@ -187,8 +200,11 @@ def _encode(source: LabelSet, target: LabelSet, kept: Encoded) -> Encoded:
 def _log_p(encoding: Encoding, encoded: Encoded, classes: int) -> Float32:
     """Log-probabilities as they are stored: float32 ``[n, C]``; f16's are not renormalised.
 
-    So the values of a top-k set are those that the source's own would have given.
+    So the values of a top-k set are those that the source's own would have given. Features and
+    logits are as they are stored too.
     """
+    if encoding.of_features:
+        return values(encoded)
     if encoding.name in ("f32", "f16"):
         return encoded["labels"].astype(np.float32)
     with np.errstate(divide="ignore"):
@@ -210,7 +226,7 @@ def require_sound(
     Raises:
         CorruptStore: If a row is no label.
     """
-    wrong = source.encoding.faulty(stored, len(source.classes)) | empty
+    wrong = source.encoding.faulty(stored, source.width) | empty
     if wrong.any():
         raise CorruptStore(
             f"label set {source.name}: seed {seed}, samples {start} to "

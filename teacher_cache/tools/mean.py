@@ -39,7 +39,7 @@ from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.tools.export import Exported, Progress, lacks, require_sound, write_missing
-from sskt.teacher_cache.tools.verify import Report, first_row, probe_pairs
+from sskt.teacher_cache.tools.verify import Report, probe_pairs
 
 ARCH = "mean"
 """What stands in the place of a network's architecture."""
@@ -165,8 +165,8 @@ def mean_of(
         The mean. It does not depend on the order.
 
     Raises:
-        InputError: If there are too few label sets, two are the same, one holds only the largest
-            probabilities, or a weight is not positive.
+        InputError: If there are too few label sets, two are the same, one holds no soft labels or
+            only the largest probabilities, or a weight is not positive.
         SpecMismatch: If two differ in target, views or classes; names the first difference.
     """
     if len(parents) < 2 and not (over_seeds and parents):
@@ -181,6 +181,11 @@ def mean_of(
         )
     first = parents[0]
     for parent in parents:
+        if parent.encoding.of_features:
+            raise InputError(
+                f"label set {parent.name} holds {parent.contents}, and a mean is of soft labels; "
+                "cache it with --output soft-labels"
+            )
         if parent.encoding.name == "topk":
             raise InputError(
                 f"label set {parent.name} is stored as {parent.encoding}: a mean of it would pass "
@@ -430,7 +435,7 @@ def compare_mean(label_set: LabelSet, mean: Mean, sample: int, seed: int) -> Mea
     p = np.exp(log_p[0]) if len(log_p) else np.full(len(label_set.classes), np.nan, np.float32)
     if any(empty):
         return MeanComparison(p, float(empty[0] != empty[1]), same_view)
-    rows = [first_row(label_set, found).astype(np.float64) for found in (stored, again)]
+    rows = [label_set.decoded(found)[0].astype(np.float64) for found in (stored, again)]
     return MeanComparison(p, float(np.abs(rows[0] - rows[1]).sum() / 2), same_view)
 
 

@@ -12,22 +12,24 @@ from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
 from sskt.teacher_cache.format.coordinates import stored_names
+from sskt.teacher_cache.format.features import relative_error
 from sskt.teacher_cache.format.spec import tolerance_of
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import Report, first_row, probe_pairs
+from sskt.teacher_cache.tools.verify import Report, probe_pairs
 from sskt.teacher_cache.views.views import Views, check_of
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One stored label beside its live recomputation: float32 probabilities ``[C]`` each.
+    """One stored row beside its live recomputation: float32 ``[width]`` each.
 
-    ``distance`` is the total variation distance, half the sum of absolute differences, between
-    the stored label and the live one sent through the same encoding. ``same_view`` tells
-    whether the view's checksum is the stored one. A skipped row has distance 0.
+    Soft labels are probabilities, and ``distance`` is the total variation distance, half the sum
+    of absolute differences, between the stored label and the live one sent through the same
+    encoding. Of features and logits it is the relative error. ``same_view`` tells whether the
+    view's checksum is the stored one. A skipped row has distance 0.
     """
 
     sample: int
@@ -59,22 +61,23 @@ def compare(
         BadImage: If the sample cannot be read now.
     """
     encoded = label_set.read(seed, sample, sample + 1)
-    stored = first_row(label_set, encoded)
+    stored = label_set.decoded(encoded)[0]
     if label_set.encoding.skipped(encoded)[0]:
         return Comparison(sample, seed, stored, stored, 0.0, True, True)
-    view, log_p = _recomputed(label_set, views, source, sample, seed)
-    again = first_row(label_set, label_set.encoding.encode(log_p))
+    view, rows = _recomputed(label_set, views, source, sample, seed)
+    again = label_set.decoded(label_set.encoding.encode(rows))[0]
     check = int(label_set.read_checks(seed, sample, sample + 1)[0])
-    distance = float(np.abs(stored.astype(np.float64) - again).sum() / 2)
-    return Comparison(
-        sample, seed, stored, np.exp(log_p[0]), distance, check == check_of(view), False
-    )
+    if label_set.encoding.of_features:
+        live, distance = rows[0], float(relative_error(again[None], stored[None])[0])
+    else:
+        live, distance = np.exp(rows[0]), float(np.abs(stored.astype(float) - again).sum() / 2)
+    return Comparison(sample, seed, stored, live, distance, check == check_of(view), False)
 
 
 def _recomputed(
     label_set: LabelSet, views: Views, source: Source, sample: int, seed: int
 ) -> tuple[UInt8, NDArray[np.float32]]:
-    """The view, and its label (log, float32 ``[1, C]``): BatchNorm's whole batch where needed."""
+    """The view, and what ``forward`` gives: BatchNorm's whole batch where needed."""
     first, stop = sample, sample + 1
     if source.batch is not None:
         shard = label_set.shard(seed, sample // label_set.shard_rows)
@@ -85,8 +88,8 @@ def _recomputed(
     seen = views.batch(samples, seed)
     stills = torch.from_numpy(views.stills(seen, samples, seed))
     row = sample - first
-    log_p = source.log_probabilities(stills)[row : row + 1]
-    return seen[row], log_p.cpu().numpy()
+    rows = source.log_probabilities(stills)[row : row + 1]
+    return seen[row], rows.cpu().numpy()
 
 
 def recompute(
@@ -106,7 +109,7 @@ def recompute(
         count: How many labels to compare.
         report: What was found before.
         instead: How its target and source are opened.
-        tolerance: Largest total variation distance that is no difference; default: that of the
+        tolerance: Largest ``Comparison.distance`` that is no difference; default: that of the
             source's precision.
         key: Chooses the labels; default: other ones each time, which a forger cannot know.
         progress: Called with labels done and to do.

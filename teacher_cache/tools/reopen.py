@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import CorruptStore, InputError
+from sskt.teacher_cache.format.features import output_text
 from sskt.teacher_cache.format.spec import label_set_spec, parents_of, require
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.own_code import call_function
@@ -103,6 +104,7 @@ def reopen_source(label_set: LabelSet, instead: Reopen) -> Source:
     """Opens the source that a label set names. See ``reopen``, which also compares it."""
     from sskt.teacher_cache.sources.outputs import parse_outputs
     from sskt.teacher_cache.sources.registry import open_source
+    from sskt.teacher_cache.sources.source import with_output
 
     spec = label_set.spec["source"]
     if parents_of(label_set.spec):
@@ -127,7 +129,7 @@ def reopen_source(label_set: LabelSet, instead: Reopen) -> Source:
             f"that a label set names is not run; give --source {_proposal(spec)}"
         )
     if wanted.factory and wanted.file is not None and _was_frozen(spec):
-        return _frozen_source(wanted, spec)
+        return with_output(_frozen_source(wanted, spec), output_text(label_set.spec))
     return open_source(
         wanted,
         weights=None if wanted.file or wanted.module else _weights(label_set, instead),
@@ -137,6 +139,7 @@ def reopen_source(label_set: LabelSet, instead: Reopen) -> Source:
         batchnorm=spec["batchnorm"],
         code=str(spec.get("code") or "none"),
         outputs=parse_outputs(str(spec.get("outputs") or _text(label_set, "logits_are"))),
+        output=output_text(label_set.spec),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
-from sskt.teacher_cache.format.encodings import Encoded, decoded
+from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
 from sskt.teacher_cache.label_sets.documents import consolidate
@@ -153,10 +153,11 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
     encoding = label_set.encoding
     skipped = encoding.skipped(encoded)
     report.skipped += int(skipped.sum())
-    faulty = encoding.faulty(encoded, len(label_set.classes))
+    faulty = encoding.faulty(encoded, label_set.width)
     if faulty.any():
         first = shard.start + int(np.flatnonzero(faulty)[0])
-        return f"{int(faulty.sum())} rows are no probability distribution, first sample {first}"
+        what = "not finite" if encoding.of_features else "no probability distribution"
+        return f"{int(faulty.sum())} rows are {what}, first sample {first}"
     odd = skipped & (checks != 0)
     if odd.any():
         first = shard.start + int(np.flatnonzero(odd)[0])
@@ -165,6 +166,25 @@ def _shard_problem(label_set: LabelSet, shard: Shard, report: Report) -> str:
             f"{first}; delete {label_set.place_of(shard)} and cache it again"
         )
     return ""
+
+
+def stored_row(label_set: LabelSet, sample: int, seed: int) -> Encoded | None:
+    """Reads one stored row.
+
+    Args:
+        label_set: The label set.
+        sample: Number of the sample.
+        seed: View seed.
+
+    Returns:
+        The stored arrays, ``[1, width]`` each; None if the sample was skipped.
+
+    Raises:
+        IncompleteLabels: If the label is not stored.
+        CorruptStore: If it cannot be read.
+    """
+    encoded = label_set.read(seed, sample, sample + 1)
+    return None if label_set.encoding.skipped(encoded)[0] else encoded
 
 
 def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray[np.float32] | None:
@@ -176,19 +196,19 @@ def stored_probabilities(label_set: LabelSet, sample: int, seed: int) -> NDArray
         seed: View seed.
 
     Returns:
-        Probabilities: float32 ``[C]``; None if the sample was skipped.
+        Probabilities: float32 ``[C]``, of logits their sigmoids; None if the sample was skipped.
 
     Raises:
+        InputError: If the rows are features without a head.
         IncompleteLabels: If the label is not stored.
         CorruptStore: If it cannot be read.
     """
-    encoded = label_set.read(seed, sample, sample + 1)
-    return None if label_set.encoding.skipped(encoded)[0] else first_row(label_set, encoded)
-
-
-def first_row(label_set: LabelSet, encoded: Encoded) -> NDArray[np.float32]:
-    """The first row of some stored rows at T = 1: float32 ``[C]``."""
-    p = decoded(label_set.encoding, encoded, len(label_set.classes))
+    encoded = stored_row(label_set, sample, seed)
+    if encoded is None:
+        return None
+    p = label_set.probabilities(encoded)
+    if p is None:
+        raise InputError(f"it holds {label_set.contents} and no probabilities of classes")
     return np.asarray(p[0].astype(np.float32))
 
 

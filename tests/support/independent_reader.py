@@ -42,6 +42,8 @@ WRITE_ORDER = {
     "u8": ("labels",),
     "root4": ("labels",),
     "topk": ("index", "value"),
+    "features-f16": ("features",),
+    "features-u8": ("range", "features"),
 }
 
 
@@ -139,10 +141,38 @@ class Reader:
         opened = zarr.open_array(self.path / array, mode="r")
         return np.asarray(opened[seed, sample])
 
+    def features(self, seed: int, sample: int) -> Float64 | None:
+        """Features or logits ``[D]``; None for a skipped row. Section 4."""
+        codes = self.stored("features", seed, sample).astype(np.float64)
+        if self.spec["encoding"]["name"] == "features-u8":
+            least, step = self.stored("range", seed, sample).astype(np.float64)
+            codes = least + step * codes
+        return None if np.isnan(codes).all() else codes
+
+    def head(self) -> tuple[Float64, Float64]:
+        """Weight ``[C, D]`` and bias ``[C]``; FormatError if the spec names another head."""
+        if "head" not in self.spec["output"]:
+            raise FormatError("the set has no head, and so no soft labels")
+        weight, bias = (
+            np.asarray(zarr.open_array(self.path / name, mode="r")[...])
+            for name in ("head_weight", "head_bias")
+        )
+        digest = hashlib.sha256(weight.astype("<f4").tobytes() + bias.astype("<f4").tobytes())
+        if f"sha256:{digest.hexdigest()}" != self.spec["output"]["head"]:
+            raise FormatError("the head is not the one that the spec names")
+        return weight.astype(np.float64), bias.astype(np.float64)
+
     def label(self, seed: int, sample: int, temperature: float = 1.0) -> Float64 | None:
         """Probabilities ``[C]``; None for a skipped row. Section 4."""
         name = self.spec["encoding"]["name"]
-        if name == "topk":
+        if name.startswith("features-"):
+            weight, bias = self.head()
+            found = self.features(seed, sample)
+            if found is None:
+                return None
+            logits = (weight @ found + bias) / temperature
+            p = np.exp(logits - logits.max())
+        elif name == "topk":
             value = self.stored("value", seed, sample).astype(np.float64)
             if np.isnan(value).all():
                 return None
@@ -201,10 +231,14 @@ def open_set(path: Path) -> Reader:
     seeds, samples = check["shape"]
     rows = check["chunk_grid"]["configuration"]["chunk_shape"][1]
     width = spec["encoding"]["k"] if encoding == "topk" else len(attributes["classes"])
+    if ("output" in spec) != encoding.startswith("features-"):
+        raise FormatError(f"encoding {encoding} does not go with the output of the spec")
+    widths = {"features": spec["output"]["width"], "range": 2} if "output" in spec else {}
     for array in WRITE_ORDER[encoding]:
         meta = json.loads((path / array / "zarr.json").read_text("utf-8"))
         shard = meta["chunk_grid"]["configuration"]["chunk_shape"]
-        if meta["shape"][1:] != [samples, width] or shard != [1, rows, width]:
+        entries = widths.get(array, width)
+        if meta["shape"][1:] != [samples, entries] or shard != [1, rows, entries]:
             raise FormatError(f"{array}: shape {meta['shape']} in shards of {shard}")
     if samples != spec["target"]["size"]:
         raise FormatError(f"{samples} samples, the spec says {spec['target']['size']}")
