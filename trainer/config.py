@@ -321,6 +321,7 @@ FOLLOWED: dict[str, Any] = {
     "source": [AUTO],
     "input_scale": AUTO,
     "seeds": None,
+    "loss": AUTO,
 }
 """Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(

@@ -310,10 +310,15 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     if test is not None and cache is not None and config.needs_test_labels:
         test_sets = find_test_sets(cache, config, sets, test, ask=ask)
     seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
-    return Plan(
+    plan = Plan(
         config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason,
         _hashes(config),
     )  # fmt: skip
+    taken = set(plan.auxiliary.values())
+    if config.loss == AUTO and len(taken) == 1 and taken != {loss[1]}:
+        # Runs with other losses are told apart by what they have recorded.
+        plan = replace(plan, config=replace(config, loss="+".join([loss[0], *taken])))
+    return plan
 
 
 def _hashes(config: TrainConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.source import Source
-from sskt.trainer.config import TrainConfig
+from sskt.trainer.config import TrainConfig, read_config
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop.progress import Hooks
@@ -345,6 +345,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
     assert numbers(resumed) == numbers(whole) and len(whole) == 4
+    assert read_config(tmp_path / "parts" / "config.json")["loss"] == "ce+cosine"
     assert whole[-1]["loss_tiny"] < whole[0]["loss_tiny"] <= 2
     network = open_run(tmp_path / "whole", device="cpu")
     found = network.evaluate()["test_top1"]
