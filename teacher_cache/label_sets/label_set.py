@@ -497,8 +497,8 @@ class LabelSet:
         return RowReader(self, self.layout(self.arrays[-1]).chunk_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out decoded labels, so that a loader process can be started with the set."""
-        return {key: value for key, value in vars(self).items() if key != "_row_reader"}
+        """Leaves out what is read again, so that a loader process can be started with the set."""
+        return {key: v for key, v in vars(self).items() if key not in ("_row_reader", "head")}
 
     def check(self, view: UInt8, row: int, seed: int) -> None:
         """Compares a view with the one that the source saw.

@@ -726,3 +726,25 @@ def test_an_empty_shard_is_damage_and_no_fill_values(cache: Path, url: str) -> N
     finally:
         path.write_bytes(data)
     assert get(url, key)[2] == data
+
+
+def test_features_and_their_head_over_http() -> None:
+    """The golden sets of features and logits are read as from their folder; pages show them."""
+    golden = Path(__file__).parents[2] / "golden" / "features"
+    known = {s.name: s for s in list_label_sets(golden)}
+    rows = [0, 1, 2, 4, 5, 6]
+    with serving(golden) as url:
+        remote = list_label_sets(url)
+        assert {s.name for s in remote} == set(known) and len(known) == 4
+        for found in remote:
+            own = known[found.name]
+            assert found.features(1, rows).equal(own.features(1, rows))
+            if own.head is not None:
+                assert found.rows(1, rows, temperature=3.0).equal(
+                    own.rows(1, rows, temperature=3.0)
+                )
+            for page in ("", "/samples/5?seed=1"):
+                status, _, body = get(url, f"/sets/{own.name}{page}")
+                assert status == 200
+                if own.head is None:
+                    assert own.contents.encode() in body

@@ -158,3 +158,19 @@ def test_batch_statistics_and_an_untouched_rng(tmp_path: Path) -> None:
         stored.log_probabilities(views), batch.log_probabilities(views), atol=1e-3
     )
     batch.check_frozen()
+
+
+@pytest.mark.slow
+def test_a_network_without_classifier_gives_features_only(tmp_path: Path) -> None:
+    arch = "convnext_tiny.dinov3_lvd1689m"
+    network = timm.create_model(arch, pretrained=False, num_classes=0)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    wanted = parse_source(f"dino:timm/{arch}@64")
+    source = open_source(wanted, weights=tmp_path / "w.pth", output="features")
+    assert (source.width, source.classes, source.head) == (768, (), None)
+    views = images(2, 64)
+    with torch.no_grad():
+        expected = network.eval()(source.preprocessing(views))
+    np.testing.assert_allclose(source.forward(views), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="no classifier; its features are stored with --output"):
+        open_source(wanted)
