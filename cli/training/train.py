@@ -294,7 +294,8 @@ def _print_plan(described: dict[str, Any]) -> None:
     for name, count in parameters["heads"].items():
         show(f"head {name:<12}{count:,} parameters")
     for name, found in described["label_sets"].items():
+        kind = "gradient error" if "T=1" in (found["error"] or ("T=1",)) else "error"
         show(
             f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
-            f"gradient error {error_text(found['error'])})"
+            f"{kind} {error_text(found['error'])})"
         )
