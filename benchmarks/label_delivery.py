@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,8 @@ class Decoded:
     def of(
         self, samples: NDArray[Any], views: Tensor, seeds: NDArray[Any] | None = None
     ) -> BatchLabels:
-        return DecodedBatch(self.stored, torch.from_numpy(samples), views.device)
+        # Only soft labels are asked for.
+        return cast(BatchLabels, DecodedBatch(self.stored, torch.from_numpy(samples), views.device))
 
 
 @dataclass(frozen=True)

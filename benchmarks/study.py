@@ -26,6 +26,7 @@ import torch
 
 from sskt.benchmarks.common import SAFELY
 from sskt.teacher_cache.format.encodings import Encoding, parse_encoding
+from sskt.teacher_cache.format.features import SOFT_LABELS
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.labeling.job import Job, open_job_sources, open_job_views
 from sskt.teacher_cache.labeling.run import cache_teachers
@@ -52,7 +53,7 @@ class Study:
     """Rows of one target that share everything but the fields that a row names.
 
     ``encoding`` among the fields is that of the soft labels, if not ``f16``. The sources see images
-    of ``size`` pixels; ``view_seeds`` views of each sample are cached.
+    of ``size`` pixels; ``view_seeds`` views of each sample are cached, as ``output`` says.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Study:
     size: int = 74
     view_seeds: int = 8
     rows: dict[str, dict[str, Any]] = field(default_factory=lambda: ROWS)
+    output: str = SOFT_LABELS
 
 
 def sskt(*sources: str, **fields: Any) -> dict[str, Any]:
@@ -94,6 +96,15 @@ ENCODED: dict[str, dict[str, Any]] = {
 }
 """P+I at T = 3, where top-k labels lose most, with labels that are stored ever more coarsely."""
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "I": sskt(IN, loss="ce+ce"),
+    "I, cosine": sskt(IN, loss="ce+cosine"),
+    "I, TM": sskt(IN, loss="ce+ce", tm=True),
+    "I, TM, cosine": sskt(IN, loss="ce+cosine", tm=True),
+}
+"""All rows from one label set: features with their head, which gives the soft labels of ``ce``."""
+
 TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0, "temperature": 1.0}
 
 STUDIES = {
@@ -126,6 +137,14 @@ STUDIES = {
         },
         size=96,
         rows=ENCODED,
+    ),
+    "features": Study(
+        "Soft labels and features: CIFAR-10, 1,000 images (100 a class), 30 epochs",
+        "cifar10",
+        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 30, **TRAINING},
+        view_seeds=4,
+        rows=FEATURES,
+        output="features",
     ),
 }
 
@@ -229,9 +248,11 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
         IN: f"{IN}:efficientnet_lite0@{study.size}",
         PL: f"{PL}={data / 'models/squeezenet_places365.py'}:build@{study.size}",
     }
+    used = {name for row in study.rows.values() for name in row.get("source", ())}
+    sources = tuple(text for name, text in known.items() if name in used)
     dataset = DatasetSpec(str(target), root=root_of(study, data), limit=study.base.get("limit"))
-    job = Job(tuple(known.values()), dataset, str(cache), policy=study.base["policy"],
-              device=device)  # fmt: skip
+    job = Job(sources, dataset, str(cache), policy=study.base["policy"], device=device,
+              output=study.output)  # fmt: skip
     opened = open_job_sources(job)
     views = open_job_views(job)
     report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,

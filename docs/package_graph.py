@@ -33,6 +33,7 @@ ORDER = (
     "teacher_cache.api",
     "trainer.recipes",
     "trainer.config",
+    "trainer.loss_inputs",
     "trainer.losses",
     "trainer.metrics",
     "trainer.optim",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sskt.trainer.loop.trained import TrainedNetwork as TrainedNetwork
     from sskt.trainer.loop.trained import open_run as open_run
     from sskt.trainer.losses import kl_divergence as kl_divergence
+    from sskt.trainer.losses import soft_binary_cross_entropy as soft_binary_cross_entropy
     from sskt.trainer.losses import soft_cross_entropy as soft_cross_entropy
     from sskt.trainer.losses import soft_focal as soft_focal
     from sskt.trainer.losses import total_loss as total_loss
@@ -90,7 +91,13 @@ _MODULES = {
     "sskt.trainer.data.soft_label_loader": ("SoftLabelLoader",),
     "sskt.trainer.data.timm_teacher": ("TimmTeacher",),
     "sskt.trainer.loop.trained": ("TrainedNetwork", "open_run"),
-    "sskt.trainer.losses": ("kl_divergence", "soft_cross_entropy", "soft_focal", "total_loss"),
+    "sskt.trainer.losses": (
+        "kl_divergence",
+        "soft_binary_cross_entropy",
+        "soft_cross_entropy",
+        "soft_focal",
+        "total_loss",
+    ),
     "sskt.trainer.models.heads": ("SSKTNetwork",),
 }
 """The public names, by the module that defines them."""

@@ -48,12 +48,19 @@ NAMES = [
     "open_target",
     "open_views",
     "register_policy",
+    "soft_binary_cross_entropy",
     "soft_cross_entropy",
     "soft_focal",
     "total_loss",
     "train",
 ]
-LOSSES = ("kl_divergence", "soft_cross_entropy", "soft_focal", "total_loss")
+LOSSES = (
+    "kl_divergence",
+    "soft_binary_cross_entropy",
+    "soft_cross_entropy",
+    "soft_focal",
+    "total_loss",
+)
 FUNCTIONS = [name for name in NAMES if inspect.isfunction(getattr(sskt, name))]
 
 

@@ -113,9 +113,11 @@ class TrainConfig:
             is assumed with --tm or another option of the auxiliary task. Default: training from
             scratch.
         tm: Use transfer modules on every stage as auxiliary heads.
-        loss: PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal;
-            either may be FILE.py:function. auto: ce+ce, or bce+ce if a sample may have several
-            classes.
+        loss: PRIMARY+AUXILIARY; primary: ce, bce, focal; auxiliary: ce, kd, kd-released, focal for
+            soft labels, cosine, mse for features, bce for logits of independent classes; either
+            may be FILE.py:function. auto: ce, or bce if a sample may have several classes; and
+            of each source what its label set holds: ce, cosine for features without a head, bce
+            for logits. The same without AUXILIARY.
         focal_gamma: gamma of the focal losses.
         source_weight: NAME=W, factor of one source's loss. Repeat.
         alpha: Weight of the auxiliary losses (alpha of equation 1).
@@ -124,6 +126,8 @@ class TrainConfig:
         live: Run the sources in every step, as the paper does, without a cache.
         weights: With --live: [NAME=]FILE, weights of a known architecture. Repeat.
         preprocessing: With --live: [NAME:]size=..,mean=a/b/c,... Repeat.
+        output: With --live: what the sources give, soft-labels, features[:MODULE] or logits.
+            Default: what --loss takes.
         epochs: Passes over the training split.
         seeds: View seeds S to cycle through: epoch e sees seed e mod S. Default: all stored.
         views_per_image: Views K of each image in a batch, under K view seeds, from one decoding. K
@@ -213,6 +217,7 @@ class TrainConfig:
     live: bool = False
     weights: Texts = field(default_factory=list)
     preprocessing: Texts = field(default_factory=list)
+    output: str = ""
     epochs: Count = 200
     seeds: Count | None = None
     views_per_image: Count = 1
@@ -316,6 +321,7 @@ FOLLOWED: dict[str, Any] = {
     "source": [AUTO],
     "input_scale": AUTO,
     "seeds": None,
+    "loss": AUTO,
 }
 """Fields that are found out when a training begins, and the value that leaves them open."""
 INDIFFERENT = frozenset(
@@ -543,7 +549,7 @@ def require_consistent(config: TrainConfig) -> None:
         raise InputError("--source auto takes all sources of the cache; leave the others out")
     if config.live and config.source in ([], [AUTO]):
         raise InputError("--live runs the sources in every step; name them with --source")
-    for name in ("weights", "preprocessing", "frame_sampling"):
+    for name in ("weights", "preprocessing", "frame_sampling", "output"):
         if getattr(config, name) and not config.live:
             option = name.replace("_", "-")
             raise InputError(f"--{option} goes with --live; stored labels were made with their own")

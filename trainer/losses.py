@@ -1,7 +1,8 @@
 """Losses of SSKT, each with its divisor in its name or docstring.
 
-p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_t auxiliary logits ``[n, C]``. Everything is
-computed in float32, whatever the logits come in.
+p_s = softmax(z_s / T) are soft labels ``[n, C]``, z_s logits ``[n, C]`` and v_s features ``[n, D]``
+of a source; z_t is what the auxiliary head returns, of the same width. ``loss_inputs.READS`` says
+which loss takes which of them. Everything is computed in float32, whatever z_t comes in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sskt.teacher_cache.own_code import called, find_function
 
 Reduction = Literal["mean", "sum"]
 Auxiliary = Callable[[Tensor, Tensor, float, float], Tensor]
-"""(z_t, p_s, temperature, gamma) to a scalar; gamma has a meaning for ``focal`` only."""
+"""(z_t, p_s or z_s or v_s, temperature, gamma) to a scalar; gamma is for ``focal`` only."""
 
 
 class Primary(Protocol):
@@ -174,6 +175,72 @@ def soft_focal(z_t: Tensor, p_s: Tensor, temperature: float, gamma: float) -> Te
     return -(temperature**2) * (p_s * _modulation(log_q, gamma) * log_q).sum() / len(z_t)
 
 
+def soft_binary_cross_entropy(
+    z_t: Tensor, z_s: Tensor, temperature: float, gamma: float = 0.0
+) -> Tensor:
+    """The auxiliary loss ``bce``, for a source whose classes are independent (sigmoid outputs).
+
+    T^2 times the binary cross-entropy of sigmoid(z_t / T) with sigmoid(z_s / T), mean over the
+    batch and the classes. It is the distillation of one binary task for each class of Yang et al.
+    (arXiv:2308.06453), up to the entropy of the source, which has no gradient; T^2 is that of
+    Hinton et al. (arXiv:1503.02531), and the mean over the classes that of the primary ``bce``.
+    Computed in float32.
+
+    Args:
+        z_t: Auxiliary logits: float ``[n, C]``.
+        z_s: Logits of the source: float32 ``[n, C]``.
+        temperature: T, above 0.
+        gamma: Without a meaning here; the auxiliary losses have one signature.
+
+    Returns:
+        A scalar in nats, float32.
+    """
+    p_s = torch.sigmoid(z_s / temperature)
+    loss = F.binary_cross_entropy_with_logits(z_t.float() / temperature, p_s)
+    return temperature**2 * loss
+
+
+def cosine_distance(
+    z_t: Tensor, v_s: Tensor, temperature: float = 1.0, gamma: float = 0.0
+) -> Tensor:
+    """The auxiliary loss ``cosine``: 1 - cosine similarity, mean over the batch.
+
+    It compares the direction of the features and leaves their length free, as Wang et al.
+    (arXiv:2011.01424) argue for. A row of zeros has the similarity 0 to any other. Computed in
+    float32.
+
+    Args:
+        z_t: Features of the target network, projected by its auxiliary head: float ``[n, D]``.
+        v_s: Features of the source: float32 ``[n, D]``.
+        temperature: Without a meaning here; the auxiliary losses have one signature.
+        gamma: Without a meaning here.
+
+    Returns:
+        A scalar from 0 to 2, float32.
+    """
+    return (1 - F.cosine_similarity(z_t.float(), v_s, dim=1)).mean()
+
+
+def squared_error(z_t: Tensor, v_s: Tensor, temperature: float = 1.0, gamma: float = 0.0) -> Tensor:
+    """The auxiliary loss ``mse``: (z_t - v_s)^2, mean over the batch and the D dimensions.
+
+    The features are taken as they are, as in FitNets (Romero et al., arXiv:1412.6550, equation 3)
+    and SimKD (Chen et al., arXiv:2203.14001): of features of length 1 it would be ``cosine`` times
+    2 / D. Its size is that of the features, so ``alpha`` depends on the source. Computed in
+    float32.
+
+    Args:
+        z_t: Features of the target network, projected by its auxiliary head: float ``[n, D]``.
+        v_s: Features of the source: float32 ``[n, D]``.
+        temperature: Without a meaning here; the auxiliary losses have one signature.
+        gamma: Without a meaning here.
+
+    Returns:
+        A scalar, float32.
+    """
+    return F.mse_loss(z_t.float(), v_s)
+
+
 def _modulation(log_q: Tensor, gamma: float) -> Tensor:
     # Below gamma = 1 the slope of (1 - q)^gamma is infinite at q = 1, and 0 * inf is NaN.
     smallest = torch.finfo(log_q.dtype).tiny
@@ -190,6 +257,9 @@ AUXILIARY: dict[str, Auxiliary] = {
     "kd": kl_divergence,
     "kd-released": kl_divergence_released,
     "focal": soft_focal,
+    "bce": soft_binary_cross_entropy,
+    "cosine": cosine_distance,
+    "mse": squared_error,
 }
 MULTI_LABEL = frozenset(("bce",))
 """Primary losses for targets with several classes a sample; the others are for one class."""
@@ -234,7 +304,8 @@ def auxiliary_loss(name: str) -> Auxiliary:
 
     Args:
         name: A key of ``AUXILIARY``, or ``FILE.py:function`` or ``module:attribute`` of the user: a
-            function of z_t, p_s, T and gamma.
+            function of z_t, of what the label set holds (p_s of soft labels, v_s of features, z_s
+            of logits), T and gamma.
 
     Returns:
         The loss.

@@ -22,7 +22,7 @@ from sskt.cli.output import (
     show,
     working,
 )
-from sskt.cli.training.training_output import first_line, hooks_of, logging_to
+from sskt.cli.training.training_output import auxiliary_line, first_line, hooks_of, logging_to
 from sskt.teacher_cache.errors import InputError
 from sskt.trainer.config import (
     CHOICES,
@@ -73,6 +73,7 @@ GROUPS = {
         "live",
         "weights",
         "preprocessing",
+        "output",
         "force_topk",
     ),
     "Network": (
@@ -232,12 +233,14 @@ def train(
         return
     if plan.ranks.first:
         say(first_line(config, plan))
+        if line := auxiliary_line(plan):
+            say(line)
         if config.init:
             say(f"input scale: {plan.config.input_scale} ({plan.input_scale_reason})")
     out = config.out or Path("runs") / default_name(plan.config)
     try:
         with progress() as bar:
-            mine = hooks_of(plan.config, bar) if plan.ranks.first else None
+            mine = hooks_of(plan.config, bar, taken=plan.taken) if plan.ranks.first else None
             with contextlib.ExitStack() as stack:
                 if mine and logger and opener:
                     mine = stack.enter_context(
@@ -291,7 +294,8 @@ def _print_plan(described: dict[str, Any]) -> None:
     for name, count in parameters["heads"].items():
         show(f"head {name:<12}{count:,} parameters")
     for name, found in described["label_sets"].items():
+        kind = "gradient error" if "T=1" in (found["error"] or ("T=1",)) else "error"
         show(
             f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
-            f"gradient error {error_text(found['error'])})"
+            f"{kind} {error_text(found['error'])})"
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sskt.cli.locations import data_line
 from sskt.cli.output import say
+from sskt.teacher_cache.format.features import FEATURES, LOGITS, SOFT_LABELS
+from sskt.trainer.loss_inputs import in_words
 
 if TYPE_CHECKING:
     from sskt.trainer.config import TrainConfig
@@ -30,7 +33,12 @@ METRICS = {
 
 
 def hooks_of(
-    config: TrainConfig, bars: Bars, *, name: str = "training", lines: bool = True
+    config: TrainConfig,
+    bars: Bars,
+    *,
+    name: str = "training",
+    lines: bool = True,
+    taken: Mapping[str, str] = MappingProxyType({}),
 ) -> Hooks:
     """Hooks that show a run.
 
@@ -39,6 +47,7 @@ def hooks_of(
         bars: Makes a progress bar by name, see ``output.progress``.
         name: Name of the bar of the training.
         lines: Whether to print a legend and a line an epoch.
+        taken: What the loss of each source takes, see ``Plan.taken``; default: soft labels.
     """
     from sskt.trainer.loop.progress import Hooks
 
@@ -48,7 +57,7 @@ def hooks_of(
         training(epoch * total + done, config.epochs * total)
 
     hooks = Hooks(step=step, load=bars("reading images"), test=bars("testing"))
-    return replace(hooks, epoch=EpochLines(config), note=say) if lines else hooks
+    return replace(hooks, epoch=EpochLines(config, taken), note=say) if lines else hooks
 
 
 @contextmanager
@@ -93,14 +102,14 @@ def logging_to(
 class EpochLines:
     """Prints a legend before the first epoch of this process, then a line an epoch."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config, self._begin = config, time.monotonic()
+    def __init__(self, config: TrainConfig, taken: Mapping[str, str]) -> None:
+        self._config, self._taken, self._begin = config, taken, time.monotonic()
         self._first: int | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
         if self._first is None:
             self._first = record["epoch"]
-            if text := legend(record, self._config):
+            if text := legend(record, self._config, self._taken):
                 say(text)
         done = record["epoch"] + 1
         each = (time.monotonic() - self._begin) / (done - self._first)
@@ -108,7 +117,7 @@ class EpochLines:
         say(f"{epoch_line(record, self._config.epochs)}  {times(each, left, time.time())}")
 
 
-def legend(record: dict[str, Any], config: TrainConfig) -> str:
+def legend(record: dict[str, Any], config: TrainConfig, taken: Mapping[str, str]) -> str:
     """What the losses of an epoch's line are; empty for a training from scratch."""
     names = [key.removeprefix("loss_") for key in record if key.startswith("loss_")]
     auxiliary = [name for name in names if name != "primary"]
@@ -116,10 +125,13 @@ def legend(record: dict[str, Any], config: TrainConfig) -> str:
         return ""
     weights = dict(item.partition("=")[::2] for item in config.source_weight)
     terms = [f"{weights[n]} x {n}" if n in weights else n for n in auxiliary]
-    return (
-        f"loss = primary + {config.alpha:g} x ({' + '.join(terms)}); primary: loss of the true "
-        f"classes; {', '.join(auxiliary)}: loss of the soft labels at T = {config.temperature:g}"
-    )
+    text = f"loss = primary + {config.alpha:g} x ({' + '.join(terms)}); primary: loss of the true "
+    text += "classes"
+    for kind in (SOFT_LABELS, FEATURES, LOGITS):
+        if alike := [n for n in auxiliary if taken.get(n, SOFT_LABELS) == kind]:
+            text += f"; {', '.join(alike)}: loss of the {in_words(kind)}"
+            text += "" if kind == FEATURES else f" at T = {config.temperature:g}"
+    return text
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
@@ -148,6 +160,18 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def auxiliary_line(plan: Plan) -> str:
+    """The auxiliary loss of each source; empty if all take soft labels that are stored as such."""
+    if all(held.output == SOFT_LABELS for held in plan.held.values()):
+        return ""
+    parts = []
+    for name, held in plan.held.items():
+        taken = plan.taken[name]
+        how = "" if taken == held.output else f"; {in_words(taken)} by its head"
+        parts.append(f"{plan.auxiliary[name]} for {name} ({in_words(held.output)}{how})")
+    return f"auxiliary loss: {', '.join(parts)}"
 
 
 def first_line(asked: TrainConfig, plan: Plan) -> str:

@@ -65,6 +65,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
 def test_examples_are_short() -> None:
     assert {path.stem for path in FILES} == {
+        "feature_distillation",
         "huggingface_trainer",
         "own_loop",
         "lightning_module",

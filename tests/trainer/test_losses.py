@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sskt.teacher_cache.errors import InputError, UnknownName
+from sskt.trainer.loss_inputs import READS
 from sskt.trainer.losses import (
     AUXILIARY,
     PRIMARY,
@@ -26,6 +27,7 @@ from sskt.trainer.losses import (
 )
 
 N, C = 6, 11
+OF_SOFT_LABELS = sorted(AUXILIARY.keys() - READS.keys())
 
 
 @pytest.fixture
@@ -187,6 +189,51 @@ def test_kd_as_released_is_torch_kldiv_with_its_default_reduction(
     torch.testing.assert_close(gradient("kd-released", z_t, p, 3), gradient("ce", z_t, p, 3) / C)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_binary_cross_entropy_of_independent_classes_written_out(
+    logits: tuple[Tensor, Tensor], temperature: float
+) -> None:
+    """Value class by class in float64; gradient T (sigmoid(z_t / T) - sigmoid(z_s / T)) / (n C)."""
+    z_t, z_s = logits
+    total = 0.0
+    for student, teacher in zip(z_t.detach().flatten(), z_s.flatten(), strict=True):
+        b, a = (1 / (1 + math.exp(-float(z) / temperature)) for z in (student, teacher))
+        total -= a * math.log(b) + (1 - a) * math.log(1 - b)
+    found = float(AUXILIARY["bce"](z_t.detach(), z_s, temperature, 2.0))
+    assert found == pytest.approx(temperature**2 * total / (N * C), rel=1e-5)
+    q, p = torch.sigmoid(z_t / temperature), torch.sigmoid(z_s / temperature)
+    expected = temperature * (q - p) / (N * C)
+    torch.testing.assert_close(gradient("bce", z_t, z_s, temperature), expected.detach())
+
+
+def test_losses_of_features_written_out(logits: tuple[Tensor, Tensor]) -> None:
+    """Gradients by a row: cosine (cos z / |z| - f / |f|) / (|z| n), mse 2 (z - f) / (n D)."""
+    z, f = logits[0].detach(), logits[1]
+    length, other = z.norm(dim=1, keepdim=True), f.norm(dim=1, keepdim=True)
+    cosine = (z * f).sum(1, keepdim=True) / (length * other)
+    for temperature in (1.0, 3.0):  # which features do not have
+        assert float(AUXILIARY["cosine"](z, f, temperature, 2.0)) == pytest.approx(
+            1 - float(cosine.mean()), rel=1e-5
+        )
+        slope = (cosine * z / length - f / other) / length / N
+        torch.testing.assert_close(gradient("cosine", logits[0], f, temperature), slope)
+        expected = sum(float(a - b) ** 2 for a, b in zip(z.flatten(), f.flatten(), strict=True)) / (
+            N * C
+        )
+        assert float(AUXILIARY["mse"](z, f, temperature, 2.0)) == pytest.approx(expected, rel=1e-5)
+        of_mse = 2 * (z - f) / (N * C)
+        torch.testing.assert_close(gradient("mse", logits[0], f, temperature), of_mse)
+
+
+def test_the_cosine_leaves_the_length_free_and_mse_does_not(logits: tuple[Tensor, Tensor]) -> None:
+    _, f = logits
+    for scale in (0.1, 10.0):
+        assert float(AUXILIARY["cosine"](scale * f, f, 1.0, 0.0)) == pytest.approx(0, abs=1e-6)
+        assert float(AUXILIARY["mse"](scale * f, f, 1.0, 0.0)) > 1
+    assert float(AUXILIARY["cosine"](-f, f, 1.0, 0.0)) == pytest.approx(2)
+    assert float(AUXILIARY["cosine"](torch.zeros_like(f), f, 1.0, 0.0)) == 1
+
+
 def test_total_is_primary_plus_alpha_times_the_sum() -> None:
     parts = {"imagenet": torch.tensor(2.0), "places365": torch.tensor(5.0)}
     assert float(total_loss(torch.tensor(1.0), parts, 0.1)) == pytest.approx(1.7)
@@ -225,9 +272,9 @@ def test_certain_networks_give_finite_losses_and_gradients(
             assert value.dtype == torch.float32 and slope.isfinite().all(), (name, right)
             wanted = 0.0 if right else (500.0 if name == "bce" else 1000.0)
             assert float(value.detach()) == pytest.approx(wanted, abs=1e-6), (name, right)
-        for name, auxiliary in AUXILIARY.items():
+        for name in OF_SOFT_LABELS:
             z_t = z.clone().requires_grad_()
-            value = auxiliary(z_t, p, 1.0, gamma)
+            value = AUXILIARY[name](z_t, p, 1.0, gamma)
             (slope,) = torch.autograd.grad(value, z_t)
             wanted = 0.0 if right else 1000.0 / (4 if name == "kd-released" else 1)
             assert slope.isfinite().all(), (name, right)
@@ -253,8 +300,8 @@ def test_names() -> None:
     assert parse_loss("ce+kd-released") == ("ce", "kd-released")
     assert parse_loss("ce") == ("ce", "ce")
     assert parse_loss("bce+focal") == ("bce", "focal")
-    with pytest.raises(UnknownName, match="unknown auxiliary loss 'mse'; known: ce, kd, kd-"):
-        parse_loss("ce+mse")
+    with pytest.raises(UnknownName, match="unknown auxiliary loss 'l1'; known: ce, kd, kd-"):
+        parse_loss("ce+l1")
     with pytest.raises(UnknownName, match="unknown primary loss 'x'"):
         parse_loss("x+ce")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from sskt.teacher_cache.format.features import SOFT_LABELS
 from sskt.teacher_cache.sources.names import SOURCES
 from sskt.teacher_cache.targets.registry import TARGETS
 from sskt.trainer.config import AUTO, FIELDS, TrainConfig
+from sskt.trainer.loss_inputs import needed_output
 
 VIEW_FIELDS = (
     "target",
@@ -52,6 +54,8 @@ def caching_command(
             value = value or TARGETS[config.target].downloads
         if value != FIELDS[name].default:
             words += [option] if value is True else [option, str(value)]
+    if (output := needed_output(config.loss)) != SOFT_LABELS and "--output" not in more:
+        words += ["--output", output]
     if seeds is not None:
         words += ["--seeds", str(seeds)]
     words += more

@@ -74,7 +74,7 @@ class EpochOrder:
         if not self.sets:
             return [Window(view_seed, ((0, self.samples),), others)]
         sets = list(self.sets.values())
-        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets)
+        row = sum(s.encoding.bytes_per_label(s.width) for s in sets)
         rows = int(self.memory / 2 / row / self.repeats)
         block = max(s.shard_rows for s in sets)
         return epoch_windows(self.samples, view_seed, rows, block, self.seed, cycle, others)

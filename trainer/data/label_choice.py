@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
+from sskt.teacher_cache.format.features import FEATURES
 from sskt.teacher_cache.format.spec import canonical_json, parents_of
 from sskt.teacher_cache.label_sets.find import is_of, only, readable_sets, replayed
 from sskt.teacher_cache.locations import label_location
@@ -27,6 +28,7 @@ from sskt.teacher_cache.views.views import Views, open_views
 from sskt.trainer.config import AUTO, CHOICES, TrainConfig
 from sskt.trainer.data.caching_command import caching_command, sources_to_cache
 from sskt.trainer.data.splits import dataset_of
+from sskt.trainer.loss_inputs import fits, stated_auxiliary
 
 if TYPE_CHECKING:
     from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -204,6 +206,11 @@ def contradictions(config: TrainConfig, label_set: LabelSet, say: Wording) -> li
         found.append((say("decoder", config.decoder), say("decoder", decoder)))
     if config.strict_fingerprint and not spec["target"].get("contents"):
         found.append((say("strict_fingerprint", True), say("strict_fingerprint", False)))
+    loss = stated_auxiliary(config.loss)
+    if loss and not fits(loss, label_set):
+        headless = label_set.output == FEATURES and not label_set.classes
+        made_with = say("output", label_set.output) + (" (without a head)" if headless else "")
+        found.append((say("loss", config.loss), made_with))
     return found
 
 

@@ -10,6 +10,7 @@ from sskt.teacher_cache.sources.names import source_name
 from sskt.trainer.config import TrainConfig
 from sskt.trainer.data.caching_command import VIEW_FIELDS, caching_command
 from sskt.trainer.data.splits import split_to_test
+from sskt.trainer.loss_inputs import needed_output
 
 TRAINING_SAMPLES = {
     "cifar10": 50_000,
@@ -43,8 +44,8 @@ class LabelPass:
 
 
 def views_key(config: TrainConfig) -> tuple[Any, ...]:
-    """Equal for configurations that train on the same views."""
-    return tuple(getattr(config, name) for name in VIEW_FIELDS)
+    """Equal for configurations that train on the same views, from the same kind of labels."""
+    return (*(getattr(config, name) for name in VIEW_FIELDS), needed_output(config.loss))
 
 
 def label_passes(configs: Sequence[TrainConfig]) -> list[LabelPass]:

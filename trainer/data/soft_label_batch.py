@@ -106,11 +106,48 @@ class SoftLabelBatch:
 
         Raises:
             UnknownName: If the loader has no such source.
-            InputError: If the labels are stored as top-k, which is wrong at this temperature.
+            InputError: If the labels are stored as top-k, which is wrong at this temperature; or
+                if they are features without the last layer of their source.
         """
+        return self._labels.soft(source, temperature).to(self.views.device)
+
+    def features(self, source: str) -> Tensor:
+        """Decodes the features of a source, cached with ``--output features``.
+
+        Args:
+            source: One of the loader's ``sources``.
+
+        Returns:
+            v_s: float32 ``[n, D_m]`` on the device.
+
+        Raises:
+            UnknownName: If the loader has no such source.
+            InputError: If its label set holds no features.
+        """
+        return self._labels.features(source).to(self.views.device)
+
+    def logits(self, source: str) -> Tensor:
+        """Decodes the logits of a source, cached with ``--output logits``.
+
+        They are also computed from features whose last layer is stored with them.
+
+        Args:
+            source: One of the loader's ``sources``.
+
+        Returns:
+            z_s: float32 ``[n, C_m]`` on the device.
+
+        Raises:
+            UnknownName: If the loader has no such source.
+            InputError: If its label set holds soft labels, or features without a last layer.
+        """
+        return self._labels.logits(source).to(self.views.device)
+
+    @property
+    def _labels(self) -> BatchLabels:
         if self._soft is None:
             self._soft = self._window.of(self.samples, self.views, self.seeds)
-        return self._soft.soft(source, temperature).to(self.views.device)
+        return self._soft
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SoftLabelBatch:
         """Gives the batch on another device.

@@ -45,6 +45,7 @@ from sskt.trainer.data.soft_labels import (
     labels_over,
 )
 from sskt.trainer.distributed import Ranks, batches_of
+from sskt.trainer.loss_inputs import Holding, Live
 from sskt.trainer.models.normalization import NORMALISATIONS
 
 if TYPE_CHECKING:
@@ -247,8 +248,7 @@ class SoftLabelLoader:
         self.views = held_in_memory(views, order.memory, progress)
         self.order, self.device, self.batch_size = order, device, order.batch_size
         self._normalise, self._epochs = normalise, epochs
-        self._classes = {source.name: source.classes for source in live}
-        self._classes |= {name: s.classes for name, s in order.sets.items()}
+        self._held: dict[str, Holding] = {**{s.name: Live.of(s) for s in live}, **order.sets}
         self._labels = labels_over(
             self.views, order.sets, live, device, force_topk=force_topk, follow=follow
         )
@@ -265,12 +265,23 @@ class SoftLabelLoader:
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the sources."""
-        return tuple(self._classes)
+        return tuple(self._held)
 
     @property
     def source_classes(self) -> dict[str, int]:
-        """Number of classes by source, as ``SSKTNetwork`` takes it."""
-        return {name: len(classes) for name, classes in self._classes.items()}
+        """Number of classes C_m by source, as ``SSKTNetwork`` takes it.
+
+        For features without a head, which have no classes, it is their number D_m.
+        """
+        return {name: len(held.classes) or held.width for name, held in self._held.items()}
+
+    @property
+    def source_widths(self) -> dict[str, int]:
+        """Stored values of a sample by source: D_m of features, C_m of soft labels and logits.
+
+        ``SSKTNetwork`` takes it for losses of features.
+        """
+        return {name: held.width for name, held in self._held.items()}
 
     def classes(self, source: str) -> tuple[str, ...]:
         """The class names of a source.
@@ -279,14 +290,15 @@ class SoftLabelLoader:
             source: One of ``sources``.
 
         Returns:
-            The names, in the order of the columns of its soft labels.
+            The names, in the order of the columns of its soft labels; empty for features without
+            a head.
 
         Raises:
             UnknownName: If the loader has no such source.
         """
-        if source not in self._classes:
-            raise UnknownName("source of the loader", source, self._classes)
-        return self._classes[source]
+        if source not in self._held:
+            raise UnknownName("source of the loader", source, self._held)
+        return self._held[source].classes
 
     def __len__(self) -> int:
         """Batches of an epoch, if no sample is left out."""

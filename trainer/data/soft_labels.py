@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,14 +19,18 @@ from sskt.teacher_cache.format.encodings import (
     Encoded,
     EncodedTensors,
     as_tensors,
+    head_tensors,
     require_temperature,
     soft_labels,
 )
+from sskt.teacher_cache.format.features import FEATURES, LOGITS, SOFT_LABELS, Head
+from sskt.teacher_cache.format.features import features as decoded_features
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.rng import permutation
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.views.views import Views
 from sskt.trainer.data.following import Follow
+from sskt.trainer.loss_inputs import Live, require_readable
 
 Int64 = NDArray[np.int64]
 UInt32 = NDArray[np.uint32]
@@ -106,10 +111,26 @@ def epoch_windows(
 
 
 class BatchLabels(Protocol):
-    """Soft labels of the samples of a batch, computed when they are asked for."""
+    """Labels of the samples of a batch, computed when they are asked for.
+
+    Each method raises ``InputError`` for a source whose labels do not hold what it gives.
+    """
 
     def soft(self, source: str, temperature: float) -> Tensor:
         """softmax(z_s / T) of a source, on the device: float32 ``[n, C_m]``."""
+
+    def features(self, source: str) -> Tensor:
+        """The features v_s of a source, on the device: float32 ``[n, D_m]``."""
+
+    def logits(self, source: str) -> Tensor:
+        """The logits z_s of a source, on the device: float32 ``[n, C_m]``."""
+
+
+def labels_for(labels: BatchLabels, source: str, what: str, temperature: float) -> Tensor:
+    """What a loss takes of a source: ``soft-labels`` at a temperature, ``features``, ``logits``."""
+    if what == FEATURES:
+        return labels.features(source)
+    return labels.logits(source) if what == LOGITS else labels.soft(source, temperature)
 
 
 class WindowLabels(Protocol):
@@ -216,20 +237,49 @@ class _StoredBatch:
     rows: Tensor
 
     def soft(self, source: str, temperature: float) -> Tensor:
-        label_set, device = _named(self.window_labels.sets, source), self.window_labels.device
+        label_set = self._holding(source, SOFT_LABELS)
+        if label_set.output == FEATURES:
+            return torch.softmax(self.logits(source) / temperature, dim=1)
         error = label_set.attributes.get("error")
         require_temperature(
             label_set.encoding, temperature, error, force=self.window_labels.force_topk
         )
-        encoded = self.window_labels.encoded[source]
+        rows = self._encoded(source)
+        return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
+
+    def features(self, source: str) -> Tensor:
+        self._holding(source, FEATURES)
+        return decoded_features(self._encoded(source))
+
+    def logits(self, source: str) -> Tensor:
+        label_set = self._holding(source, LOGITS)
+        rows = decoded_features(self._encoded(source))
+        return _by_head(rows, label_set.head)
+
+    def _holding(self, source: str, wanted: str) -> LabelSet:
+        label_set: LabelSet = _named(self.window_labels.sets, source)
+        require_readable(source, label_set, wanted)
+        return label_set
+
+    def _encoded(self, source: str) -> EncodedTensors:
+        """The encoded rows of the batch, on the device."""
+        encoded, device = self.window_labels.encoded[source], self.window_labels.device
         if self.window_labels.on_device and device.type == "cuda":
             # Their memory is that of another stream, which may use it again once they are dropped.
             for values in encoded.values():
                 values.record_stream(torch.cuda.current_stream(device))
-        rows = {
+        return {
             key: values[self.rows].to(device, non_blocking=True) for key, values in encoded.items()
         }
-        return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
+
+
+def _by_head(rows: Tensor, head: Head | None) -> Tensor:
+    """Logits of features ``[n, D]``; of logits these themselves, which have no head."""
+    if head is None:
+        return rows
+    weight, bias = head_tensors(head, rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(rows, weight, bias)
 
 
 def _named(table: Mapping[str, Any], source: str) -> Any:
@@ -243,8 +293,12 @@ def _checks(label_set: LabelSet, window: Window) -> NDArray[np.uint32]:
 
 
 def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -> None:
-    """Raises ``CorruptStore`` if a row that is not empty is no probability distribution."""
-    encoding, classes = label_set.encoding, len(label_set.classes)
+    """Raises ``CorruptStore`` if a row that is not empty is no probability distribution.
+
+    Features and logits have to be finite.
+    """
+    encoding, width = label_set.encoding, label_set.width
+    kind = "not finite" if encoding.of_features else "no probability distribution"
     for start in range(0, len(next(iter(rows.values()))), FAULTY_ROWS):
         part = {key: values[start : start + FAULTY_ROWS] for key, values in rows.items()}
         asked = np.arange(len(next(iter(part.values()))))
@@ -252,12 +306,12 @@ def _require_distributions(label_set: LabelSet, window: Window, rows: Encoded) -
             # torch adds up halves five times as fast, and settles all rows but odd and empty ones.
             total = torch.from_numpy(part["labels"]).float().exp().sum(1)
             asked = np.flatnonzero(~((total - 1).abs() < ROW_SUM_TOLERANCE / 2).numpy())
-        faulty = encoding.faulty({key: values[asked] for key, values in part.items()}, classes)
+        faulty = encoding.faulty({key: values[asked] for key, values in part.items()}, width)
         if faulty.any():
             sample, seed = window.pair(int(start + asked[faulty][0]))
             raise CorruptStore(
                 f"label set {label_set.name}: the label of sample {sample} under view seed "
-                f"{seed} is no probability distribution; run sskt verify, and cache its "
+                f"{seed} is {kind}; run sskt verify, and cache its "
                 "shard again"
             )
 
@@ -279,7 +333,7 @@ class StoredLabels:
     ) -> None:
         self._sets, self._device, self._force_topk = dict(sets), device, force_topk
         self._follow = follow
-        row = sum(s.encoding.bytes_per_label(len(s.classes)) for s in sets.values())
+        row = sum(s.encoding.bytes_per_label(s.width) for s in sets.values())
         self._rows_there = 0
         if device.type == "cuda":
             self._rows_there = int(SHARE * torch.cuda.mem_get_info(device)[0] / 2 / row)
@@ -425,8 +479,26 @@ class _LiveBatch:
     views: Tensor
 
     def soft(self, source: str, temperature: float) -> Tensor:
-        log_p = _named(self.sources, source).log_probabilities(self.views)
-        return torch.softmax(log_p.clone() / temperature, dim=1)
+        if self._holding(source, SOFT_LABELS).output is None:
+            return torch.softmax(self._rows(source) / temperature, dim=1)
+        return torch.softmax(self.logits(source) / temperature, dim=1)
+
+    def features(self, source: str) -> Tensor:
+        self._holding(source, FEATURES)
+        return self._rows(source)
+
+    def logits(self, source: str) -> Tensor:
+        output = self._holding(source, LOGITS).output
+        return _by_head(self._rows(source), output.head if output else None)
+
+    def _holding(self, source: str, wanted: str) -> Source:
+        found: Source = _named(self.sources, source)
+        require_readable(source, Live.of(found), wanted)
+        return found
+
+    def _rows(self, source: str) -> Tensor:
+        """What the source gives of the views, as a tensor that a gradient may pass by."""
+        return self.sources[source].log_probabilities(self.views).clone()
 
 
 class NoLabels:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.format.features import SOFT_LABELS, output_text
 from sskt.teacher_cache.format.spec import parents_of
 from sskt.teacher_cache.label_sets.find import find_alike, require_seeds
 from sskt.teacher_cache.label_sets.label_set import LabelSet
@@ -83,7 +84,9 @@ def _commands(config: TrainConfig, lacking: Sequence[LabelSet]) -> list[str]:
 def _shared_options(label_set: LabelSet) -> list[str]:
     """The options of ``sskt cache-teachers`` that hold for all of its sources."""
     source, provenance = label_set.spec["source"], label_set.attributes["made"]
-    options = ["--encoding", str(label_set.encoding)]
+    options = ["--encoding", str(label_set.encoding).removeprefix("features-")]
+    if label_set.output != SOFT_LABELS:
+        options += ["--output", output_text(label_set.spec)]
     if source["precision"] != "float32":
         options += ["--precision", str(source["precision"])]
     if batch := batch_of(source["batchnorm"]):

@@ -21,8 +21,10 @@ class TimmTeacher(DistillationTeacher):
     """Takes the place of the teacher network in ``timm.task``, for a ``SoftLabelLoader``.
 
     ``LogitDistillationTask(student, teacher_model=sskt.TimmTeacher(loader))`` trains from the label
-    set. So does ``TokenDistillationTask``. The input must be the ``images`` of one of the last two
-    batches of the loader: they are compared, so that a label never goes with another image.
+    set. So does ``TokenDistillationTask``; and ``FeatureDistillationTask`` from a set of features,
+    with ``teacher_feature_dim=loader.source_widths[source]``. The input must be the ``images`` of
+    one of the last two batches of the loader: they are compared, so that a label never goes with
+    another image.
 
     Args:
         loader: The loader of the training.
@@ -55,20 +57,18 @@ class TimmTeacher(DistillationTeacher):
 
         Args:
             input: The ``images`` of the batch, float ``[n, 3, H, W]``.
-            return_features: What ``FeatureDistillationTask`` asks for, which is refused.
+            return_features: Whether to give features, as ``FeatureDistillationTask`` asks for.
 
         Returns:
             T · log softmax(z_s / T): float32 ``[n, C_m]`` on the device of the input. Its softmax
-            at temperature T is the stored label.
+            at temperature T is the stored label. Or the features: float32 ``[n, D_m]``.
 
         Raises:
-            InputError: If the input is not a batch of the loader, or features are asked for.
+            InputError: If the input is not a batch of the loader, or the label set does not hold
+                what is asked for.
         """
         if return_features:
-            raise InputError(
-                "a label set holds soft labels and no features; take LogitDistillationTask or "
-                "TokenDistillationTask"
-            )
+            return self._batch(input).features(self.source).to(input.device)
         p_s = self._batch(input).soft(self.source, self.temperature).to(input.device)
         tiny = torch.finfo(torch.float32).tiny  # log(0) would make the task's divergence NaN
         return self.temperature * p_s.clamp_min(tiny).log()

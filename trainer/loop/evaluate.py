@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from sskt.teacher_cache.views.views import Views, checks_of
 from sskt.trainer.data.gpu_loader import ResidentFeed
 from sskt.trainer.data.loader import Batch, Feed
 from sskt.trainer.data.soft_label_loader import feed_of, held_in_memory
-from sskt.trainer.data.soft_labels import Labels, Window, labels_over
+from sskt.trainer.data.soft_labels import Labels, Window, labels_for, labels_over
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.step import Step
 from sskt.trainer.methods.base import Method
@@ -37,8 +37,9 @@ class AuxiliaryLoss:
     """The auxiliary losses of equation 1 on the test split.
 
     Args:
-        labels: Soft labels of the test split's views.
+        labels: Labels of the test split's views.
         samples: Number of samples of the test split.
+        taken: What the auxiliary loss of each source takes, see ``Plan.taken``.
         temperature: T of the soft labels.
         loss: alpha * sum of the auxiliary losses, mean over a batch, from logits and soft labels
             by source.
@@ -48,10 +49,11 @@ class AuxiliaryLoss:
         self,
         labels: Labels,
         samples: int,
+        taken: Mapping[str, str],
         temperature: float,
         loss: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor],
     ) -> None:
-        self._temperature, self._loss = temperature, loss
+        self._taken, self._temperature, self._loss = taken, temperature, loss
         self._labels = labels.enter(Window(VIEW_SEED, ((0, samples),)), None)
 
     def __call__(
@@ -82,7 +84,9 @@ class AuxiliaryLoss:
                 checks = checks_of(batch.views.cpu().numpy())
             self._labels.check(samples, checks[there])
         stored = self._labels.of(samples, views)
-        soft = {name: stored.soft(name, self._temperature) for name in logits}
+        soft = {
+            name: labels_for(stored, name, self._taken[name], self._temperature) for name in logits
+        }
         loss = self._loss({name: x[rows] for name, x in logits.items()}, soft)
         return loss * len(there), len(there)
 
@@ -200,7 +204,11 @@ class Evaluation:
         auxiliary = None
         if self._labels:
             auxiliary = AuxiliaryLoss(
-                self._labels, len(target), self._temperature, self._step.auxiliary_loss
+                self._labels,
+                len(target),
+                self._plan.taken,
+                self._temperature,
+                self._step.auxiliary_loss,
             )
         network.eval()
         labels = torch.from_numpy(target.labels)

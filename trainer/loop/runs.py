@@ -13,6 +13,7 @@ from sskt.trainer.distributed import join
 from sskt.trainer.loop.progress import Hooks
 from sskt.trainer.loop.setup import make_plan
 from sskt.trainer.loop.trainer import Trainer
+from sskt.trainer.loss_inputs import needed_output
 from sskt.trainer.results import records
 
 Record = dict[str, Any]
@@ -52,5 +53,12 @@ def open_live_sources(config: TrainConfig) -> list[Source]:
     from sskt.teacher_cache.labeling.job import open_sources
 
     device = str(join(config.device)[1])
-    opened = open_sources(config.source, config.weights, config.preprocessing, "float32", device)
+    opened = open_sources(
+        config.source,
+        config.weights,
+        config.preprocessing,
+        "float32",
+        device,
+        output=config.output or needed_output(config.loss),
+    )
     return [one.source for one in opened]

@@ -35,6 +35,15 @@ from sskt.trainer.data.splits import open_split, split_to_test
 from sskt.trainer.data.test_labels import find_test_sets
 from sskt.trainer.distributed import Ranks, join
 from sskt.trainer.loop.preflight import require_present
+from sskt.trainer.loss_inputs import (
+    Holding,
+    Live,
+    fits,
+    needed_output,
+    stated_auxiliary,
+    taken_by,
+    usual_auxiliary,
+)
 from sskt.trainer.losses import PRIMARY, parse_loss, parse_source_weights, resolve_loss
 from sskt.trainer.methods.maxl import LOSSES
 from sskt.trainer.methods.maxl import SOURCE as MAXL
@@ -74,11 +83,31 @@ class Plan:
 
     @property
     def source_classes(self) -> dict[str, int]:
-        """Number of classes of each auxiliary head: of the sources, or MAXL's own."""
+        """Outputs of each auxiliary head: C of its loss, D for a loss of features; or MAXL's."""
         if self.config.method == MAXL:
             return {MAXL: len(self.views.target.classes) * self.config.psi}
-        stored = {name: len(s.classes) for name, s in self.label_sets.items()}
-        return stored | {s.name: len(s.classes) for s in self.live}
+        return {
+            name: held.width if self.taken[name] == held.output else len(held.classes)
+            for name, held in self.held.items()
+        }
+
+    @property
+    def held(self) -> dict[str, Holding]:
+        """What gives the labels of each source: its label set, or the source itself."""
+        return {**self.label_sets, **{source.name: Live.of(source) for source in self.live}}
+
+    @property
+    def auxiliary(self) -> dict[str, str]:
+        """The auxiliary loss of each head: the one that was named, or what fits its labels."""
+        if self.config.method == MAXL:
+            return {MAXL: self.loss[1]}
+        stated = stated_auxiliary(self.config.loss)
+        return {name: stated or usual_auxiliary(held) for name, held in self.held.items()}
+
+    @property
+    def taken(self) -> dict[str, str]:
+        """What the auxiliary loss of each source takes: soft labels, features or logits."""
+        return {name: taken_by(self.auxiliary[name], held) for name, held in self.held.items()}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,12 +173,12 @@ class Plan:
 
     def describe(self) -> Record:
         """The resolved configuration, sizes of the networks, steps, label sets found."""
-        network = self.build()
+        network, losses = self.build(), set(self.auxiliary.values())
         resolved = self.config.as_dict() | {
             "test_split": self.test.target.split if self.test else "none",
             "milestones": self.config.resolved_milestones(),
             "seeds": self.seeds,
-            "loss": "+".join(self.loss) if self.source_classes else self.loss[0],
+            "loss": "+".join(filter(None, [self.loss[0], "/".join(sorted(losses))])),
             "device": str(self.device),
         }
         return {
@@ -250,6 +279,13 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
             f"--method maxl takes one class a sample and auxiliary losses {' and '.join(LOSSES)}; "
             f"found --loss {'+'.join(loss)} over {config.target}"
         )
+    for source in live:
+        held = Live.of(source)
+        if not fits(stated_auxiliary(config.loss) or usual_auxiliary(held), held):
+            raise InputError(
+                f"--loss {config.loss} takes other labels than the {held.output} of {source.name}; "
+                f"give --output {needed_output(config.loss)}, or leave --output out"
+            )
     if mixes(views.policy):
         _require_mixable(config, loss, target)
     repeats = config.views_per_image
@@ -274,10 +310,15 @@ def make_plan(config: TrainConfig, live: Sequence[Source] = (), *, ask: bool = T
     if test is not None and cache is not None and config.needs_test_labels:
         test_sets = find_test_sets(cache, config, sets, test, ask=ask)
     seeds = min(ranks.gathered(seeds))  # a set may have grown while the processes opened it
-    return Plan(
+    plan = Plan(
         config, views, test, sets, list(live), seeds, device, loss, ranks, test_sets, reason,
         _hashes(config),
     )  # fmt: skip
+    taken = set(plan.auxiliary.values())
+    if config.loss == AUTO and len(taken) == 1 and taken != {loss[1]}:
+        # Runs with other losses are told apart by what they have recorded.
+        plan = replace(plan, config=replace(config, loss="+".join([loss[0], *taken])))
+    return plan
 
 
 def _hashes(config: TrainConfig) -> dict[str, str]:

@@ -55,9 +55,9 @@ class Step:
         self.network = to_channels_last(network) if config.channels_last else network
         self.optimizer = build_optimizer(config, self.network.parameters())
         self.average = moving_average(self.network, config.ema) if config.ema else None
-        primary, auxiliary = plan.loss
-        self.primary = partial(primary_loss(primary), gamma=config.focal_gamma)
-        self._auxiliary = auxiliary_loss(auxiliary)
+        self.primary = partial(primary_loss(plan.loss[0]), gamma=config.focal_gamma)
+        found = {text: auxiliary_loss(text) for text in set(plan.auxiliary.values())}
+        self._auxiliary = {name: found[text] for name, text in plan.auxiliary.items()}
         self._weights = parse_source_weights(config.source_weight, list(self.network.sources))
         self._forward: Any = self.network
         if plan.ranks.world > 1:
@@ -140,7 +140,7 @@ class Step:
 
     def _parts(self, logits: dict[str, Tensor], soft: dict[str, Tensor]) -> dict[str, Tensor]:
         more = (self._method.temperature, self._config.focal_gamma)
-        return {name: self._auxiliary(logits[name], soft[name], *more) for name in soft}
+        return {name: self._auxiliary[name](logits[name], soft[name], *more) for name in soft}
 
     def __call__(self, batch: SoftLabelBatch) -> Record:
         """Steps on this process's part of a batch.

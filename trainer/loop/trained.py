@@ -153,7 +153,7 @@ class TrainedNetwork:
         views = open_views(opened, self.policy)
         loss = parse_loss(resolve_loss(config.loss, multi_label=opened.multi_label))
         plan = Plan(config, views, views, {}, [], 1, self.device, loss)
-        method = Transfer((), config.temperature)
+        method = Transfer({}, config.temperature)
         step = Step(plan, self.network, method)
         return Evaluation(plan, step, method, hooks or Hooks())() | {"samples": len(opened)}
 

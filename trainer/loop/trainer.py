@@ -59,7 +59,7 @@ class Trainer:
         self.restores = resumed is not None and (resumed / records.CHECKPOINT).exists()
         self.plan, self.hooks = plan, hooks or Hooks()
         network = plan.build(initial=not self.restores).to(plan.device)
-        self.method: Method = Transfer(network.sources, config.temperature)
+        self.method: Method = Transfer(plan.taken, config.temperature)
         if config.method == MAXL:
             self.method = Maxl.of_plan(plan, network)
         self.step = Step(plan, network, self.method)

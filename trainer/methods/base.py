@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
+from sskt.trainer.data.soft_labels import labels_for
 
 
 class Method(Protocol):
@@ -27,7 +28,8 @@ class Method(Protocol):
             batch: Views and true classes of n samples.
 
         Returns:
-            Probabilities by auxiliary head: float32 ``[n, C_m]``, without a gradient.
+            What the auxiliary loss of each head takes, by head: probabilities, logits or
+            features, float32 ``[n, C_m]``, without a gradient.
         """
 
     def end_epoch(self, epoch: int, lr: float, loader: SoftLabelLoader) -> dict[str, float]:
@@ -50,19 +52,23 @@ class Method(Protocol):
 
 
 class Transfer:
-    """SSKT: the auxiliary labels are the soft labels of frozen sources (equation 1 of the paper).
+    """SSKT: the auxiliary labels are those of frozen sources (equation 1 of the paper).
 
     Args:
-        sources: Names of the sources.
+        taken: What the auxiliary loss of each source takes: ``soft-labels``, ``features`` or
+            ``logits``.
         temperature: T of the soft labels softmax(z_s / T).
     """
 
-    def __init__(self, sources: Sequence[str], temperature: float) -> None:
-        self._sources, self.temperature = sources, temperature
+    def __init__(self, taken: Mapping[str, str], temperature: float) -> None:
+        self._taken, self.temperature = taken, temperature
 
     def soft_labels(self, batch: SoftLabelBatch) -> dict[str, Tensor]:
         """See ``Method``."""
-        return {name: batch.soft(name, self.temperature) for name in self._sources}
+        return {
+            name: labels_for(batch, name, what, self.temperature)
+            for name, what in self._taken.items()
+        }
 
     def end_epoch(self, epoch: int, lr: float, loader: SoftLabelLoader) -> dict[str, float]:
         """See ``Method``: frozen sources learn nothing."""

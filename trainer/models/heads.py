@@ -82,7 +82,9 @@ class SSKTNetwork(nn.Module):
     Args:
         target: Name of a target network (``resnet20``, ``resnet18``, ``mobilenet_v2``, ...), an own
             module of images whose last linear layer is its classifier, or a ``TargetNetwork``.
-        source_classes: Number of classes C_m by source, as ``SoftLabelLoader.source_classes``.
+        source_classes: Number of classes C_m by source, as ``SoftLabelLoader.source_classes``;
+            for a loss of features their number D_m, as ``SoftLabelLoader.source_widths``: the
+            auxiliary head is then a trained projection to D_m values.
         tm: Whether the auxiliary heads are transfer modules over the stages, instead of linear
             layers over the pooled features.
         classes: Number of classes C of the target; not with a ``TargetNetwork``, which has them.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import TINY
 from torch import nn
 
 from sskt.teacher_cache.api import cache_teachers, open_target
@@ -33,8 +34,14 @@ class Student(nn.Module):
         super().__init__()
         self.fc = nn.Linear(3, 12)
 
+    def forward_features(self, x: Any) -> Any:
+        return x.mean((2, 3))
+
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
+        return x if pre_logits else self.fc(x)
+
     def forward(self, x: Any) -> Any:
-        return self.fc(x.mean((2, 3)))
+        return self.forward_head(self.forward_features(x))
 
 
 class Live(nn.Module):
@@ -120,6 +127,28 @@ def test_labels_never_go_with_other_images(images: Path, cache: Path) -> None:
                 teacher(wrong)
 
 
+def test_the_features_of_a_task_are_those_of_the_label_set(images: Path, tmp_path: Path) -> None:
+    """A set with a head gives both: features, and logits for the other tasks."""
+    target = open_target(images)
+    cache_teachers(
+        target, f"tiny={TINY}:build", cache=tmp_path, seeds=1, policy="pad-crop-flip",
+        output="features", workers=0,
+    )  # fmt: skip
+    loader = SoftLabelLoader(target, cache=tmp_path, batch_size=20, device="cpu", workers=0)
+    teacher = TimmTeacher(loader, temperature=T)
+    task = FeatureDistillationTask(
+        Student(), teacher, student_feature_dim=3, verbose=False,
+        teacher_feature_dim=loader.source_widths["tiny"],
+    )  # fmt: skip
+    for batch in loader:
+        assert torch.equal(teacher(batch.images, True), batch.features("tiny"))
+        assert torch.isfinite(task(batch.images, batch.labels)["loss"])
+        found = task_of(teacher)(batch.images, batch.labels)
+        assert torch.isfinite(found["loss"])
+        z = teacher(batch.images)
+        torch.testing.assert_close(torch.softmax(z / T, 1), batch.soft("tiny", T))
+
+
 def test_zeros_of_top_k_labels_give_a_finite_loss(images: Path, cache: Path) -> None:
     loader = loader_of(images, cache, "topk-4")
     task = LogitDistillationTask(Student(), TimmTeacher(loader), temperature=1.0, verbose=False)
@@ -142,5 +171,5 @@ def test_what_cannot_be(images: Path, cache: Path) -> None:
         Student(), TimmTeacher(loader), student_feature_dim=3, teacher_feature_dim=3, verbose=False
     )
     for batch in loader:
-        with pytest.raises(InputError, match="holds soft labels and no features"):
+        with pytest.raises(InputError, match="are soft labels, and give no features"):
             features.teacher(batch.images, return_features=True)
