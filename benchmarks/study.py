@@ -141,7 +141,13 @@ STUDIES = {
     "features": Study(
         "Soft labels and features: CIFAR-10, 1,000 images (100 a class), 30 epochs",
         "cifar10",
-        {"policy": "pad-crop-flip", "limit": 1000, "epochs": 30, **TRAINING},
+        {
+            "policy": "pad-crop-flip",
+            "limit": 1000,
+            "epochs": 30,
+            **TRAINING,
+            "precision": "float32",
+        },
         view_seeds=4,
         rows=FEATURES,
         output="features",
