@@ -326,8 +326,12 @@ def write(studies: dict[str, Study], out: Path, path: Path) -> None:
         image = path.with_name(f"results-{name}.png")
         # Where some rows have several seeds, only those are drawn.
         folders = [folder for many, folder in drawn if many or not any(m for m, _ in drawn)]
-        draw_curves(compare(find_runs(folders)[0]), image)
-        lines += ["", f"![{study.title}]({image.name})", ""]
+        comparison = compare(find_runs(folders)[0])
+        lines.append("")
+        # Configurations do not tell rows apart whose labels differ in their encoding only.
+        if len(comparison.groups) == len(folders):
+            draw_curves(comparison, image)
+            lines += [f"![{study.title}]({image.name})", ""]
     durable_write(path, "\n".join(lines).encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ class Files(Sequence[Path]):
 
     def text(self, index: int) -> str:
         """A path as text, for which no ``Path`` is made: a tenth of the time."""
-        return f"{self.folder}/{self.names[index]}"
+        return os.path.join(self.folder, self.names[index])  # noqa: PTH118 (it makes a Path)
 
     def __iter__(self) -> Iterator[Path]:
         return (self.folder / name for name in self.names)
