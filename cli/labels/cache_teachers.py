@@ -163,5 +163,5 @@ def _report(report: StageReport, part: Share | None, as_json: bool) -> None:
     rows = [[s["name"], human_bytes(s["bytes"]), error_text(s["error"])] for s in sets]
     print_table(["label set", "size", "gradient error of the encoding"], rows)
     for label_set in report.label_sets:
-        if label_set.output != "soft-labels":
+        if label_set.encoding.of_features:
             show(f"{label_set.name} holds {label_set.contents}")

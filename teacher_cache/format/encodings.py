@@ -77,6 +77,11 @@ class Encoding:
         return f"topk-{self.k}" if self.k else self.name
 
     @property
+    def option(self) -> str:
+        """What ``--encoding`` is given for it, beside ``--output`` of features and logits."""
+        return str(self).removeprefix("features-")
+
+    @property
     def of_features(self) -> bool:
         """Whether rows are features or logits, and no probabilities."""
         return self.name in of_features.ENCODINGS
@@ -330,9 +335,8 @@ def soft_labels(
     import torch
 
     if encoding.of_features:
-        rows = of_features.features(encoded)
-        weight, bias = head_tensors(require_head(head), rows.device)
-        return torch.softmax(torch.addmm(bias, rows, weight.T) / temperature, dim=1)
+        logits = head_logits(of_features.features(encoded), require_head(head))
+        return torch.softmax(logits / temperature, dim=1)
     if encoding.name in POWER:
         codes = encoded["labels"]
         if codes.dtype == torch.int16:  # unsigned, see as_tensors
@@ -361,8 +365,17 @@ def require_head(head: Head | None) -> Head:
     return head
 
 
+def head_logits(rows: Tensor, head: Head) -> Tensor:
+    """The logits that a head gives of features ``[n, D]``: float32 ``[n, C]`` on their device."""
+    import torch
+
+    weight, bias = _head_tensors(head, rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.nn.functional.linear(rows, weight, bias)
+
+
 @functools.lru_cache(maxsize=8)
-def head_tensors(head: Head, device: torch.device) -> tuple[Tensor, Tensor]:
+def _head_tensors(head: Head, device: torch.device) -> tuple[Tensor, Tensor]:
     """Weight and bias of a head on a device, where they are kept."""
     import torch
 

@@ -158,7 +158,6 @@ def _stored_set(job: Job, views: Views, source: Source, encoding: Encoding) -> L
         if place.size(GROUP) is not None or lacks_group(place):
             return open_label_set(place)
     samples = len(views.target)
-    spec = label_set_spec(views, source, encoding)
     attributes = {"spec": spec, "classes": source.classes}
     rows = min(job.shard_rows, -(-samples // CHUNK_ROWS) * CHUNK_ROWS)
     return _NothingStored(LocalStorage(Path(os.devnull)), attributes, job.seeds, samples, rows)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sskt.teacher_cache.errors import BadImage, MissingData
-from sskt.teacher_cache.media.regions import BoxOf, decode_region
+from sskt.teacher_cache.media.regions import Box, BoxOf, decode_region
 
 UInt8 = NDArray[np.uint8]
 
@@ -95,9 +95,11 @@ def decode_image(data: bytes, where: object, box_of: BoxOf | None = None) -> UIn
 
 def cut(image: UInt8, box_of: BoxOf | None) -> UInt8:
     """The box of an image that ``box_of`` chooses, a view of its memory; without one, all of it."""
-    if box_of is None:
-        return image
-    top, left, height, width = box_of(*image.shape[:2])
+    return image if box_of is None else _cut_to(image, box_of(*image.shape[:2]))
+
+
+def _cut_to(image: UInt8, box: Box) -> UInt8:
+    top, left, height, width = box
     return image[top : top + height, left : left + width]
 
 
@@ -123,12 +125,13 @@ def _decode_jpeg(data: bytes, box_of: BoxOf | None) -> UInt8:
         data = data[:11] + b"\1" + data[12:]
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     require_pixels(height, width)
-    if box_of is not None and colours in ("YCbCr", "Gray"):  # others are converted differently
-        region = decode_region(data, box_of(height, width), height * width)
+    box = None if box_of is None else box_of(height, width)
+    if box is not None and colours in ("YCbCr", "Gray"):  # others are converted differently
+        region = decode_region(data, box, height * width)
         if region is not None:
             return region
     decoded: UInt8 = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    return cut(decoded, box_of)
+    return decoded if box is None else _cut_to(decoded, box)
 
 
 def _decode_other(data: bytes) -> UInt8:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from sskt.teacher_cache.errors import InputError, UnknownName, did_you_mean
@@ -118,15 +117,14 @@ def find_head(network: nn.Module, x: Tensor) -> tuple[str, Head] | None:
     """
     outputs: dict[str, Any] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs.pop(name, None)
-            outputs[name] = output
-
-        return hook
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.pop(name, None)
+        outputs[name] = output
 
     layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
-    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(functools.partial(keep, name)) for name, layer in layers.items()
+    ]
     try:
         returned = tensor_of(network(x))
     finally:
@@ -134,8 +132,7 @@ def find_head(network: nn.Module, x: Tensor) -> tuple[str, Head] | None:
             hook.remove()
     for name, output in reversed(outputs.items()):
         if output is returned or (output.shape == returned.shape and output.equal(returned)):
-            weight, bias = layers[name].weight, layers[name].bias
-            of = [None if t is None else t.detach().float().cpu().numpy() for t in (weight, bias)]
-            assert of[0] is not None
-            return name, Head(of[0], np.zeros(len(of[0]), np.float32) if of[1] is None else of[1])
+            weight = layers[name].weight
+            bias = weight.new_zeros(len(weight)) if layers[name].bias is None else layers[name].bias
+            return name, Head(*(t.detach().float().cpu().numpy() for t in (weight, bias)))
     return None

@@ -177,14 +177,15 @@ def wrong_kind(run: Run, images: Tensor, outputs: Tensor, declared: Outputs | No
         return ""
     if not _are_probabilities(outputs) or not _are_probabilities(outputs := run(images)):
         return ""
-    how = "and sum to 1, as after a softmax" if _sum_to_1(outputs) else "as after a sigmoid"
-    found = f"its outputs are all between 0 and 1 {how}, so that labels would be flat"
     if _sum_to_1(outputs):
-        return found
-    return (
-        f"{found} (if its classes do not exclude each other, store their logits with --output "
-        "logits --logits-are probabilities)"
-    )
+        how, hint = "and sum to 1, as after a softmax", ""
+    else:
+        how = "as after a sigmoid"
+        hint = (
+            " (if its classes do not exclude each other, store their logits with --output logits "
+            "--logits-are probabilities)"
+        )
+    return f"its outputs are all between 0 and 1 {how}, so that labels would be flat{hint}"
 
 
 def _are_probabilities(outputs: Tensor) -> bool:

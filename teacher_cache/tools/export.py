@@ -73,10 +73,10 @@ def require_exportable(found: Encoding, wanted: Encoding, name: str) -> None:
         return
     if found == wanted:
         raise InputError(f"label set {name} is stored as {found} already; sskt copy copies it")
-    option = str(wanted).removeprefix("features-")
     raise InputError(
         f"label set {name} is stored as {found}: {wanted} labels made of it would pass for exact "
-        f"ones; cache them with sskt cache-teachers --encoding {option} (it needs the source)"
+        f"ones; cache them with sskt cache-teachers --encoding {wanted.option} "
+        "(it needs the source)"
     )
 
 

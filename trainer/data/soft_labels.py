@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from sskt.teacher_cache.format.encodings import (
     Encoded,
     EncodedTensors,
     as_tensors,
-    head_tensors,
+    head_logits,
     require_temperature,
     soft_labels,
 )
@@ -238,14 +237,14 @@ class _StoredBatch:
 
     def soft(self, source: str, temperature: float) -> Tensor:
         label_set = self._holding(source, SOFT_LABELS)
-        if label_set.output == FEATURES:
-            return torch.softmax(self.logits(source) / temperature, dim=1)
         error = label_set.attributes.get("error")
         require_temperature(
             label_set.encoding, temperature, error, force=self.window_labels.force_topk
         )
         rows = self._encoded(source)
-        return soft_labels(label_set.encoding, rows, len(label_set.classes), temperature)
+        return soft_labels(
+            label_set.encoding, rows, len(label_set.classes), temperature, label_set.head
+        )
 
     def features(self, source: str) -> Tensor:
         self._holding(source, FEATURES)
@@ -275,11 +274,7 @@ class _StoredBatch:
 
 def _by_head(rows: Tensor, head: Head | None) -> Tensor:
     """Logits of features ``[n, D]``; of logits these themselves, which have no head."""
-    if head is None:
-        return rows
-    weight, bias = head_tensors(head, rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        return F.linear(rows, weight, bias)
+    return rows if head is None else head_logits(rows, head)
 
 
 def _named(table: Mapping[str, Any], source: str) -> Any:

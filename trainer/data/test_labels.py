@@ -84,7 +84,7 @@ def _commands(config: TrainConfig, lacking: Sequence[LabelSet]) -> list[str]:
 def _shared_options(label_set: LabelSet) -> list[str]:
     """The options of ``sskt cache-teachers`` that hold for all of its sources."""
     source, provenance = label_set.spec["source"], label_set.attributes["made"]
-    options = ["--encoding", str(label_set.encoding).removeprefix("features-")]
+    options = ["--encoding", label_set.encoding.option]
     if label_set.output != SOFT_LABELS:
         options += ["--output", output_text(label_set.spec)]
     if source["precision"] != "float32":
