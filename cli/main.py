@@ -9,7 +9,7 @@ import sys
 import click
 
 from sskt.cli.help import SuggestingGroup
-from sskt.teacher_cache.errors import SsktError, first_line, maintainers, printable
+from sskt.teacher_cache.errors import SsktError, described, maintainers, printable
 from sskt.teacher_cache.extras import missing_extra
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -134,7 +134,7 @@ def run(arguments: list[str] | None = None) -> int:
             f"SSKT_DEBUG=1 shows where; please report that, with the command and what sskt doctor "
             f"prints, {maintainers()}"
         )
-        return _fail(f"unexpected {type(error).__name__}: {first_line(error)} ({advice})", 1)
+        return _fail(f"unexpected {described(error)} ({advice})", 1)
     return 0
 
 

@@ -154,10 +154,25 @@ def first_line(error: BaseException) -> str:
         error: Any exception, usually one of a library.
 
     Returns:
-        The first line that is not blank; the name of the exception's class if there is none.
+        The first line that is not blank, with the second if the first ends in a colon; the name of
+        the exception's class if there is none.
     """
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    lines = list(filter(None, map(str.strip, str(error).splitlines())))
+    announced = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(lines[: 1 + announced]) or type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """Class and first line of an error that the user's own code or a library raised.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Such as "ValueError: no image"; the name of the class alone if the error has no message.
+    """
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
 
 
 def raise_missing(problems: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError, MissingData, SsktError, first_line
+from sskt.teacher_cache.errors import InputError, MissingData, SsktError, described
 from sskt.teacher_cache.extras import missing_extra
 
 
@@ -70,7 +70,7 @@ def find_function(text: str, what: str) -> Callable[..., Any]:
     except Exception as error:
         if isinstance(error, ImportError) and (lacking := missing_extra(error)):
             raise lacking from error
-        failed = f"{type(error).__name__}: {first_line(error)}"
+        failed = described(error)
         raise InputError(f"{what}: {place} cannot be imported: {failed}") from error
     if not callable(found):
         raise InputError(f"{what}: {place} has no function '{name}'")
@@ -104,7 +104,7 @@ def called(function: Callable[..., Any], what: str, *arguments: Any, **named: An
     except SsktError:
         raise
     except Exception as error:
-        raise InputError(f"{what} failed: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{what} failed: {described(error)}") from error
 
 
 def hash_of_file(text: str, what: str) -> str:

@@ -46,10 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Indices of files are kept here and not in the user's home."""
+    """Indices of files and compiled networks are kept here and not where the user's are."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSKT_HOME", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         for name in ("SSKT_DATA", "SSKT_CACHE", "SSKT_LABELS"):
             patch.delenv(name, raising=False)
         yield folder

@@ -16,7 +16,7 @@ from sskt.teacher_cache.errors import (
     InputError,
     SpecMismatch,
     SsktError,
-    first_line,
+    described,
 )
 from sskt.teacher_cache.own_code import code_of, load_module, read_code, run_code
 from sskt.teacher_cache.sources.known_networks import Loaded, three
@@ -156,6 +156,6 @@ def require_no_arguments(factory: Any, what: str) -> None:
 
 
 def _failed(wanted: SourceName, error: Exception) -> InputError:
-    what = f"{type(error).__name__}: {first_line(error)}"
+    what = described(error)
     place = wanted.file or wanted.module
     return InputError(f"source {wanted.name}: {place}:{wanted.factory} failed: {what}")

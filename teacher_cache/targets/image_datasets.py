@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sskt.teacher_cache.errors import InputError, MissingData, first_line
+from sskt.teacher_cache.errors import InputError, MissingData, described
 from sskt.teacher_cache.media.images import EXTENSIONS
 from sskt.teacher_cache.targets.base import Files, Int64, Names, Target
 from sskt.teacher_cache.targets.files.scan import (
@@ -170,7 +170,7 @@ def _ilsvrc_ids(path: Path) -> dict[str, str]:
         leaves = synsets[synsets["num_children"] == 0]
         found = {str(int(leaf["ILSVRC2012_ID"])): str(leaf["WNID"]) for leaf in leaves}
     except Exception as error:  # a damaged file makes scipy raise a dozen kinds
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = described(error)
         raise InputError(f"cannot read {path} ({what}); unpack the devkit again") from error
     if set(found) != {str(i) for i in range(1, 1001)} or {*found.values()} != {*imagenet_wnids()}:
         raise InputError(

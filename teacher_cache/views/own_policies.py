@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sskt.teacher_cache.errors import InputError, SpecMismatch, SsktError, first_line
+from sskt.teacher_cache.errors import InputError, SpecMismatch, SsktError, described, first_line
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.own_code import called, code_of, read_code, run_code
 from sskt.teacher_cache.rng import words_of
@@ -145,7 +145,7 @@ def _module(file: str, content: bytes, what: str) -> Any:
     except SsktError:
         raise
     except Exception as error:
-        failed = f"{type(error).__name__}: {first_line(error)}"
+        failed = described(error)
         raise InputError(f"policy {what}: {file} cannot be imported: {failed}") from error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, first_line
+from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, described
 from sskt.teacher_cache.own_code import find_function
 
 Record = Mapping[str, Any]
@@ -58,7 +58,7 @@ class RunLogger:
             function(*arguments)
         except Exception as error:
             self._log = None
-            what = f"{type(error).__name__}: {first_line(error)}"
+            what = described(error)
             self._note(f"--logger {self._text} failed ({what}); the training goes on without it")
 
 
@@ -114,7 +114,7 @@ def open_logger(
     except SsktError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = described(error)
         raise InputError(f"--logger {text} cannot be opened: {what}") from error
     if not callable(log):
         raise InputError(

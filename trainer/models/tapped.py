@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, first_line
+from sskt.teacher_cache.errors import InputError, SsktError, UnknownName, described, first_line
 from sskt.teacher_cache.own_code import load_module
 from sskt.teacher_cache.sources.names import TIMM
 from sskt.trainer.models.base import FIRST_STAGE, KNOWN_TAPS, Features, TargetNetwork
@@ -496,7 +496,7 @@ def user_network(
     except SsktError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = described(error)
         raise InputError(f"model {name} failed: {what}") from error
     if not isinstance(network, nn.Module):
         kind = type(network).__name__

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError, MissingData
+from sskt.teacher_cache.errors import InputError, MissingData, described
 
 REACH_SECONDS = 5.0
 """How long an address may take to answer."""
@@ -171,13 +171,7 @@ def _refused(where: str, error: BaseException) -> InputError:
     token = (
         "the address, and the cluster's token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN) if it has one"
     )
-    return InputError(f"cannot use the Ray {where}: {first_line(error)}; check {token}")
-
-
-def first_line(error: BaseException) -> str:
-    """Class and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return InputError(f"cannot use the Ray {where}: {described(error)}; check {token}")
 
 
 def _resources(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

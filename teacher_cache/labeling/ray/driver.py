@@ -18,14 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sskt.teacher_cache.errors import InputError, SsktError
+from sskt.teacher_cache.errors import InputError, SsktError, described
 from sskt.teacher_cache.label_sets.create import open_label_set
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.labeling.job import Job, open_job_views, source_at
 from sskt.teacher_cache.labeling.ray.cluster import (
     RayOptions,
     connected,
-    first_line,
     import_ray,
     require_reachable,
     slots_of,
@@ -237,10 +236,10 @@ class _Run:
                 ) from error
             if isinstance(error.cause, Exception):
                 raise error.cause from error
-            raise SsktError(f"a Ray task failed: {first_line(error)}") from error
+            raise SsktError(f"a Ray task failed: {described(error)}") from error
         except self.ray.exceptions.RayError as error:
             raise SsktError(
-                f"a Ray task was lost {RETRIES + 1} times or cannot run: {first_line(error)} (if "
+                f"a Ray task was lost {RETRIES + 1} times or cannot run: {described(error)} (if "
                 "its node ran out of memory: fewer tasks at a time with --task-cpus, or a smaller "
                 "--batch-size or --memory); finished shards are stored"
             ) from error
