@@ -96,14 +96,20 @@ ENCODED: dict[str, dict[str, Any]] = {
 }
 """P+I at T = 3, where top-k labels lose most, with labels that are stored ever more coarsely."""
 
+TRIVIAL, MIXUP = "pad-crop-flip:trivial=1", "pad-crop-flip:mixup=0.2"
 FEATURES: dict[str, dict[str, Any]] = {
     "scratch": {},
     "I": sskt(IN, loss="ce+ce"),
     "I, cosine": sskt(IN, loss="ce+cosine"),
     "I, TM": sskt(IN, loss="ce+ce", tm=True),
     "I, TM, cosine": sskt(IN, loss="ce+cosine", tm=True),
+    "scratch, TrivialAugment": {"policy": TRIVIAL},
+    "I, TrivialAugment": sskt(IN, loss="ce+ce", policy=TRIVIAL),
+    "scratch, mixup": {"policy": MIXUP},
+    "I, mixup": sskt(IN, loss="ce+ce", policy=MIXUP),
 }
-"""All rows from one label set: features with their head, which gives the soft labels of ``ce``."""
+"""Rows of a policy share one label set: features with their head, which gives the soft labels of
+``ce``."""
 
 TRAINING = {"batch_size": 64, "lr": 0.05, "precision": "bfloat16", "alpha": 1.0, "temperature": 1.0}
 
@@ -139,7 +145,7 @@ STUDIES = {
         rows=ENCODED,
     ),
     "features": Study(
-        "Soft labels and features: CIFAR-10, 1,000 images (100 a class), 30 epochs",
+        "Features and strong augmentation: CIFAR-10, 1,000 images (100 a class), 30 epochs",
         "cifar10",
         {
             "policy": "pad-crop-flip",
@@ -148,7 +154,7 @@ STUDIES = {
             **TRAINING,
             "precision": "float32",
         },
-        view_seeds=4,
+        view_seeds=10,
         rows=FEATURES,
         output="features",
     ),
@@ -257,13 +263,14 @@ def label(study: Study, target: Path, data: Path, cache: Path, device: str) -> N
     used = {name for row in study.rows.values() for name in row.get("source", ())}
     sources = tuple(text for name, text in known.items() if name in used)
     dataset = DatasetSpec(str(target), root=root_of(study, data), limit=study.base.get("limit"))
-    job = Job(sources, dataset, str(cache), policy=study.base["policy"], device=device,
-              output=study.output)  # fmt: skip
-    opened = open_job_sources(job)
-    views = open_job_views(job)
-    report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds, job.cache,
-                            job.options(opened))  # fmt: skip
-    print(f"{cache}: {report.written} labels written, {report.reused} reused", flush=True)
+    policies = [(study.base | row)["policy"] for row in study.rows.values() if "source" in row]
+    for policy in dict.fromkeys(policies):
+        job = Job(sources, dataset, str(cache), policy=policy, device=device, output=study.output)
+        opened = open_job_sources(job)
+        views = open_job_views(job)
+        report = cache_teachers(views, [o.source for o in opened], job.how, study.view_seeds,
+                                job.cache, job.options(opened))  # fmt: skip
+        print(f"{cache}: {report.written} labels written, {report.reused} reused", flush=True)
     for name in {fields.get("encoding", "f16") for fields in study.rows.values()} - {"f16"}:
         for label_set in list_label_sets(cache):
             export_label_set(label_set, ENCODINGS[name], encoded(cache, name))

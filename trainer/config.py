@@ -37,8 +37,8 @@ UNSTATED = {"input_scale": "imagenet"}
 OWN = r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$"
 """A function of the user: ``FILE.py:function`` or ``module:attribute``."""
 _OWN_POLICY = re.compile(r".+\.py:[^\W\d]\w*(?::.*)?")
-DIGEST = "digest"
-"""The key of ``config.json`` that is no field."""
+DIGEST, LABEL_SETS = "digest", "label_sets"
+"""The keys of ``config.json`` that are no fields."""
 
 
 @dataclass(frozen=True)
@@ -564,9 +564,19 @@ def require_consistent(config: TrainConfig) -> None:
             )
 
 
-def config_json(config: TrainConfig) -> bytes:
-    """``config.json``, readable by ``read_config``; with the digest of its fields."""
-    plain = config.as_dict()
+def config_json(
+    config: TrainConfig, label_sets: Mapping[str, Mapping[str, str]] | None = None
+) -> bytes:
+    """``config.json``, readable by ``read_config``; with the digest of what it holds.
+
+    Args:
+        config: The configuration.
+        label_sets: By source, encoding and digest of the label set that is trained from.
+
+    Returns:
+        JSON in UTF-8.
+    """
+    plain = config.as_dict() | ({LABEL_SETS: label_sets} if label_sets else {})
     return (json.dumps(plain | {DIGEST: _digest(plain)}, indent=2) + "\n").encode()
 
 
@@ -578,6 +588,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Returns:
         The values by field.
+
+    Raises:
+        MissingData: If the file cannot be read.
+        InputError: If it is damaged; names what.
+    """
+    return read_stored(path)[0]
+
+
+def read_stored(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Reads the fields of a stored configuration and the label sets of its run.
+
+    Args:
+        path: A run's ``config.json``.
+
+    Returns:
+        The values by field. By source, encoding and digest of the label set that was trained from;
+        empty for a run of an older version.
 
     Raises:
         MissingData: If the file cannot be read.
@@ -597,10 +624,20 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} was changed since it was written: its fields do not have the digest {digest}; "
             "restore it, or train anew with another --out"
         )
+    label_sets = stored.pop(LABEL_SETS, {})
+    if not _are_label_sets(label_sets):
+        raise InputError(f"{path} is not a run's configuration: {LABEL_SETS} is {label_sets!r:.60}")
     stored = UNSTATED | stored
     if odd := [name for name in stored if name not in FIELDS]:
         raise InputError(f"{path} is not a run's configuration: {odd[0]!r} is no field of one")
-    return checked(_with_policy_version(stored), str(path))
+    return checked(_with_policy_version(stored), str(path)), label_sets
+
+
+def _are_label_sets(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(one, dict) and all(isinstance(one.get(k), str) for k in ("encoding", "digest"))
+        for one in found.values()
+    )
 
 
 def _with_policy_version(stored: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def verify(
 
     Exit status 1 if anything is wrong or missing.
     """
+    from sskt.teacher_cache.errors import SsktError
     from sskt.teacher_cache.format.spec import parents_of
     from sskt.teacher_cache.label_sets.find import choose_all
     from sskt.teacher_cache.tools import verify as checks
@@ -85,21 +86,26 @@ def verify(
             report = checks.bind(cache, label_set, step) if bind else checks.verify(label_set, step)
             if count:
                 step = bar(f"recomputing {label_set.spec['source']['name']}")
-                if parents_of(label_set.spec):
-                    report = recompute_mean(
-                        label_set, cache, count, report, tolerance=tolerance, progress=step
-                    )
-                else:
-                    from sskt.teacher_cache.tools.recompute import recompute
+                try:
+                    if parents_of(label_set.spec):
+                        report = recompute_mean(
+                            label_set, cache, count, report, tolerance=tolerance, progress=step
+                        )
+                    else:
+                        from sskt.teacher_cache.tools.recompute import recompute
 
-                    report = recompute(
-                        label_set,
-                        count,
-                        report,
-                        instead=instead,
-                        tolerance=tolerance,
-                        progress=step,
-                    )
+                        report = recompute(
+                            label_set,
+                            count,
+                            report,
+                            instead=instead,
+                            tolerance=tolerance,
+                            progress=step,
+                        )
+                except SsktError as error:
+                    if len(chosen) + len(damaged) == 1:
+                        raise
+                    report.problems.append(f"its labels were not recomputed: {error}")
             reports.append(report)
     reports += [checks.Report(name, problems=[str(e)]) for name, e in damaged.items()]
     if as_json:

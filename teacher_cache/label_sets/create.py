@@ -63,7 +63,7 @@ def open_label_set(storage: CacheName) -> LabelSet:
     """Opens a label set for reading.
 
     Args:
-        place: The set: its folder or URL.
+        storage: The set: its folder or URL.
 
     Returns:
         The label set.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sskt.teacher_cache.errors import (
-    CorruptStore,
-    IncompleteLabels,
     InputError,
     MissingData,
     SpecMismatch,
@@ -39,7 +36,7 @@ from sskt.teacher_cache.label_sets.writable import WritableLabelSet
 from sskt.teacher_cache.storage.base import CacheName
 from sskt.teacher_cache.storage.open import open_cache
 from sskt.teacher_cache.tools.export import Exported, Progress, lacks, require_sound, write_missing
-from sskt.teacher_cache.tools.verify import Report, probe_pairs
+from sskt.teacher_cache.tools.verify import Report, compare_labels
 
 ARCH = "mean"
 """What stands in the place of a network's architecture."""
@@ -461,27 +458,14 @@ def recompute_mean(
     Returns:
         The report, with the problems that were found added.
     """
-    problems, worst, done = list(report.problems), report.worst_distance, 0
-    allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
     try:
         mean = stored_mean(label_set, cache)
     except SsktError as error:
-        return replace(report, problems=[*problems, str(error)])
-    for sample, seed in probe_pairs(label_set, count, secrets.randbits(32)):
-        place = f"sample {sample}, seed {seed}"
-        try:
-            found = compare_mean(label_set, mean, sample, seed)
-        except (CorruptStore, IncompleteLabels, ViewMismatch) as error:
-            problems.append(f"{place}: {error}")
-            continue
-        done += 1
-        worst = max(worst, found.distance)
-        if not found.same_view:
-            problems.append(f"{place}: the view is not the one that its parents saw")
-        elif not found.distance <= allowed:
-            problems.append(
-                f"{place}: stored label and mean of its parents differ by {found.distance:.4f} "
-                f"(allowed {allowed:g})"
-            )
-        progress(done, count)
-    return replace(report, recomputed=done, worst_distance=worst, problems=problems)
+        return replace(report, problems=[*report.problems, str(error)])
+
+    def again(sample: int, seed: int) -> tuple[float, bool]:
+        found = compare_mean(label_set, mean, sample, seed)
+        return found.distance, found.same_view
+
+    allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
+    return compare_labels(label_set, count, report, again, allowed=allowed, progress=progress)

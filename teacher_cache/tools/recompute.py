@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels
 from sskt.teacher_cache.format.coordinates import stored_names
 from sskt.teacher_cache.format.features import relative_error
 from sskt.teacher_cache.format.spec import tolerance_of
@@ -18,7 +16,7 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.media.images import UInt8
 from sskt.teacher_cache.sources.source import Source
 from sskt.teacher_cache.tools.reopen import Reopen, reopen
-from sskt.teacher_cache.tools.verify import Report, probe_pairs
+from sskt.teacher_cache.tools.verify import Report, compare_labels
 from sskt.teacher_cache.views.views import Views, check_of
 
 
@@ -123,29 +121,22 @@ def recompute(
         BadImage: If a sample cannot be read now.
     """
     views, source = reopen(label_set, instead or Reopen())
-    allowed = tolerance if tolerance is not None else tolerance_of(label_set.spec)
-    worst, problems = report.worst_distance, list(report.problems)
     names = label_set.sample_names()
     if names is not None and names != stored_names(views.target.ids):
-        problems.append("the names of its samples are not those of the target")
-    done = 0
-    key = secrets.randbits(32) if key is None else key
-    for sample, seed in probe_pairs(label_set, count, key):
-        place = f"sample {sample} ({views.target.ids[sample]}), seed {seed}"
-        try:
-            found = compare(label_set, views, source, sample, seed)
-        except (CorruptStore, IncompleteLabels) as error:
-            if not any(problem.endswith(str(error)) for problem in problems):
-                problems.append(f"{place}: {error}")
-            continue
-        done += 1
-        worst = max(worst, found.distance)
-        if not found.same_view:
-            problems.append(f"{place}: the view is not the one the source saw")
-        elif not found.distance <= allowed:
-            problems.append(
-                f"{place}: stored and recomputed labels differ by {found.distance:.4f} "
-                f"(allowed {allowed:g})"
-            )
-        progress(done, count)
-    return replace(report, recomputed=done, worst_distance=worst, problems=problems)
+        problem = "the names of its samples are not those of the target"
+        report = replace(report, problems=[*report.problems, problem])
+
+    def again(sample: int, seed: int) -> tuple[float, bool]:
+        found = compare(label_set, views, source, sample, seed)
+        return found.distance, found.same_view
+
+    return compare_labels(
+        label_set,
+        count,
+        report,
+        again,
+        allowed=tolerance if tolerance is not None else tolerance_of(label_set.spec),
+        named=lambda sample: f"sample {sample} ({views.target.ids[sample]})",
+        key=key,
+        progress=progress,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,13 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from sskt.teacher_cache.errors import CorruptStore, IncompleteLabels, InputError, MissingData
+from sskt.teacher_cache.errors import (
+    CorruptStore,
+    IncompleteLabels,
+    InputError,
+    MissingData,
+    ViewMismatch,
+)
 from sskt.teacher_cache.format.encodings import Encoded
 from sskt.teacher_cache.format.metadata import BOUND
 from sskt.teacher_cache.label_sets.create import open_for_writing
@@ -228,3 +235,53 @@ def probe_pairs(label_set: LabelSet, count: int, key: int) -> Iterator[tuple[int
     for sample, seed in zip(samples.tolist(), seeds.tolist(), strict=True):
         if label_set.has(label_set.shard(seed, sample // label_set.shard_rows)):
             yield sample, seed
+
+
+def compare_labels(
+    label_set: LabelSet,
+    count: int,
+    report: Report,
+    compare: Callable[[int, int], tuple[float, bool]],
+    *,
+    allowed: float,
+    named: Callable[[int], str] = lambda sample: f"sample {sample}",
+    key: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, n: None,
+) -> Report:
+    """Compares stored labels, drawn at random, with what they are when they are computed again.
+
+    Args:
+        label_set: The label set.
+        count: How many labels to compare.
+        report: What was found before.
+        compare: Takes sample and seed; returns the distance of the stored label from the new one,
+            and whether the view check is that of the view. Raises ``CorruptStore``,
+            ``IncompleteLabels`` or ``ViewMismatch``, which become problems of the report.
+        allowed: Largest distance that is no difference.
+        named: A sample in words.
+        key: Chooses the labels; default: other ones each time, which a forger cannot know.
+        progress: Called with labels done and to do.
+
+    Returns:
+        The report, with the problems that were found added.
+    """
+    worst, problems, done = report.worst_distance, list(report.problems), 0
+    for sample, seed in probe_pairs(label_set, count, secrets.randbits(32) if key is None else key):
+        place = f"{named(sample)}, seed {seed}"
+        try:
+            distance, same_view = compare(sample, seed)
+        except (CorruptStore, IncompleteLabels, ViewMismatch) as error:
+            if not any(problem.endswith(str(error)) for problem in problems):
+                problems.append(f"{place}: {error}")
+            continue
+        done += 1
+        worst = max(worst, distance)
+        if not same_view:
+            problems.append(f"{place}: the view is not the one the source saw")
+        elif not distance <= allowed:
+            problems.append(
+                f"{place}: stored and recomputed labels differ by {distance:.4f} "
+                f"(allowed {allowed:g})"
+            )
+        progress(done, count)
+    return replace(report, recomputed=done, worst_distance=worst, problems=problems)

@@ -96,6 +96,24 @@ def test_verify_with_another_network_is_refused(sskt: Call, cache: Path, tmp_pat
     assert status == 2 and "is not the file that the labels were made with" in err
 
 
+def test_verify_goes_on_after_a_set_that_cannot_be_recomputed(
+    sskt: Call, cache: Path, images: Path, tmp_path: Path
+) -> None:
+    """Its network is the user's own and was not named: the other sets are compared all the same."""
+    import shutil
+
+    both = tmp_path / "cache"
+    shutil.copytree(cache, both)
+    made = sskt("cache-teachers", "--source", f"other={TINY}:build", "--target", images, "--seeds",
+                1, "--cache", both)  # fmt: skip
+    assert made[0] == 0, made[2]
+    status, out, _ = sskt("verify", "--cache", both, "--recompute", 5, "--json", *SOURCE)
+    reports = {r["name"].split(".")[1].split("-")[0]: r for r in json.loads(out)}
+    assert status == 1 and reports["tiny"]["recomputed"] == 5 and not reports["tiny"]["problems"]
+    (problem,) = reports["other"]["problems"]
+    assert problem.startswith("its labels were not recomputed: ") and "--source other=" in problem
+
+
 def test_verify_finds_labels_that_are_not_the_sources(
     sskt: Call, cache: Path, tmp_path: Path
 ) -> None:

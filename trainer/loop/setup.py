@@ -171,6 +171,13 @@ class Plan:
                 found.append(f"labels of {name} are stored as {label_set.encoding}; {lost}")
         return found
 
+    def recorded_label_sets(self) -> dict[str, dict[str, str]]:
+        """By source, what a run's ``config.json`` says of its label set."""
+        return {
+            name: {"encoding": str(s.encoding), "digest": s.digest}
+            for name, s in self.label_sets.items()
+        }
+
     def describe(self) -> Record:
         """The resolved configuration, sizes of the networks, steps, label sets found."""
         network, losses = self.build(), set(self.auxiliary.values())

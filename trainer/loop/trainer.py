@@ -158,7 +158,9 @@ class Trainer:
             checkpoints.restore(self, out)
         digest = run_digest(config.as_dict())
         if first:
-            durable_write(out / records.CONFIG, config_json(config))
+            durable_write(
+                out / records.CONFIG, config_json(config, self.plan.recorded_label_sets())
+            )
             if resume:
                 records.write_metrics(out, self.records, digest)
         self._autosave.start(out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sskt.teacher_cache.errors import InputError, MissingData
 from sskt.teacher_cache.sources.names import source_name
-from sskt.trainer.config import FIELDS, INDIFFERENT, TrainConfig, read_config
+from sskt.trainer.config import FIELDS, INDIFFERENT, LABEL_SETS, TrainConfig, read_stored
 
 Record = dict[str, Any]
 
@@ -116,6 +116,8 @@ class Group:
 def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     """(configuration, records) of a run; fields that an older version lacked have their defaults.
 
+    The configuration also says under ``label_sets`` which ones were trained from.
+
     Raises ``MissingData`` or ``InputError`` naming the file that is absent, empty or damaged.
     """
     from sskt.trainer.results import records as files
@@ -133,7 +135,9 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
             raise InputError(f"{path} is damaged: line {i + 1} is no record of epoch {i}: {said}")
     if not (folder / files.CONFIG).is_file():
         raise MissingData(f"{folder} is no whole run: {files.CONFIG} is missing beside {path.name}")
-    return _defaults() | read_config(folder / files.CONFIG), records
+    config, sets = read_stored(folder / files.CONFIG)
+    labels = {name: f"{one['encoding']} {one['digest'][:8]}" for name, one in sets.items()}
+    return _defaults() | config | {LABEL_SETS: labels}, records
 
 
 def _is_record(record: Any, epoch: int) -> bool:
@@ -158,6 +162,8 @@ def is_scratch(config: Mapping[str, Any]) -> bool:
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that make runs different, as plain values; seed and machine are left out."""
     kept = {k: v for k, v in config.items() if k not in SEED_ONLY}
+    if not kept.get(LABEL_SETS):
+        kept.pop(LABEL_SETS, None)
     if is_scratch(config):
         kept = {k: v for k, v in kept.items() if k not in AUXILIARY_ONLY}
         kept["loss"] = str(config["loss"]).split("+")[0]
@@ -187,7 +193,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         for config, kept in zip(configs, plain, strict=True):
             if is_scratch(config):
                 del kept["loss"]  # "ce" is no difference to "ce+kd": there is no second term
-    fields = [k for k in FIELDS if any(k in p for p in plain)]
+    fields = [k for k in (*FIELDS, LABEL_SETS) if any(k in p for p in plain)]
     found = {}
     for name in fields:
         values = [p[name] for p in plain if name in p]
@@ -199,7 +205,8 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def short_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each configuration: its method, and the fields in which they differ.
 
-    ``imagenet, TM, alpha 0.5`` or ``scratch``; equal names are numbered.
+    ``imagenet, TM, alpha 0.5`` or ``scratch``. Equal names are told apart by the label sets, else
+    they are numbered.
     """
     differing = differences(configs)
     whole = _ambiguous_sources(configs)
@@ -210,11 +217,16 @@ def short_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         parts = [" ".join(where)] if where else []
         parts.append(method_name(config, whole=whole))
         parts += ["TM"] if config["tm"] and config["source"] else []
-        shown = {"target", "model", "source", "method", "tm"}
+        shown = {"target", "model", "source", "method", "tm", LABEL_SETS}
         parts += [
             _shown(name, values[i]) for name, values in differing.items() if name not in shown
         ]
         names.append(", ".join(p for p in parts if p))
+    labels = ["/".join(config.get(LABEL_SETS, {}).values()) for config in configs]
+    names = [
+        f"{name}, labels {found}" if found and names.count(name) > 1 else name
+        for name, found in zip(names, labels, strict=True)
+    ]
     return [
         name if names.count(name) == 1 else f"{name} ({names[:i].count(name) + 1})"
         for i, name in enumerate(names)

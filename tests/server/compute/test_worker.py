@@ -41,13 +41,21 @@ from sskt.teacher_cache.label_sets.label_set import LabelSet
 BLOCKS = 4  # of 16 samples, 8 a batch
 
 
-def cache_teachers(images: Path, source: Path, cache: Path, seeds: int, name: str = "tiny") -> None:
+def cache_teachers(
+    images: Path,
+    source: Path,
+    cache: Path,
+    seeds: int,
+    name: str = "tiny",
+    output: str = "soft-labels",
+) -> None:
     """The real command."""
     options = {
         "--source": f"{name}={source}:build",
         "--target": images,
         "--policy": "pad-crop-flip",
         "--encoding": "f16",
+        "--output": output,
         "--seeds": seeds,
         "--shard-rows": 16,
         "--batch-size": 8,
@@ -341,6 +349,27 @@ def test_bytes_are_those_of_cache_teachers(
     assert stored(Path(settings.cache)) == stored(made[3])
     assert written(settings) == 2 * BLOCKS  # in four passes: both seeds of a block in one
     assert queue_of(state).state() == []
+
+
+@pytest.mark.parametrize("output", ["features", "features:3", "logits"])
+def test_features_are_those_of_cache_teachers(images: Path, tmp_path: Path, output: str) -> None:
+    cache, whole, run_folder = (tmp_path / name for name in ("cache", "whole", "run"))
+    for to, seeds in ((cache, 1), (whole, 2)):
+        cache_teachers(images, TINY, to, seeds, output=output)
+    (label_set,) = list_label_sets(cache)
+    create_label_set(cache, label_set.spec, label_set.classes, 2).close()
+    run_folder.mkdir()
+    named = (f"tiny={TINY}:build",)
+    settings = Settings(
+        str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30, sources=named
+    )
+    state = make_state(settings)
+    for block in range(BLOCKS):
+        queue_of(state).ask(label_set.name, 1, block)
+    with compute_worker(settings):
+        for block in range(BLOCKS):
+            wait(state, 1, block)
+    assert stored(cache) == stored(whole)
 
 
 def test_twenty_clients_cost_one_computation(

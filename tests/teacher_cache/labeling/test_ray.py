@@ -225,8 +225,9 @@ def cluster(nodes: Cluster) -> Iterator[Cluster]:
 
 
 @on_cluster
-def test_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path) -> None:
-    job = job_over_shapes(tmp_path / "ray")
+@pytest.mark.parametrize("output", ["soft-labels", "features"])
+def test_the_bytes_of_a_local_run(cluster: Cluster, tmp_path: Path, output: str) -> None:
+    job = job_over_shapes(tmp_path / "ray", output=output)
     steps: list[tuple[int, int]] = []
     report = cache_with_ray(job, progress=lambda done, total: steps.append((done, total)))
     assert contents(tmp_path / "ray") == label_here(replace(job, cache=str(tmp_path / "here")))

@@ -165,18 +165,25 @@ def test_an_answer_that_is_cut(
 # --- the same as a folder ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["f16", "topk-5"])
-def test_labelling_into_a_bucket(cache: str, tmp_path: Path, sskt: Sskt, encoding: str) -> None:
+@pytest.mark.parametrize(
+    "stored", [("--encoding", "f16"), ("--encoding", "topk-5"), ("--output", "features")]
+)
+def test_labelling_into_a_bucket(
+    cache: str, tmp_path: Path, sskt: Sskt, stored: tuple[str, str]
+) -> None:
     reports = []
     for to in (cache, tmp_path / "cache"):
         for seeds in (1, 2):
-            more = ("--limit", 60, "--shard-rows", 16, "--seeds", seeds, "--encoding", encoding)
+            more = ("--limit", 60, "--shard-rows", 16, "--seeds", seeds, *stored)
             status, out, err = sskt(*labelling("shapes", to, *more), "--json")
             assert status == 0, err
             reports.append(json.loads(out))
     assert [(r["written"], r["reused"]) for r in reports] == [(60, 0), (60, 60)] * 2
     assert reports[1]["label_sets"] == reports[3]["label_sets"]
     assert objects(cache) == files(tmp_path / "cache")
+    (there,), (here,) = list_label_sets(cache), list_label_sets(tmp_path / "cache")
+    p, q = (one.probabilities(one.read(1, 0, 60)) for one in (there, here))
+    assert p is not None and q is not None and np.array_equal(p, q)
 
 
 def test_labelling_with_loader_processes(

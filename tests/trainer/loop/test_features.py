@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import TINY, batch_of
+from support.servers import serving
 from torch import Tensor
 
 from sskt.teacher_cache.api import cache_teachers, open_target
@@ -20,7 +24,8 @@ from sskt.teacher_cache.errors import InputError, MissingData, SpecMismatch
 from sskt.teacher_cache.label_sets.create import list_label_sets
 from sskt.teacher_cache.label_sets.label_set import LabelSet
 from sskt.teacher_cache.sources.source import Source
-from sskt.trainer.config import TrainConfig, read_config
+from sskt.trainer.config import TrainConfig, read_stored
+from sskt.trainer.data import following
 from sskt.trainer.data.soft_label_batch import SoftLabelBatch
 from sskt.trainer.data.soft_label_loader import SoftLabelLoader
 from sskt.trainer.loop.progress import Hooks
@@ -323,6 +328,50 @@ def test_an_own_loss_gets_what_the_label_set_holds(
         assert float(parts["loss_tiny"].detach()) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("output", [HEAD, MODULE])
+@pytest.mark.parametrize("remote", [False, True])
+def test_training_follows_features_that_are_still_being_written(
+    config: TrainConfig,
+    caches: Path,
+    tmp_path: Path,
+    output: str,
+    remote: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second seed is written when the training waits for it: the same numbers."""
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(following, "REMOTE_POLL_SECONDS", 0.05)
+    config = of(config, caches, output, loss="ce+cosine")
+    expected = Trainer(make_plan(config)).run(tmp_path / "before")
+    whole = only_set(caches / output)
+    cache = tmp_path / "labels"
+    shutil.copytree(caches / output, cache)
+    late = [(cache / whole.name, key) for s in whole.shards([1]) for key in whole.shard_keys(s)]
+    for folder, key in late:
+        (folder / key).unlink()
+    waits = threading.Event()
+
+    def write() -> None:
+        assert waits.wait(60)
+        for folder, key in late:
+            shutil.copy(whole.path / key, tmp_path / "part")
+            (tmp_path / "part").replace(folder / key)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    hooks = Hooks(note=lambda sentence: waits.set())
+    with serving(cache) if remote else nullcontext("") as url:
+        where: dict[str, Any] = {"cache": None, "labels": url} if remote else {"cache": cache}
+        follower = Trainer(make_plan(dataclasses.replace(config, follow=5, **where)), hooks)
+        assert not waits.is_set()
+        found = follower.run(tmp_path / "during")
+    writer.join()
+    assert waits.is_set() and len(found) == 4
+    for before, during in zip(expected, found, strict=True):
+        same = {k: v for k, v in before.items() if k not in TIMES}
+        assert {k: v for k, v in during.items() if k not in TIMES} == same
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     config: TrainConfig, caches: Path, tmp_path: Path
 ) -> None:
@@ -345,7 +394,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
     assert numbers(resumed) == numbers(whole) and len(whole) == 4
-    assert read_config(tmp_path / "parts" / "config.json")["loss"] == "ce+cosine"
+    fields, label_sets = read_stored(tmp_path / "parts" / "config.json")
+    label_set = only_set(caches / MODULE)
+    stored = {"encoding": str(label_set.encoding), "digest": label_set.digest}
+    assert fields["loss"] == "ce+cosine" and label_sets == {"tiny": stored}
     assert whole[-1]["loss_tiny"] < whole[0]["loss_tiny"] <= 2
     network = open_run(tmp_path / "whole", device="cpu")
     found = network.evaluate()["test_top1"]

@@ -33,12 +33,18 @@ SCRATCH = TrainConfig(target="cifar10", epochs=3)
 TAUGHT = dataclasses.replace(SCRATCH, source=["imagenet:resnet50"], cache="labels", seeds=10)
 
 
-def write_run(folder: Path, config: TrainConfig, top1: Sequence[float], **more: Any) -> Path:
+def write_run(
+    folder: Path,
+    config: TrainConfig,
+    top1: Sequence[float],
+    labels: dict[str, dict[str, str]] | None = None,
+    **more: Any,
+) -> Path:
     """A run's folder as ``sskt train`` leaves it, with these test accuracies."""
     folder.mkdir(parents=True)
     seeds = config.seeds or config.epochs
     folder.joinpath("config.json").write_bytes(
-        config_json(dataclasses.replace(config, out=folder, seeds=seeds))
+        config_json(dataclasses.replace(config, out=folder, seeds=seeds), labels)
     )
     records = [
         {
@@ -131,6 +137,35 @@ def test_what_only_sources_read_does_not_part_runs_from_scratch(tmp_path: Path) 
     lr = dataclasses.replace(SCRATCH, lr=0.2)
     write_run(tmp_path / "3", lr, [1.0, 2.0, 4.0])
     assert len(compare(find_runs([tmp_path])[0]).groups) == 3
+
+
+def test_runs_from_other_label_sets_are_other_runs(tmp_path: Path) -> None:
+    """Sources and options may be equal where the labels are not, as with ``sskt export``."""
+    stored = {"encoding": "f16", "digest": "12345678" + "0" * 56}
+    coarse = {"encoding": "root4-coarse", "digest": "abcdef01" + "0" * 56}
+    for seed in range(2):
+        own = dataclasses.replace(TAUGHT, seed=seed)
+        write_run(tmp_path / f"a{seed}", own, [1.0, 2.0, 3.0], {"imagenet": stored})
+        write_run(tmp_path / f"b{seed}", own, [1.0, 2.0, 4.0], {"imagenet": coarse})
+    write_run(tmp_path / "c", SCRATCH, [1.0, 2.0, 2.0])
+    compared = compare(find_runs([tmp_path])[0])
+    assert [g.name for g in compared.groups] == [
+        "scratch",
+        "imagenet, labels f16 12345678",
+        "imagenet, labels root4-coarse abcdef01",
+    ]
+    assert [len(g.runs) for g in compared.groups] == [1, 2, 2] and not compared.warnings
+    assert "root4-coarse abcdef01" in page(compared)
+
+
+@pytest.mark.parametrize("sets", [[], "f16", {"imagenet": "f16"}, {"imagenet": {"digest": 1}}])
+def test_damaged_label_sets_of_a_run_are_refused(tmp_path: Path, sets: Any) -> None:
+    folder = write_run(tmp_path / "run", TAUGHT, [1.0])
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["digest"]
+    (folder / "config.json").write_text(json.dumps(fields | {"label_sets": sets}))
+    with pytest.raises(InputError, match="is not a run's configuration: label_sets is"):
+        find_runs([folder])
 
 
 @pytest.mark.parametrize(
