@@ -46,7 +46,7 @@ from sskt.teacher_cache.format.features import (
     values,
 )
 from sskt.teacher_cache.format.head import HEAD_ARRAYS, head_keys, read_head
-from sskt.teacher_cache.format.metadata import BOUND, Document
+from sskt.teacher_cache.format.metadata import BOUND, GROUP, Document
 from sskt.teacher_cache.format.shards import (
     RECORD_ENDING,
     NotAsRecorded,
@@ -58,6 +58,7 @@ from sskt.teacher_cache.format.shards import (
 from sskt.teacher_cache.format.spec import Spec, width_of
 from sskt.teacher_cache.label_sets.random_access import RowReader
 from sskt.teacher_cache.storage.base import Storage
+from sskt.teacher_cache.storage.http.published import INDEX
 from sskt.teacher_cache.storage.local import LocalStorage, lost
 
 if TYPE_CHECKING:  # the label server's workers do without torch
@@ -101,7 +102,7 @@ class LabelSet:
     is listed once, and again by ``missing``.
 
     Attributes:
-        place: Where the set is.
+        storage: Where the set is.
         attributes: The attributes ``sskt`` of the group (docs/format.md, section 3).
         seeds: S, the number of view seeds.
         samples: N, the number of samples.
@@ -303,12 +304,23 @@ class LabelSet:
         return [shard for shard in self.shards(seeds) if not self.has(shard)]
 
     def stored(self) -> tuple[list[float], int]:
-        """``coverage`` and ``stored_bytes`` of the files that are stored now, by one listing."""
-        sizes = self.storage.sizes()
+        """``coverage``, and the bytes of the files that are stored now.
+
+        A bucket or server is listed once. In a folder the files are asked for by name: each shard
+        has a folder of its own, which takes longer to list.
+        """
+        sizes = self._sizes_by_name() if self.storage.is_local else self.storage.sizes()
         found = [0] * self.seeds
         for shard in self.shards(range(self.seeds)):
             found[shard.seed] += (shard.stop - shard.start) * (self.commit_key(shard) in sizes)
         return [n / self.samples for n in found], sum(sizes.values())
+
+    def _sizes_by_name(self) -> dict[str, int]:
+        keys = [GROUP, INDEX, *(f"{name}/{GROUP}" for name in self.arrays), *self.constant_keys()]
+        for shard in self.shards(range(self.seeds)):
+            keys += self.shard_keys(shard)
+        found = ((key, self.storage.size(key)) for key in keys)
+        return {key: size for key, size in found if size is not None}
 
     def coverage(self) -> list[float]:
         """Share of each seed's samples that is stored."""

@@ -21,7 +21,7 @@ from sskt.teacher_cache.locations import require_folder
 from sskt.teacher_cache.storage.atomic import durable_write, sync_folder
 from sskt.teacher_cache.storage.base import METADATA
 from sskt.teacher_cache.storage.locks import Locks
-from sskt.teacher_cache.storage.regular_files import open_regular
+from sskt.teacher_cache.storage.regular_files import open_regular, read_regular
 
 LOCKS = ".locks"
 
@@ -100,11 +100,12 @@ class LocalStorage:
         """Does nothing: there are no listings."""
 
     def read(self, key: str) -> bytes:
-        return self.read_part(key, None, None)
+        """See ``Storage``. Raises ``OSError`` for what is no file."""
+        return read_regular(f"{self.path}/{key}")
 
     def read_part(self, key: str, start: int | None, stop: int | None) -> bytes:
         """See ``Storage``. Raises ``OSError`` for what is no file."""
-        with open_regular(self.path / key) as file:
+        with open_regular(f"{self.path}/{key}") as file:
             begin, end, _ = slice(start, stop).indices(os.fstat(file.fileno()).st_size)
             file.seek(begin)
             return b"".join(iter(lambda: file.read(end - file.tell()), b""))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path | str) -> BinaryIO:
     """Opens a regular file, or a link to one, for reading, without a buffer.
 
     Args:
@@ -31,13 +31,13 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def require_regular(handle: int, path: Path) -> None:
+def require_regular(handle: int, path: Path | str) -> None:
     """Raises ``OSError`` if an open file is not a regular one."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path | str) -> bytes:
     """Reads a whole regular file. Raises as ``open_regular``."""
     with open_regular(path) as file:
         return b"".join(iter(lambda: file.read(2**24), b""))
