@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shlex
 from urllib.parse import unquote, urlsplit
@@ -65,10 +64,12 @@ def install_command(extra: str) -> str:
     pip records the folder or URL in ``direct_url.json`` (PEP 610); a copy without it came from a
     package index.
     """
+    from importlib import metadata
+
     place = "sskt"
     try:
-        recorded = importlib.metadata.distribution("sskt").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
+        recorded = metadata.distribution("sskt").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
         recorded = None
     editable = False
     if recorded:

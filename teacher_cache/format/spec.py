@@ -55,9 +55,12 @@ def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
     return {"count": len(classes), "sha256": f"sha256:{hashlib.sha256(names).hexdigest()}"}
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
 def canonical_json(spec: Mapping[str, Any]) -> str:
     """Keys sorted, no white space, ASCII only."""
-    return json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return _CANONICAL.encode(spec)
 
 
 def digest_of(spec: Mapping[str, Any]) -> str:
