@@ -17,6 +17,9 @@ from sskt.trainer.results.plots import COLOURS
 Measures = dict[str, dict[str, float]]
 """Values by case and measure."""
 
+OTHERS = "s^Dv<>p"
+"""Markers of ways that are not ours."""
+
 _COUNT = re.compile(r"([\d,]+) (samples|seeds|clients|sources|files)")
 
 
@@ -75,7 +78,7 @@ def _labels(found: dict[str, Measures]) -> Any:
     cases = found.get("labels")
     if not cases:
         return None
-    figure, axes = _axes(2, 5.0)
+    figure, axes = _axes(2, 5.4)
     for axis, measure, title in (
         (axes[0], "read", "labels read a second"),
         (axes[1], "gradient error T=3", "error of the gradient at T = 3, %"),
@@ -84,38 +87,43 @@ def _labels(found: dict[str, Measures]) -> Any:
             if values[measure] <= 0:
                 continue  # float32 loses nothing
             axis.scatter(
-                values["stored"], values[measure], color=COLOURS[i % len(COLOURS)],
-                marker="o" if case.startswith("sskt") else "s", zorder=3,
-            )  # fmt: skip
-            axis.annotate(
-                case, (values["stored"], values[measure]), fontsize=7, xytext=(4, 4),
-                textcoords="offset points",
+                values["stored"], values[measure], color=COLOURS[i % len(COLOURS)], s=60,
+                alpha=0.8, label=case, zorder=3,
+                marker="o" if case.startswith("sskt") else OTHERS[i % len(OTHERS)],
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="bytes a label", ylabel=title)
-        axis.margins(0.25, 0.1)
+        axis.margins(0.1, 0.1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=8)  # fmt: skip
     return figure
 
 
 def _ratios(found: dict[str, Measures]) -> Any:
-    """Every measure that is a ratio of two ways run in turn."""
+    """How many times as fast one way is as another one that was run in turn with it."""
     bars = [
         (f"{case}: {measure}", value)
-        for name in ("images", "teacher-stage", "delivery", "step")
+        for name in ("images", "teacher-stage", "views", "step")
         for case, values in found.get(name, {}).items()
         for measure, value in values.items()
         if " / " in measure
     ]
+    for values in found.get("delivery", {}).values():
+        if "speed-up" in values:
+            bars.append(("a step: both sources in it / labels from the cache", values["speed-up"]))
     if not bars:
         return None
-    figure, (axis,) = _axes(1, 0.5 + 0.32 * len(bars))
-    figure.set_figwidth(8)
-    axis.barh([n.removeprefix(": ") for n, _ in bars], [v for _, v in bars], color=COLOURS[0])
+    figure, (axis,) = _axes(1, 0.8 + 0.32 * len(bars))
+    figure.set_figwidth(9)
+    axis.barh([n for n, _ in bars], [v - 1 for _, v in bars], left=1, color=COLOURS[0])
     axis.axvline(1, color="black", linewidth=0.8)
     axis.invert_yaxis()
-    axis.set_xlabel("ratio of two ways run in turn")
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(min(0.5, *(v for _, v in bars)), 1.4 * max(2.0, *(v for _, v in bars)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlabel("times as fast (two ways run in turn)")
     axis.tick_params(labelsize=8)
     for i, (_, value) in enumerate(bars):
-        axis.annotate(f"{value:.2f}", (value, i), fontsize=8, va="center", xytext=(3, 0),
+        axis.annotate(f"{value:.2f}", (max(value, 1), i), fontsize=8, va="center", xytext=(3, 0),
                       textcoords="offset points")  # fmt: skip
     return figure
 

@@ -306,21 +306,24 @@ class LabelSet:
     def stored(self) -> tuple[list[float], int]:
         """``coverage``, and the bytes of the files that are stored now.
 
-        A bucket or server is listed once. In a folder the files are asked for by name: each shard
-        has a folder of its own, which takes longer to list.
+        A bucket or server is listed once. In a folder only the view checks are listed, which have a
+        folder for each seed. The labels have one for each shard, and are asked for by name.
         """
-        sizes = self._sizes_by_name() if self.storage.is_local else self.storage.sizes()
+        sizes = self._sizes_in_folder() if self.storage.is_local else self.storage.sizes()
         found = [0] * self.seeds
         for shard in self.shards(range(self.seeds)):
             found[shard.seed] += (shard.stop - shard.start) * (self.commit_key(shard) in sizes)
         return [n / self.samples for n in found], sum(sizes.values())
 
-    def _sizes_by_name(self) -> dict[str, int]:
-        keys = [GROUP, INDEX, *(f"{name}/{GROUP}" for name in self.arrays), *self.constant_keys()]
+    def _sizes_in_folder(self) -> dict[str, int]:
+        first, *others = self.arrays
+        found = self.storage.sizes(first)
+        keys = [GROUP, INDEX, *(f"{name}/{GROUP}" for name in others), *self.constant_keys()]
         for shard in self.shards(range(self.seeds)):
-            keys += self.shard_keys(shard)
-        found = ((key, self.storage.size(key)) for key in keys)
-        return {key: size for key, size in found if size is not None}
+            if self.shard_key(first, shard) in found:
+                keys += [self.shard_key(name, shard) for name in others]
+        sizes = ((key, self.storage.size(key)) for key in keys)
+        return found | {key: size for key, size in sizes if size is not None}
 
     def coverage(self) -> list[float]:
         """Share of each seed's samples that is stored."""

@@ -47,7 +47,7 @@ def many_sets(cache: Path) -> None:
         make_labels(cache, encoding, samples=20)
 
 
-def test_ls_reads_the_metadata_of_each_set_and_lists_no_folder_of_a_shard(
+def test_ls_reads_the_metadata_of_each_set_and_lists_one_folder_of_each_seed(
     tmp_path: Path, calls: Counter[str]
 ) -> None:
     many_sets(tmp_path / "cache")
@@ -60,7 +60,7 @@ def test_ls_reads_the_metadata_of_each_set_and_lists_no_folder_of_a_shard(
     assert calls["open"] == documents
     calls.clear()
     assert all(found["coverage"] == [1.0] * SEEDS for found in summaries(sets))
-    assert calls["scandir"] == calls["open"] == 0
+    assert calls["scandir"] == len(sets) * (2 + SEEDS) and calls["open"] == 0
     published_index = len(sets)
     assert calls["stat"] == len(inside) - folders + published_index
 
