@@ -266,6 +266,7 @@ def test_the_demo_deletes_only_its_own(sskt: Call, tmp_path: Path) -> None:
     assert (tmp_path / "scratch/last.pt").read_text() == "a night's work"
 
 
+@pytest.mark.slow
 def test_the_demo_says_what_the_cache_costs_and_saves(sskt: Call, tmp_path: Path) -> None:
     ask = ["demo", "--out", tmp_path / "demo", "--epochs", 1, "--seeds", 1, "--limit", 64]
     status, out, err = sskt(*ask)
@@ -347,6 +348,7 @@ def test_an_unexpected_failure_says_what_to_send_to_whom(
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_trained_for_longer_by_the_command_that_is_printed(
     sskt: Call, tmp_path: Path
 ) -> None:

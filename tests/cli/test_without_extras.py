@@ -89,6 +89,7 @@ except SsktError as error:
     assert shown in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_images_are_labelled_with_the_extra_train_alone(tmp_path: Path) -> None:
     """As ``make demo`` installs it: PyAV, whose version a label set records, is not there."""
     given = ("--source", f"tiny={TINY}:build", "--target", "shapes", "--limit", "20")

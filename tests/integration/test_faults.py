@@ -172,6 +172,7 @@ def test_a_kill_at_every_step_of_adding_seeds(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_ctrl_c(images: Path, tmp_path: Path, launcher: Launcher, sskt: Sskt, workers: int) -> None:
     """As a terminal sends it: to the process and its loader processes."""
     arguments = stage_arguments(images, tmp_path / "a", "--seeds", 12, "--shard-rows", 5)
@@ -195,6 +196,7 @@ def test_ctrl_c(images: Path, tmp_path: Path, launcher: Launcher, sskt: Sskt, wo
 
 
 @pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.slow
 def test_processes_share_the_work(
     images: Path, tmp_path: Path, launcher: Launcher, sskt: Sskt, processes: int
 ) -> None:

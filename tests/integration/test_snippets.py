@@ -157,6 +157,7 @@ def test_a_set_opens_from_elsewhere(
     assert np.isclose(np.exp(left["row"].astype(np.float64)).sum(), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_page_on_frameworks(images: Path, tmp_path: Path, tiny: Source) -> None:
     for package in ("timm.task", "lightning"):
         pytest.importorskip(package)

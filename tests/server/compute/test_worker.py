@@ -473,6 +473,7 @@ def test_a_damaged_image(state: State, settings: Settings, images: Path, tmp_pat
         asyncio.run(wait_for(state, label_set, 1, 1))
 
 
+@pytest.mark.slow
 def test_a_full_disk(state: State, settings: Settings, made: dict[int, Path]) -> None:
     full = Path(settings.run) / "full"
     full.touch()

@@ -138,6 +138,7 @@ class Rows(torch.utils.data.Dataset[torch.Tensor]):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.slow
 def test_loader_processes_read_rows(tmp_path: Path, start: str) -> None:
     label_set = make_labels(tmp_path)
     expected = label_set.rows(0, np.arange(SAMPLES))  # decoded before the processes start

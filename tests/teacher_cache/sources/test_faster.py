@@ -282,6 +282,7 @@ def test_labels_of_compiled_sources(
     assert plan["hours"]["1"] * 3600 > plan["compile_seconds"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 

@@ -167,6 +167,7 @@ SEEN = {
 
 
 @pytest.mark.parametrize("arch", SEEN)
+@pytest.mark.slow
 def test_csails_checkpoints_open_and_label(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = models.get_model_builder(arch)(num_classes=365).eval()

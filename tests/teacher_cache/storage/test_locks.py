@@ -131,6 +131,7 @@ except SystemExit as stop:
 """
 
 
+@pytest.mark.slow
 def test_all_but_writing_works_on_a_system_without_locks(label_cache: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, str(label_cache), str(tmp_path / "out")],

@@ -188,6 +188,7 @@ def _digest_of(views: Views) -> list[int]:
 
 
 @pytest.mark.parametrize("function", ["brighter", "brighter:strength=10", "strong", "anyhow"])
+@pytest.mark.slow
 def test_another_process_makes_the_same_views(images: Path, own: Path, function: str) -> None:
     """Also one that was not forked: the policy goes there with the text that was hashed."""
     views = views_of(images, f"{own}:{function}")

@@ -203,6 +203,7 @@ print(torch.backends.cpu.get_cpu_capability(), crc)
 """Prints the kernel and the CRC-32 of what it makes of images of all sizes up to 512 pixels."""
 
 
+@pytest.mark.slow
 def test_all_kernels_of_torch_resize_to_the_same_bytes() -> None:
     """The second half of the reason why views are the same on every machine: see KERNELS."""
     for wanted in ("default", "avx2", "avx512"):

@@ -251,6 +251,7 @@ def test_closing_ends_waiting(whole: LabelSet, tmp_path: Path) -> None:
         labels._ahead[1].result(10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_training_that_waits(
     config: TrainConfig, images: Path, whole: LabelSet, tmp_path: Path
 ) -> None:

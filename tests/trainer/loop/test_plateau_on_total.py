@@ -101,6 +101,7 @@ def test_the_total_is_equation_1_on_the_test_split(
     assert "test_loss_total" not in primary.evaluate()
 
 
+@pytest.mark.slow
 def test_the_rate_follows_it_and_not_the_primary_loss(
     following: TrainConfig, images: Path, tiny: Source, tmp_path: Path
 ) -> None:

@@ -406,6 +406,7 @@ def frozen_features(config: TrainConfig) -> Tensor:
     return found[0]
 
 
+@pytest.mark.slow
 def test_frozen_features_keep_their_variation_between_clips(ucf101: Path, kinetics: Path) -> None:
     config = fine_tuned(ucf101, kinetics)
     views = open_views(open_target("ucf101", root=ucf101), parse_policy(REAL))

@@ -145,6 +145,7 @@ def test_every_curve_of_the_paper_is_drawn(tmp_path: Path) -> None:
         assert min(drawn[0], drawn[2]) > 300 and drawn[1] == drawn[3] == 0
 
 
+@pytest.mark.slow
 def test_a_figure_is_trained_drawn_and_kept(sskt: Call, images: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "small.toml", tmp_path / "out"
     head = HEAD.replace('"shapes"', f'"{images}"').replace('"tiny"', f'"tiny={TINY}:build"')

@@ -174,7 +174,7 @@ def seen(sskt: Call, file: Path, text: str, wanted: list[Record]) -> bool:
     return status != 0 or listed(json.loads(out)) != wanted
 
 
-@pytest.mark.parametrize("name", [*TABLES, "figure2"])
+@pytest.mark.parametrize("name", [*TABLES, pytest.param("figure2", marks=pytest.mark.slow)])
 def test_any_other_number_in_a_recipe_is_seen(sskt: Call, name: str, tmp_path: Path) -> None:
     text, wanted = (ROOT / f"recipes/{name}.toml").read_text("utf-8"), expected(name)
     file = tmp_path / f"{name}.toml"

@@ -150,6 +150,7 @@ def from_server(config: TrainConfig, url: str, **changes: Any) -> TrainConfig:
 # The same as the local store
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_numbers_and_resumes_from_either(
     config: TrainConfig, label_cache: Path, tmp_path: Path
 ) -> None:
