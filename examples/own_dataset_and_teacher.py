@@ -1,4 +1,4 @@
-"""An own dataset labelled by an own teacher, and an own student, all from Python."""
+"""A dataset, a teacher and a student of your own, all from Python."""
 
 import tempfile
 

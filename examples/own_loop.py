@@ -1,4 +1,4 @@
-"""SSKT in an own PyTorch loop: the lines with ``sskt`` or ``loader`` are all that it adds.
+"""SSKT in a PyTorch loop of your own: the lines with ``sskt`` or ``loader`` are all that it adds.
 
 It needs the extra ``lite``.
 """
