@@ -28,8 +28,8 @@ class Settings:
     any, all of them if there is a token file.
     cors: origins whose pages may read answers.
     log: json or text. root: where the targets are now, for the sample browser and for computing.
-    sources, weights, frame_sampling, allow_outside_root: what the person who started the server
-    named for computing; a label set's own record never chooses code.
+    sources, weights, frame_sampling, policy, allow_outside_root: what the person who started the
+    server named for computing; a label set's own record never chooses code.
     cache_device: number of the device that the cache's folder was on when the server started, if it
     held label sets. started: by the machine's monotonic clock.
     """
@@ -48,6 +48,7 @@ class Settings:
     sources: tuple[str, ...] = ()
     weights: str | None = None
     frame_sampling: str | None = None
+    policy: str | None = None
     allow_outside_root: bool = False
     cache_device: int | None = None
     log: str = "json"

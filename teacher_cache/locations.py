@@ -51,13 +51,16 @@ def data_location(target: str, root: str | Path | None = None) -> Location:
     return Location(str(own if own.is_dir() else base), origin)
 
 
-def label_location(given: str | Path | None = None, *, writable: bool = False) -> Location:
+def label_location(
+    given: str | Path | None = None, *, writable: bool = False, option: str = "--cache"
+) -> Location:
     """The cache of label sets.
 
     Args:
         given: What was given with ``--cache`` or ``--labels``.
         writable: Whether labels will be written; ``$SSKT_LABELS``, a label server, is then
             left out.
+        option: The option that it was given with.
 
     Returns:
         The cache that was given, else ``$SSKT_CACHE`` or ``$SSKT_LABELS``, else ``labels``.
@@ -67,7 +70,7 @@ def label_location(given: str | Path | None = None, *, writable: bool = False) -
     """
     names = (CACHE,) if writable else (CACHE, LABELS)
     found = Location(*_from_environment(names, LABEL_FOLDER)) if not given else None
-    location = found or Location(str(given), "--cache")
+    location = found or Location(str(given), option)
     warn_of_plain_http(location.value)
     return location
 

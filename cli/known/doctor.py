@@ -27,6 +27,8 @@ PACKAGES = (
     ("torchvision", "train"), ("av", "video"), ("decord", "decord"),
     ("efficientnet-lite-pytorch", "lite"), ("timm", "timm"), ("obstore", "cloud"), ("ray", "ray"),
     ("pyarrow", "parquet"), ("datasets", "hf"), ("scipy", "imagenet"),
+    ("nvidia-nvimgcodec-cu12", "nvimgcodec"), ("mlflow-skinny", "mlflow"), ("wandb", "wandb"),
+    ("trackio", "trackio"),
 )  # fmt: skip
 """Packages, and the extra of sskt that brings each; empty for the core."""
 LITTLE_DISK = 2**30
@@ -170,9 +172,10 @@ def _try_locks(cache: Path) -> str:
 
 
 def _home() -> Check:
-    folder = Path(os.environ.get("SSKT_HOME") or "~/.cache/sskt").expanduser()
+    from sskt.teacher_cache.targets.files.file_index import home_folder
 
     def write() -> str:
+        folder = home_folder().expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return f"{folder} can be written to"

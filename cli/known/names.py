@@ -39,7 +39,10 @@ def policies(as_json: bool) -> None:
 @click.command("models", cls=GroupedCommand, examples=("sskt models", "sskt models --json"))
 @as_json
 def models(as_json: bool) -> None:
-    """List the target networks. torchvision's other classifiers and FILE.py:factory work, too."""
+    """List the target networks.
+
+    torchvision's other classifiers, timm/ARCH (extra timm) and FILE.py:factory work, too.
+    """
     from sskt.trainer.models.registry import NETWORKS
 
     _show(("name", "for"), [[name, about] for name, about in NETWORKS.items()], as_json)

@@ -12,6 +12,7 @@ from sskt.cli.help import GroupedCommand
 from sskt.cli.labels.label_set_options import (
     frame_sampling_option,
     outside_option,
+    policy_option,
     source_option,
     weights_option,
 )
@@ -19,7 +20,14 @@ from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 
 GROUPS = {
     "Labels": ("cache", "root", "allow_outside_root"),
-    "Computing on demand": ("on_demand", "sources", "weights", "frame_sampling", "device"),
+    "Computing on demand": (
+        "on_demand",
+        "sources",
+        "weights",
+        "frame_sampling",
+        "policy",
+        "device",
+    ),
     "Network": ("host", "port", "token_file", "allowed_hosts", "cors"),
     "Capacity": (
         "workers",
@@ -91,6 +99,7 @@ GROUPS = {
 @source_option
 @weights_option
 @frame_sampling_option
+@policy_option
 @outside_option
 @click.option(
     "--device", default="auto", show_default=True, help="Device that --on-demand computes on."

@@ -187,7 +187,8 @@ def first_line(asked: TrainConfig, plan: Plan) -> str:
             f"{name} ({s.spec['source']['arch']}, {s.encoding}, {s.seeds} seeds)"
             for name, s in plan.label_sets.items()
         ]
-        where = label_location(config.labels or config.cache)
+        option = "--labels" if config.labels else "--cache"
+        where = label_location(config.labels or config.cache, option=option)
         text += f" {'with transfer modules, ' if config.tm else ''}from the labels of "
         text += f"{' and '.join(sets)} in {where}"
     elif plan.live:

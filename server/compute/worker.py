@@ -100,6 +100,7 @@ class ComputeWorker:
             weights=Path(settings.weights) if settings.weights else None,
             allow_outside_root=settings.allow_outside_root,
             frame_sampling=settings.frame_sampling,
+            policy=settings.policy,
             device=str(self._device),
         )
         self._opened: dict[str, _Opened] = {}

@@ -117,6 +117,8 @@ def _opened(label_set: LabelSet, settings: Settings) -> Views:
         raise MissingData(
             f"its frames were chosen by Python code ({sampling}), which a server does not run"
         )
+    if label_set.spec["views"].get("code"):
+        raise MissingData("its views were made by Python code, which this page does not run")
     how = Reopen(
         root=Path(settings.root) if settings.root else None,
         allow_outside_root=settings.allow_outside_root,

@@ -176,7 +176,7 @@ async def list_files(
     operation_id="show_server",
     summary="This server",
     responses={
-        200: _json({"version": "0.1.0", "on_demand": False, "label_sets": 3}),
+        200: _json({"version": "0.2.0", "on_demand": False, "label_sets": 3}),
         **problems(),
     },
 )

@@ -28,7 +28,7 @@ router = APIRouter(tags=["server"])
     responses={
         200: {
             "description": "Text exposition 0.0.4.",
-            "content": {"text/plain": {"example": 'sskt_info{version="0.1.0"} 1.0'}},
+            "content": {"text/plain": {"example": 'sskt_info{version="0.2.0"} 1.0'}},
         },
         **problems(),
     },

@@ -53,6 +53,7 @@ class Reopen:
         weights: The weights file of a known architecture, or a folder that contains the recorded
             one.
         frame_sampling: ``FILE.py:function``, for a set whose stills were chosen by such a function.
+        policy: ``FILE.py:function``, for a set whose views were made by such a function.
         device: Device of the source.
         allow_outside_root: Whether a manifest may name files outside its folder.
     """
@@ -277,7 +278,8 @@ def reopen_policy(label_set: LabelSet, given: str | None = None) -> Policy:
 
     Args:
         label_set: The label set. Code that it names is not run.
-        given: ``FILE.py:function`` of the person who asks, for a policy of the user.
+        given: ``FILE.py:function`` of the person who asks, for a policy of the user. It is not
+            looked at for a known policy.
 
     Raises:
         CorruptStore: If this version does not know the policy, or its parameters are out of range.
@@ -286,7 +288,7 @@ def reopen_policy(label_set: LabelSet, given: str | None = None) -> Policy:
     """
     views = label_set.spec["views"]
     name, version = views["policy"], views["version"]
-    if given is not None:
+    if given is not None and (views.get("code") or name not in POLICIES):
         return parse_policy(given, str(views.get("code", "")))
     if views.get("code") and name not in POLICIES:
         raise InputError(

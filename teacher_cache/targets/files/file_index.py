@@ -247,11 +247,16 @@ def _unchanged(path: Path, seen: tuple[int, int], make: Callable[[Path], str]) -
 
 def index_folder() -> Path:
     """Where indices are kept. Raises ``InputError`` where there is no home."""
+    return home_folder() / "index"
+
+
+def home_folder() -> Path:
+    """Folder of what is remembered between commands. Raises ``InputError`` if there is no home."""
     if own := os.environ.get("SSKT_HOME"):
-        return Path(own) / "index"
+        return Path(own)
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (cache if cache.is_absolute() else Path.home() / ".cache") / "sskt" / "index"
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "sskt"
     except RuntimeError as error:
         raise InputError(f"no home folder ({error}); set SSKT_HOME") from error
 

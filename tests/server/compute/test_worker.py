@@ -48,12 +48,13 @@ def cache_teachers(
     seeds: int,
     name: str = "tiny",
     output: str = "soft-labels",
+    policy: str = "pad-crop-flip",
 ) -> None:
     """The real command."""
     options = {
         "--source": f"{name}={source}:build",
         "--target": images,
-        "--policy": "pad-crop-flip",
+        "--policy": policy,
         "--encoding": "f16",
         "--output": output,
         "--seeds": seeds,
@@ -351,18 +352,30 @@ def test_bytes_are_those_of_cache_teachers(
     assert queue_of(state).state() == []
 
 
-@pytest.mark.parametrize("output", ["features", "features:3", "logits"])
-def test_features_are_those_of_cache_teachers(images: Path, tmp_path: Path, output: str) -> None:
+OWN_POLICY = """
+import numpy as np
+
+def darker():
+    return lambda image, words: image // 2 + np.uint8(words()[0] % 8)
+"""
+
+
+@pytest.mark.parametrize("made", ["features", "features:3", "logits", "a policy of the user"])
+def test_other_labels_are_those_of_cache_teachers(images: Path, tmp_path: Path, made: str) -> None:
     cache, whole, run_folder = (tmp_path / name for name in ("cache", "whole", "run"))
+    (tmp_path / "own.py").write_text(OWN_POLICY)
+    own = f"{tmp_path / 'own.py'}:darker" if made.startswith("a policy") else None
+    how = {"policy": own} if own else {"output": made}
     for to, seeds in ((cache, 1), (whole, 2)):
-        cache_teachers(images, TINY, to, seeds, output=output)
+        cache_teachers(images, TINY, to, seeds, **how)
     (label_set,) = list_label_sets(cache)
     create_label_set(cache, label_set.spec, label_set.classes, 2).close()
     run_folder.mkdir()
     named = (f"tiny={TINY}:build",)
     settings = Settings(
-        str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30, sources=named
-    )
+        str(cache), str(run_folder), on_demand=True, device="cpu", wait_seconds=30, sources=named,
+        policy=own,
+    )  # fmt: skip
     state = make_state(settings)
     for block in range(BLOCKS):
         queue_of(state).ask(label_set.name, 1, block)

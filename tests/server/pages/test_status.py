@@ -680,6 +680,10 @@ def test_a_set_cannot_make_the_server_run_code(
     label_set.attributes["made"]["frame_sampling"] = f"{tmp_path / 'own.py'}:pick"
     with pytest.raises(InputError, match="which a server does not run"):
         Opened().views(label_set, SETTINGS)
+    del label_set.attributes["made"]["frame_sampling"]
+    label_set.spec["views"] |= {"policy": "pick", "code": "sha256:0"}
+    with pytest.raises(InputError, match="its views were made by Python code"):
+        Opened().views(label_set, SETTINGS)
     assert not ran.exists()
 
 
