@@ -215,6 +215,11 @@ def input_line(how: dict[str, Any]) -> str:
     return f"{size}, scale {how['scale']:g}, mean {mean}, std {std}"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things: ``1 shard``, ``1,200 shards``; ``many`` where -s makes no plural."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def partly(coverage: list[float]) -> str:
     """How many seeds of a copied or exported label set are not whole; empty if all are."""
     lacking = sum(c < 1.0 for c in coverage)

@@ -17,6 +17,7 @@ from sskt.cli.labels.labelling_options import (
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
 from sskt.cli.output import (
     as_json,
+    counted,
     error_text,
     human_bytes,
     input_line,
@@ -81,7 +82,7 @@ def cache_teachers(
             classes = f" of {len(target.classes):,} classes" if target.classes else ""
             show(
                 f"{target.name} {target.split}: {len(target):,} samples{classes} "
-                f"x {job.seeds} view seeds"
+                f"x {counted(job.seeds, 'view seed')}"
             )
 
     try:

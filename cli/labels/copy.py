@@ -7,7 +7,16 @@ import dataclasses
 import click
 
 from sskt.cli.help import GroupedCommand
-from sskt.cli.output import as_json, human_bytes, partly, print_json, progress, resumable, show
+from sskt.cli.output import (
+    as_json,
+    counted,
+    human_bytes,
+    partly,
+    print_json,
+    progress,
+    resumable,
+    show,
+)
 from sskt.teacher_cache.errors import InputError
 from sskt.teacher_cache.locations import is_zip
 
@@ -61,5 +70,5 @@ def copy(source: str, to: str, sets: tuple[str, ...], publish: bool, as_json: bo
         print_json([dataclasses.asdict(c) for c in done])
         return
     for c in done:
-        said = f"{c.name}: {c.written:,} shards copied ({human_bytes(c.bytes)})"
+        said = f"{c.name}: {counted(c.written, 'shard')} copied ({human_bytes(c.bytes)})"
         show(f"{said}, {c.reused:,} reused{partly(c.coverage)}")

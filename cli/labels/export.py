@@ -11,6 +11,7 @@ from sskt.cli.help import GroupedCommand
 from sskt.cli.locations import CACHES, cache_option
 from sskt.cli.output import (
     as_json,
+    counted,
     error_text,
     human_bytes,
     partly,
@@ -103,7 +104,7 @@ def export(
             origin = {"parents": [s.digest for s in of.parents], "weights": of.weights}
         print_json(dataclasses.asdict(done) | origin)
         return
-    said = f"{done.name}: {done.written:,} shards written, {done.reused:,} reused"
+    said = f"{done.name}: {counted(done.written, 'shard')} written, {done.reused:,} reused"
     show(f"{said}{partly(done.coverage)}")
     if averaged:
         parts = zip(of.parents, of.weights, strict=True)

@@ -16,7 +16,16 @@ from sskt.cli.labels.labelling_options import (
     run_options,
 )
 from sskt.cli.locations import DEFAULT_WRITABLE, located_cache
-from sskt.cli.output import as_json, human_bytes, print_json, print_table, progress, show, working
+from sskt.cli.output import (
+    as_json,
+    counted,
+    human_bytes,
+    print_json,
+    print_table,
+    progress,
+    show,
+    working,
+)
 
 
 @click.command(
@@ -85,7 +94,7 @@ def plan(
         return
     device = sources[0].device
     target = f"{views.target.name} {views.target.split}"
-    show(f"{target}: {found.samples:,} samples x {found.seeds} seeds on {device}")
+    show(f"{target}: {found.samples:,} samples x {counted(found.seeds, 'seed')} on {device}")
     if found.stored:
         everything = f"{found.stored + found.labels:,}"
         show(f"{found.stored:,} of {everything} labels are stored; the rest is counted here")
@@ -108,8 +117,9 @@ def plan(
     hours = [[str(n), _time(h)] for n, h in found.hours.items()]
     print_table(["machines", "time"], hours)
     show(
-        f"\nthe cache costs each source {found.passes} passes over the target; one training of "
-        f"{epochs} epochs with the sources in every step costs {found.trained_passes}"
+        f"\nthe cache costs each source {counted(found.passes, 'pass', 'passes')} over the target; "
+        f"one training of {counted(epochs, 'epoch')} with the sources in every step costs "
+        f"{found.trained_passes}"
     )
     show(f"it takes less time from {_trainings(found.break_even)} on")
 

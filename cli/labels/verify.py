@@ -15,7 +15,7 @@ from sskt.cli.labels.label_set_options import (
     reopen_options,
     sets_argument,
 )
-from sskt.cli.output import as_json, print_json, progress, show
+from sskt.cli.output import as_json, counted, print_json, progress, show
 
 
 @click.command(
@@ -118,16 +118,16 @@ def verify(
 
 def _print_reports(reports: list[Any]) -> None:
     for r in reports:
-        said = f"{r.name}: {r.shards} shards, {r.rows:,} rows"
+        said = f"{r.name}: {counted(r.shards, 'shard')}, {counted(r.rows, 'row')}"
         if r.skipped:
             said += f", {r.skipped} skipped"
         if r.recomputed:
             said += f", {r.recomputed} recomputed (worst distance {r.worst_distance:.2e})"
-        show(said + (": clean" if not r.problems else f": {len(r.problems)} problems"))
+        show(said + (f": {counted(len(r.problems), 'problem')}" if r.problems else ": clean"))
         if r.unbound:
             show(
-                f"  {r.unbound} shards are not bound to their places: one in the place of another "
-                "would not be noticed; sskt verify --bind adds their records"
+                f"  not bound to their places: {counted(r.unbound, 'shard')}; one in the place of "
+                "another would not be noticed; sskt verify --bind adds their records"
             )
         for problem in r.problems[:20]:
             show(f"  {problem}")

@@ -14,6 +14,7 @@ from sskt.cli.completion import OF_OPTIONS, completing, recipes
 from sskt.cli.help import GroupedCommand
 from sskt.cli.output import (
     as_json,
+    counted,
     error_text,
     print_json,
     print_table,
@@ -296,6 +297,6 @@ def _print_plan(described: dict[str, Any]) -> None:
     for name, found in described["label_sets"].items():
         kind = "gradient error" if "T=1" in (found["error"] or ("T=1",)) else "error"
         show(
-            f"labels {name:<10}{found['name']} ({found['encoding']}, {found['seeds']} seeds, "
-            f"{kind} {error_text(found['error'])})"
+            f"labels {name:<10}{found['name']} ({found['encoding']}, "
+            f"{counted(found['seeds'], 'seed')}, {kind} {error_text(found['error'])})"
         )

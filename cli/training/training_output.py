@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sskt.cli.locations import data_line
-from sskt.cli.output import say
+from sskt.cli.output import counted, say
 from sskt.teacher_cache.format.features import FEATURES, LOGITS, SOFT_LABELS
 from sskt.trainer.loss_inputs import in_words
 
@@ -184,7 +184,7 @@ def first_line(asked: TrainConfig, plan: Plan) -> str:
     text += f"; {Path(config.model).name}{chosen}"
     if plan.label_sets:
         sets = [
-            f"{name} ({s.spec['source']['arch']}, {s.encoding}, {s.seeds} seeds)"
+            f"{name} ({s.spec['source']['arch']}, {s.encoding}, {counted(s.seeds, 'seed')})"
             for name, s in plan.label_sets.items()
         ]
         option = "--labels" if config.labels else "--cache"

@@ -142,7 +142,7 @@ def test_old_sets_are_bound_on_request(old: Path, sskt: Sskt) -> None:
     before = contents(old)
     status, out, err = sskt("verify", "--cache", old)
     assert status == 0, err
-    assert out.count(": clean") == out.count("  4 shards are not bound to their places") == 4
+    assert out.count(": clean") == out.count("  not bound to their places: 4 shards;") == 4
     assert contents(old) == before
     status, out, err = sskt("verify", "--cache", old, "--bind", "--json")
     assert status == 0 and {r["unbound"] for r in json.loads(out)} == {0}, err
@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_not_bound(old: Path, sskt: Sskt) -> None:
     path = label_set.shard_path(label_set.arrays[-1], label_set.shard(0, 1))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     status, out, _ = sskt("verify", "--cache", old, "--bind", label_set.name)
-    assert status == 1 and "1 problems" in out and "1 shards are not bound" in out
+    assert status == 1 and "1 problem" in out and "not bound to their places: 1 shard;" in out
     fresh = open_label_set(label_set.storage)
     assert not fresh.bound and len(list(fresh.path.glob("view_check/c/*/*.json"))) == 3
 

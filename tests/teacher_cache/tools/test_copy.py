@@ -572,7 +572,7 @@ def test_export_into_its_own_cache_and_in_part(made: Path, tmp_path: Path, sskt:
     held.rename(source.commit_path(source.shard(0, 0)))
     command = ("export", "--cache", cache, source.digest, "--encoding", "u8", "--out", cache)
     status, out, err = sskt(*command)
-    assert status == 0 and "1 shards written, 7 reused" in out, err
+    assert status == 0 and "1 shard written, 7 reused" in out, err
     direct = only(made / "u8")
     for array in direct.arrays:
         for shard in direct.shards(range(2)):

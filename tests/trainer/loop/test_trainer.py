@@ -239,7 +239,7 @@ def test_what_top_k_labels_lose_is_said_before_the_first_epoch(
     told = next(i for i, line in enumerate(lines) if line.startswith(said))
     assert told < next(i for i, line in enumerate(lines) if line.startswith("epoch"))
     shown = sskt("train", *base, "--cache", tmp_path, "--dry-run")[1]
-    assert f"(topk-3, 1 seeds, gradient error {lost / 100:.2g} at T=1, " in shown
+    assert f"(topk-3, 1 seed, gradient error {lost / 100:.2g} at T=1, " in shown
     status, _, err = sskt("train", *base, "--cache", config.cache, "--out", tmp_path / "whole")
     assert status == 0 and "are stored as" not in err
 
