@@ -97,8 +97,11 @@ def ls(
     # Collections would go through all that was imported, which is a fifth of the time of a cache
     # of a thousand sets.
     gc.freeze()
-    chosen, damaged = choose_all(cache, sets)
-    found = summaries(chosen)
+    try:
+        chosen, damaged = choose_all(cache, sets)
+        found = summaries(chosen)
+    finally:
+        gc.unfreeze()
     if audited:
         from sskt.teacher_cache.tools.reopen import Reopen
 
