@@ -123,13 +123,15 @@ def ls(
 
 
 def _row(s: dict[str, Any]) -> list[str]:
+    from sskt.teacher_cache.views.policies import shown_policy
+
     whole = sum(c == 1.0 for c in s["coverage"])
     return [
         s["digest"][:12],
         f"{s['target']['name']} {s['target']['split']}",
         f"{s['target']['size']:,}",
         f"{s['source']['name']} ({s['source']['arch']})",
-        s["views"]["policy"],
+        shown_policy(s["views"]),
         s["encoding"],
         f"{whole}/{s['seeds']}",
         human_bytes(s["bytes"]),

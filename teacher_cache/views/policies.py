@@ -462,6 +462,14 @@ def parse_policy(text: str, code: str = "") -> Policy:
     return Policy(name, version, parameters, own)
 
 
+def shown_policy(views: Mapping[str, Any]) -> str:
+    """A policy that a label set's spec names, with the parameters that are not the defaults."""
+    known = POLICIES.get(views["policy"])
+    defaults = STRONG | known.defaults if known else {}
+    given = {k: v for k, v in views["parameters"].items() if k not in defaults or v != defaults[k]}
+    return proposed_policy({**views, "parameters": given})
+
+
 def proposed_policy(views: Mapping[str, Any]) -> str:
     """The option for a policy of the user that a label set's spec names: with its parameters."""
     options = ",".join(f"{key}={value}" for key, value in views["parameters"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import gc
 import json
 import re
 import shlex
@@ -52,6 +53,8 @@ def test_ls(sskt: Call, cache: Path) -> None:
     assert sskt("ls", "--cache", cache, shown["digest"][:8])[0] == 0
     status, _, err = sskt("ls", "--cache", cache, "nothing")
     assert status == 2 and "matches nothing; there are: images-train.tiny" in err
+    assert "pad-crop-flip " in out and "padding" not in out, "defaults are not shown"
+    assert gc.get_freeze_count() == 0, "what is imported is collected again at the end"
 
 
 def test_inspect_shows_the_view_and_the_labels(sskt: Call, cache: Path, tmp_path: Path) -> None:
