@@ -30,7 +30,7 @@ from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 
 SIZE, BATCH, ROUNDS = 96, 64, 4
-IMAGES = {"EfficientNet-Lite0": 1280, "ResNet-50": 320}
+IMAGES = {"EfficientNet-Lite0": 1280, "ResNet-50": 1280}
 """Of a way in a round, by network."""
 
 
