@@ -29,15 +29,18 @@ from sskt.teacher_cache.sources.source import Precision, Preprocessing, Source, 
 from sskt.teacher_cache.views.policies import parse_policy
 from sskt.teacher_cache.views.views import Views
 
-SIZE, BATCH, ROUNDS = 96, 64, 4
-IMAGES = {"EfficientNet-Lite0": 1280, "ResNet-50": 1280}
-"""Of a way in a round, by network."""
+SIZE, BATCH, IMAGES, ROUNDS = 96, 64, 1280, 4
+NETWORKS = ("EfficientNet-Lite0", "ResNet-50")
 
 
 def main() -> None:
-    networks = list(IMAGES)[: sized(2, 1)]
-    rows = [row for network in networks for row in compare(network, opened(network))]
-    report(f"teacher stage at {SIZE} px, batch {BATCH}", rows, {"images": IMAGES})
+    rows: list[Row] = []
+    for network in NETWORKS[: sized(2, 1)]:
+        source = opened(network)
+        rows += compare(network, source)
+    kind = source.faster.kind if source.faster else "as given"
+    title = f"teacher stage at {SIZE} px, {source.precision}, {kind}, batch {BATCH}"
+    report(title, rows, {"images": IMAGES})
 
 
 def opened(network: str) -> Source:
@@ -56,22 +59,22 @@ def opened(network: str) -> Source:
 
 
 def compare(network: str, source: Source) -> list[Row]:
-    count, rows = IMAGES[network], []
-    folder = cifar_folder(count // 10)
+    rows: list[Row] = []
+    folder = cifar_folder(IMAGES // 10)
     targets = {
-        "in RAM": open_target("shapes", limit=count),
+        "in RAM": open_target("shapes", limit=IMAGES),
         "JPEG files": open_target(str(folder)),
     }
     for kind, target in targets.items():
         views = Views(target, parse_policy("pad-crop-flip"))
         ways: dict[str, Callable[[], None]] = {
             "stage": lambda views=views: stage(source, views),  # type: ignore[misc]
-            "bare": lambda: bare(source, source.network, count),
-            "bare, as the stage runs it": lambda: bare(source, source.run, count),
+            "bare": lambda: bare(source, source.network),
+            "bare, as the stage runs it": lambda: bare(source, source.run),
         }
         seconds = interleaved(ways, ROUNDS)
         for way in ways:
-            rate = count / float(np.median(seconds[way]))
+            rate = IMAGES / float(np.median(seconds[way]))
             rows.append((f"{network}, {kind}: labels/s, {way}", rate, ""))
         for way in ("bare", "bare, as the stage runs it"):
             ratio = paired_ratio(seconds[way], seconds["stage"])
@@ -86,12 +89,12 @@ def stage(source: Source, views: Views) -> None:
     shutil.rmtree(cache)
 
 
-def bare(source: Source, run: Callable[[Any], Any], count: int) -> None:
+def bare(source: Source, run: Callable[[Any], Any]) -> None:
     shape = (BATCH, 3, SIZE, SIZE)
     x = torch.zeros(shape, device=source.device).contiguous(memory_format=torch.channels_last)
     x.normal_(generator=torch.Generator(source.device).manual_seed(0))
     with torch.inference_mode(), source.arithmetic():
-        for _ in range(count // BATCH):
+        for _ in range(IMAGES // BATCH):
             run(x)
 
 

@@ -23,7 +23,7 @@ COLUMNS = ("comparison", "case", "measured")
     ),
 )
 @click.argument("names", nargs=-1, metavar="[COMPARISON]...")
-@click.option("--full", is_flag=True, help="Measure for about 50 minutes instead of two.")
+@click.option("--full", is_flag=True, help="Measure for about an hour instead of two minutes.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

@@ -433,7 +433,7 @@ def test_a_damaged_shard_is_named(
     label_set.read_checks(1, 32, 60)
     status, out, err = sskt("verify", "--cache", tmp_path / "cache")
     assert status == 1
-    assert "1 problem" in out and "Traceback" not in out + err and "unexpected" not in err
+    assert ": 1 problem\n" in out and "Traceback" not in out + err and "unexpected" not in err
     assert "seed 1, samples 16 to 31" in out
 
 

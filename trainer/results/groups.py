@@ -116,7 +116,7 @@ class Group:
 def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     """(configuration, records) of a run; fields that an older version lacked have their defaults.
 
-    The configuration also says under ``label_sets`` which ones were trained from.
+    The configuration also says under ``label_sets`` which ones were trained from, if it is known.
 
     Raises ``MissingData`` or ``InputError`` naming the file that is absent, empty or damaged.
     """
@@ -137,7 +137,7 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
         raise MissingData(f"{folder} is no whole run: {files.CONFIG} is missing beside {path.name}")
     config, sets = read_stored(folder / files.CONFIG)
     labels = {name: f"{one['encoding']} {one['digest'][:8]}" for name, one in sets.items()}
-    return _defaults() | config | {LABEL_SETS: labels}, records
+    return _defaults() | config | ({LABEL_SETS: labels} if labels else {}), records
 
 
 def _is_record(record: Any, epoch: int) -> bool:
@@ -162,8 +162,6 @@ def is_scratch(config: Mapping[str, Any]) -> bool:
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that make runs different, as plain values; seed and machine are left out."""
     kept = {k: v for k, v in config.items() if k not in SEED_ONLY}
-    if not kept.get(LABEL_SETS):
-        kept.pop(LABEL_SETS, None)
     if is_scratch(config):
         kept = {k: v for k, v in kept.items() if k not in AUXILIARY_ONLY}
         kept["loss"] = str(config["loss"]).split("+")[0]

@@ -159,7 +159,7 @@ def test_a_damaged_set_hides_no_other(sskt: Call, healthy: LabelSet) -> None:
     assert sskt("inspect", "--cache", cache, healthy.name, "--no-live")[0] == 0
     status, out, _ = sskt("verify", "--cache", cache)
     assert status == 1 and f"{healthy.name}: 12 shards, 180 rows: clean" in out
-    assert f"{name}: 0 shards, 0 rows: 1 problem" in out
+    assert f"{name}: 0 shards, 0 rows: 1 problem\n" in out
 
 
 @pytest.mark.parametrize("part", ["whole name", "digest", "both"])

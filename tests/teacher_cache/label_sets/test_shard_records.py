@@ -165,7 +165,7 @@ def test_a_damaged_shard_is_not_bound(old: Path, sskt: Sskt) -> None:
     path = label_set.shard_path(label_set.arrays[-1], label_set.shard(0, 1))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     status, out, _ = sskt("verify", "--cache", old, "--bind", label_set.name)
-    assert status == 1 and "1 problem" in out and "not bound to their places: 1 shard;" in out
+    assert status == 1 and ": 1 problem\n" in out and "not bound to their places: 1 shard;" in out
     fresh = open_label_set(label_set.storage)
     assert not fresh.bound and len(list(fresh.path.glob("view_check/c/*/*.json"))) == 3
 
@@ -238,7 +238,7 @@ def test_every_file_of_a_shard_is_watched(tmp_path: Path, sskt: Sskt, file: str,
     key = label_set.record_key(shard) if file == "record" else label_set.shard_key(file, shard)
     KINDS[kind](label_set.path / key)
     status, out, _ = sskt("verify", "--cache", tmp_path / "cache")
-    assert status == 1 and "1 problem" in out and "seed 1" in out
+    assert status == 1 and ": 1 problem\n" in out and "seed 1" in out
     fresh = open_label_set(label_set.storage)
     read = fresh.read_checks if file == "view_check" else fresh.read
     with pytest.raises((CorruptStore, IncompleteLabels), match="seed 1"):

@@ -603,7 +603,7 @@ def test_a_damaged_shard_is_named(
             read(1, start, stop)
     assert label_set.read(1, 32, 60) and len(label_set.read_checks(0, 0, 60)) == 60
     status, out, err = sskt("verify", "--cache", filled, label_set.name)
-    assert status == 1 and "1 problem" in out, err
+    assert status == 1 and ": 1 problem\n" in out, err
     assert "seed 1, samples 16 to 31" in out
 
 
